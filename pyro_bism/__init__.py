@@ -1,0 +1,30 @@
+"""Bi-level score matching for Pyro: learn energy-based latent-variable models by swapping SVI for BiSM."""
+
+from .bism import BiSM, BiSMInfo
+from .diagnostics import to_arviz
+from .distributions import ConcreteBernoulli, ConcreteOneHot
+from .divergences import FisherDivergence
+from .hypergradients import Detached, Unrolled
+from .losses import (
+    DenoisingScoreMatching,
+    MultiscaleDenoisingScoreMatching,
+    ScoreMatching,
+    SlicedScoreMatching,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BiSM",
+    "BiSMInfo",
+    "ConcreteBernoulli",
+    "ConcreteOneHot",
+    "DenoisingScoreMatching",
+    "Detached",
+    "FisherDivergence",
+    "MultiscaleDenoisingScoreMatching",
+    "ScoreMatching",
+    "SlicedScoreMatching",
+    "Unrolled",
+    "to_arviz",
+]

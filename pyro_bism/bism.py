@@ -1,0 +1,308 @@
+"""BiSM: the bi-level loop (Bao et al. 2020, Algorithm 1), with the face of ``pyro.infer.SVI``."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import densities, divergences, visible
+from .hypergradients import Bilevel, Unrolled
+from .losses import OuterLoss
+from .optim import DifferentiableOptim, require_unrollable, settle, torch_optimizer
+
+__all__ = ["BiSM", "BiSMInfo"]
+
+
+class BiSMInfo(NamedTuple):
+    """What the last step saw.
+
+    :ivar outer_loss: J at the fitted (and, if unrolled, further fitted) guide.
+    :ivar inner_loss: G at the last kept inner step, before its update; a mean over the data.
+    :ivar inner_grad_norm: ‖∇_φ G‖ there: small and steady if the guide is fitted.
+    :ivar hypergradient_norm: ‖dJ/dθ‖: a run of growing values says that the unroll is about to explode.
+    """
+
+    outer_loss: float
+    inner_loss: float
+    inner_grad_norm: float
+    hypergradient_norm: float
+
+
+class BiSM:
+    """Bi-level score matching of an unnormalised latent-variable model.
+
+    .. code-block:: python
+
+        svi  = SVI (model, guide, optim, loss=Trace_ELBO())
+        bism = BiSM(model, guide, optim, loss=DenoisingScoreMatching(sigma=0.1))
+
+    A step takes K inner steps on the guide's parameters φ, which are kept, and one outer step on the model's
+    θ along the hypergradient. All work on one minibatch, each with fresh noise.
+
+    :param model: a Pyro program of an unnormalised density p̃(v, h; θ): any mixture of ``sample`` and
+        ``factor`` statements, the visible sites observed.
+    :param guide: a Pyro program of q(h|v; φ) with the same arguments.
+    :param optim: a ``pyro.optim`` optimiser, for θ.
+    :param loss: an outer loss of :mod:`pyro_bism.losses`.
+    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. If it is a
+        scheduler, step it beside ``optim``: ``bism.inner_optim.step()``.
+    :param inner_loss: a differentiable ELBO of Pyro, or :class:`FisherDivergence`.
+    :param num_inner_steps: K.
+    :param hypergradient: a strategy of :mod:`pyro_bism.hypergradients`.
+    :param visible: names of the visible sites; None takes all observed sample sites.
+    :raises ValueError: at construction for bad settings, at the first step for misuse (see the docs).
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim,
+        loss: OuterLoss,
+        *,
+        inner_optim: PyroOptim | None = None,
+        inner_loss: Any = None,
+        num_inner_steps: int = 5,
+        hypergradient: Any = Unrolled(5),  # noqa: B008  (frozen)
+        visible: Sequence[str] | None = None,
+    ):
+        inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
+        if not isinstance(loss, OuterLoss):
+            raise ValueError(
+                f"loss={type(loss).__name__} is not an outer loss. BiSM matches scores: use "
+                "DenoisingScoreMatching(sigma=...) or another of pyro_bism.losses; an ELBO goes to inner_loss."
+            )
+        for name, given in (("optim", optim), ("inner_optim", inner_optim)):
+            if not isinstance(given, PyroOptim) and not (given is None and name == "inner_optim"):
+                raise ValueError(
+                    f"{name} should be an instance of pyro.optim.PyroOptim, such as "
+                    f"pyro.optim.Adam({{'lr': 1e-3}}); got {type(given).__name__}."
+                )
+        if num_inner_steps < 0:
+            raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
+        if isinstance(visible, str):
+            raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
+        self.model = model
+        self.guide = guide
+        self.optim = optim
+        self.loss = loss
+        self.inner_optim = _same_settings(optim) if inner_optim is None else inner_optim
+        self.inner_loss = inner_loss
+        self.num_inner_steps = num_inner_steps
+        self.hypergradient = hypergradient
+        self.visible = None if visible is None else list(visible)
+        self.info: BiSMInfo | None = None
+        self._inner = divergences.as_inner_loss(inner_loss)
+        self._pairs: dict[Any, densities.Pair] = {}
+        self._waiting: dict[str, Any] | None = None
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One outer update.
+
+        :param args: arguments of model and guide, the data among them.
+        :returns: the outer loss, a mean over the batch.
+        :raises ValueError: on misuse, or on NaN or infinity in the data; nothing is updated then.
+        :raises FloatingPointError: if the inner loop has diverged; θ is not updated then.
+        """
+        pair, leaves, spec = self._prepare(args, kwargs)
+        theta, phi = list(pair.theta.values()), list(pair.phi.values())
+        batch = pair.batch(leaves, spec)
+        buffers = _Buffers(pair.buffers)
+        inner_loss, inner_norm = self._fit(pair, batch, phi, buffers)
+        problem = Bilevel(
+            outer=lambda: pair.outer_loss(batch, self.loss),
+            inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
+            theta=theta,
+            phi=phi,
+            unrolled=lambda: DifferentiableOptim(self.inner_optim, phi),
+        )
+        loss, gradient = self.hypergradient(problem)
+        buffers.restore()
+        norm = _norm(gradient)
+        self.info = BiSMInfo(loss.item(), inner_loss, inner_norm, norm)
+        if not (math.isfinite(self.info.outer_loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"The outer loss or its gradient is not finite ({self.info}). The model was not updated. "
+                "If inner_grad_norm grows from step to step, the inner learning rate is too high: lower it in "
+                "inner_optim, unroll fewer steps, or use Detached()."
+            )
+        _descend(self.optim, theta, gradient)
+        return self.info.outer_loss
+
+    def _fit(self, pair, batch, phi, buffers) -> tuple[float, float]:
+        """The K kept inner steps."""
+        value, norm = 0.0, 0.0
+        for k in range(max(self.num_inner_steps, 1)):
+            loss = divergences.of(self.loss, self._inner, pair, batch)
+            if k == 0:
+                buffers.keep()
+            if phi:
+                gradient = torch.autograd.grad(loss, phi, allow_unused=True)
+                norm = _norm(gradient)
+                if not math.isfinite(norm):
+                    raise FloatingPointError(
+                        f"The gradient of the inner loss is not finite at inner step {k + 1} of "
+                        f"{self.num_inner_steps} (inner loss {loss.item()}). The inner learning rate is too "
+                        "high, or the guide's scale has collapsed: lower the rate in inner_optim, or clip "
+                        "its gradients."
+                    )
+                if self.num_inner_steps:
+                    _descend(self.inner_optim, phi, gradient)
+            value = loss.item()
+        return value, norm
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The outer loss at the present parameters, with fresh noise; nothing is updated."""
+        pair, leaves, spec = self._prepare(args, kwargs)
+        buffers = _Buffers(pair.buffers)
+        buffers.keep()
+        loss = pair.outer_loss(pair.batch(leaves, spec), self.loss)
+        buffers.restore()
+        return loss.item()
+
+    def get_state(self) -> dict[str, Any]:
+        """All that a later process needs to continue bit for bit: parameters, optimisers, random state."""
+        store = pyro.get_param_store()
+        return {
+            "params": {name: (store._params[name].detach().clone()) for name in store.keys()},
+            "buffers": [b.clone() for b in self._buffers()],
+            "optim": copy.deepcopy(self.optim.get_state()),
+            "inner_optim": copy.deepcopy(self.inner_optim.get_state()),
+            "rng": pyro.get_rng_state(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take up a state of :meth:`get_state`.
+
+        In a process where model and guide have not run yet their parameters do not exist: the state then waits
+        for the first :meth:`step` or :meth:`evaluate_loss`, which creates them.
+        """
+        self._waiting = copy.deepcopy(state)
+        if self._pairs:
+            self._take_up()
+
+    def save(self, path: Any) -> None:
+        """Write :meth:`get_state` to a file, in one piece: a crash leaves the old file or the new one."""
+        from pathlib import Path
+
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        torch.save(self.get_state(), partial)
+        partial.replace(target)
+
+    def load(self, path: Any, map_location: Any = None) -> None:
+        """Take up a state that :meth:`save` wrote. The file is unpickled: load only what you trust."""
+        self.set_state(torch.load(path, map_location=map_location, weights_only=False))
+
+    def _prepare(self, args, kwargs) -> tuple[densities.Pair, list[Any], Any]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        visible.require_finite(leaves, spec)
+        pair = self.pair(*args, **kwargs)
+        if self._waiting is not None:
+            self._take_up()
+        return pair, leaves, spec
+
+    def pair(self, *args: Any, **kwargs: Any) -> densities.Pair:
+        """Model and guide as they run on arguments of this structure; analysed once for each structure."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (spec, tuple(_signature(leaf) for leaf in leaves), _modes(self.model, self.guide))
+        pair = self._pairs.get(key)
+        if pair is None:
+            unrolls = getattr(self.hypergradient, "differentiates_inner", True)
+            pair = densities.analyse(
+                self.model, self.guide, leaves, spec, self.visible, self.loss, unrolls
+            )
+            divergences.check(self.inner_loss, pair)
+            phi = list(pair.phi.values())
+            settle(self.optim, list(pair.theta.values()))
+            settle(self.inner_optim, phi)
+            if unrolls:
+                require_unrollable(self.inner_optim, phi)
+            self._pairs[key] = pair
+        return pair
+
+    def _buffers(self) -> list[Tensor]:
+        return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())
+
+    def _take_up(self) -> None:
+        state, self._waiting = self._waiting, None
+        assert state is not None
+        store = pyro.get_param_store()
+        missing = sorted(set(state["params"]) - set(store.keys()))
+        if missing:
+            raise ValueError(
+                f"The state has parameters {missing}, which model and guide have not created. Was it saved from "
+                "another model?"
+            )
+        with torch.no_grad():
+            for name, value in state["params"].items():
+                store._params[name].copy_(value)
+            for buffer, value in zip(self._buffers(), state["buffers"], strict=True):
+                buffer.copy_(value)
+        for optim, kept in ((self.optim, state["optim"]), (self.inner_optim, state["inner_optim"])):
+            names = {store.param_name(leaf): leaf for leaf in optim.optim_objs}
+            for name, values in kept.items():
+                obj = optim.optim_objs[names[name]]
+                if "optimizer" in values:  # a scheduler's state holds its optimiser's
+                    torch_optimizer(optim, names[name]).load_state_dict(values["optimizer"])
+                    obj.load_state_dict(values["scheduler"])
+                else:
+                    obj.load_state_dict(values)
+        pyro.set_rng_state(state["rng"])
+
+
+def _same_settings(optim: PyroOptim) -> PyroOptim:
+    """A new optimiser of the same settings, without the state and the parameters of the old one."""
+    new = copy.copy(optim)
+    new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
+    return new
+
+
+def _descend(optim: PyroOptim, leaves: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> None:
+    """One step of the user's optimiser. No ``.grad`` is left behind, as after ``SVI.step``."""
+    moved = [leaf for leaf, g in zip(leaves, gradient, strict=True) if g is not None]
+    for leaf, g in zip(leaves, gradient, strict=True):
+        leaf.grad = g
+    optim(moved)
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def _norm(gradient: Sequence[Tensor | None]) -> float:
+    squares = [g.detach().square().sum() for g in gradient if g is not None]
+    return math.sqrt(sum(squares).item()) if squares else 0.0  # type: ignore[union-attr]
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+    return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
+
+
+def _modes(*programs: Any) -> tuple[bool, ...]:
+    """Training or evaluation mode of every module: a change may change what runs."""
+    return tuple(
+        m.training for p in programs if isinstance(p, torch.nn.Module) for m in p.modules()
+    )
+
+
+class _Buffers:
+    """Module buffers (batch-norm statistics) move once a step, as in SVI, not at every re-scoring."""
+
+    def __init__(self, buffers: Sequence[Tensor]):
+        self._buffers = buffers
+        self._kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        self._kept = [b.clone() for b in self._buffers]
+
+    def restore(self) -> None:
+        for buffer, value in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(value)

@@ -1,0 +1,583 @@
+"""Log densities of a (model, guide) pair on a batch, and the score function they give.
+
+For one draw h ~ q(h|v) the outer losses need (Bao et al. 2020, equation 8)
+
+    s(v) = ∇_v [log p̃(v, h; θ) - log q(h|v; φ)],
+
+with h held fixed as v moves: at q = p(h|v; θ) this is the score of the marginal, whatever h is. Where a
+discrete site is summed out the expectation under q of the same difference is taken, its weights
+held fixed as v moves; then the score's own derivative in v stays right as well.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import params, visible
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed
+from .losses import OuterLoss
+
+MAX_CONFIGURATIONS = 256
+
+
+@dataclass
+class Site:
+    """One sample statement, as it ran."""
+
+    name: str
+    fn: Any
+    value: Any
+    scale: Any
+    mask: Any
+    frames: tuple
+    is_observed: bool
+    infer: Mapping[str, Any]
+    subsamples: Mapping[str, Tensor]
+
+    @property
+    def is_data(self) -> bool:
+        """Observed by the user: not a factor, not a deterministic value."""
+        return (
+            self.is_observed
+            and not isinstance(base_of(self.fn), dist.Unit)
+            and not self.infer.get("_deterministic", False)
+        )
+
+    @property
+    def is_delta(self) -> bool:
+        return isinstance(base_of(self.fn), dist.Delta)
+
+    def log_prob(self) -> Tensor:
+        """log density with the user's scale and mask, without a subsampling plate's N/B."""
+        scale = self.scale
+        for frame in self.frames:
+            if frame.size != frame.full_size:
+                scale = scale * (frame.size / frame.full_size)
+        return scale_and_mask(self.fn.log_prob(self.value), scale, self.mask)
+
+
+class record(Messenger):
+    """Runs a program with some of its sites given, and keeps its sample statements.
+
+    A value in ``values`` stands in for a latent site's draw; a site in ``softened`` is scored as its
+    relaxation. Sites marked for enumeration get their whole support, in a dimension of their own left
+    of all plates, when ``enumerate_from`` says how many dimensions the plates take.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        softened: frozenset[str] = frozenset(),
+        enumerate_from: int | None = None,
+        harden: bool = False,
+    ):
+        super().__init__()
+        self.values = values or {}
+        self.softened = softened
+        self.enumerate_from = enumerate_from
+        self.harden = harden
+        self.sites: dict[str, Site] = {}
+        self.params: dict[str, Any] = {}
+        self.subsamples: dict[str, Tensor] = {}
+        self.num_enumerated = 0
+
+    def _pyro_sample(self, msg):
+        name = msg["name"]
+        if name in self.softened:
+            msg["fn"] = relaxed(msg["fn"])
+        if self.harden:
+            msg["fn"] = hard(msg["fn"])
+        if msg["is_observed"] or msg["done"]:
+            return
+        if name in self.values:
+            msg["value"], msg["done"] = self.values[name], True
+        elif self.enumerate_from is not None and is_enumerated(msg["infer"]):
+            self.num_enumerated += 1
+            support = msg["fn"].enumerate_support(expand=False)
+            batch_dims = support.dim() - 1 - msg["fn"].event_dim
+            ones = self.enumerate_from + self.num_enumerated - 1 - batch_dims
+            msg["value"] = support.reshape(support.shape[:1] + (1,) * ones + support.shape[1:])
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg):
+        if isinstance(msg["fn"], _Subsample):
+            self.subsamples[msg["name"]] = msg["value"]
+            return
+        self.sites[msg["name"]] = Site(
+            msg["name"],
+            msg["fn"],
+            msg["value"],
+            msg["scale"],
+            msg["mask"],
+            msg["cond_indep_stack"],
+            msg["is_observed"],
+            msg["infer"],
+            self.subsamples,
+        )
+
+    def _pyro_post_param(self, msg):
+        self.params[msg["name"]] = msg["value"]
+
+
+def is_enumerated(infer: Mapping[str, Any]) -> bool:
+    return infer.get("enumerate") == "parallel"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the guide gave at v: values of all its sites, and the weight of each value summed out.
+
+    :ivar values: by site; drawn values carry a path to φ but none to v.
+    :ivar probs: q(h|v) of each enumerated site over its support, in the site's own dimension.
+    :ivar weight: per example, where the draw is one configuration of many; else None.
+    """
+
+    values: Mapping[str, Tensor]
+    probs: tuple[tuple[str, Tensor, int], ...] = ()
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A (model, guide) pair, as the first run on arguments of this structure showed it.
+
+    :ivar theta: the model's unconstrained parameter tensors, by name.
+    :ivar phi: the guide's.
+    :ivar subsamples: the distribution over indices of each subsampling plate.
+    :ivar num_plate_dims: how many dimensions the plates take.
+    :ivar buffers: module buffers that a pass changes (batch-norm statistics).
+    """
+
+    model: Callable
+    guide: Callable
+    sites: tuple[visible.VisibleSite, ...]
+    theta: Mapping[str, Tensor]
+    phi: Mapping[str, Tensor]
+    softened: frozenset[str]
+    enumerated: tuple[str, ...]
+    sampled: tuple[str, ...]
+    subsamples: Mapping[str, Any]
+    num_data: int
+    num_plate_dims: int
+    buffers: tuple[Tensor, ...] = field(default=())
+
+    def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
+        """The step's batch: subsampling plates draw their rows here, once."""
+        indices = {name: fn() for name, fn in self.subsamples.items()}
+        return visible.batch(self.sites, indices, leaves, spec)
+
+    def programs(self, batch: visible.Batch) -> tuple[Callable, Callable]:
+        """Model and guide for a host ELBO: rows fixed, discrete sites softened where the guide's are."""
+
+        def given(program, softened):
+            def run(*args, **kwargs):
+                with record(batch.indices, softened):
+                    return program(*args, **kwargs)
+
+            return run
+
+        return given(self.model, self.softened), given(self.guide, frozenset())
+
+    def draw(
+        self, batch: visible.Batch, v: Tensor, given: Mapping[str, Tensor] | None = None
+    ) -> tuple[Draw, dict[str, Site]]:
+        """Run the guide at v; sites marked for enumeration and not ``given`` are summed out."""
+        args, kwargs = batch.arguments(v.detach())  # h must carry no path to v
+        with record({**batch.indices, **(given or {})}, enumerate_from=self.num_plate_dims) as run:
+            self.guide(*args, **kwargs)
+        values, probs = {}, []
+        for name, site in run.sites.items():
+            if site.is_observed:
+                continue
+            values[name] = site.value
+            if name in self.enumerated and not (given and name in given):
+                dim = -(self.num_plate_dims + len(probs) + 1)
+                probs.append((name, site.fn.log_prob(site.value).exp(), dim))
+        return Draw({**values, **batch.indices}, tuple(probs)), run.sites
+
+    def draws(self, batch: visible.Batch, v: Tensor, num: int, joint: bool) -> Iterator[Draw]:
+        """``num`` draws; with ``joint``, each once for every joint configuration of the discrete sites."""
+        for _ in range(num):
+            if not (joint and self.enumerated):
+                yield self.draw(batch, v)[0]
+                continue
+            for given in self._configurations(batch, v):
+                draw, sites = self.draw(batch, v, given)
+                n = len(batch.v)
+                log_q: Any = sum(per_example(sites[name], n) for name in self.enumerated)
+                yield Draw(draw.values, (), log_q.exp())
+
+    def _configurations(self, batch: visible.Batch, v: Tensor) -> Iterator[dict[str, Tensor]]:
+        args, kwargs = batch.arguments(v.detach())
+        with torch.no_grad(), record(batch.indices) as run:
+            self.guide(*args, **kwargs)
+        n = len(batch.v)
+        supports, counts = [], []
+        for name in self.enumerated:
+            site = run.sites[name]
+            # as in Pyro's own enumeration: one row a value, over the batch dimensions at the right
+            support = site.fn.enumerate_support(expand=True)
+            if site.value.dim() == 0 or site.value.shape[0] != n:
+                raise ValueError(
+                    f"Guide site '{name}' of shape {tuple(site.value.shape)} lacks the batch of {n} as its "
+                    "leading dimension, so the loss can't be averaged over it. Use average='score'."
+                )
+            supports.append(support)
+            cells = torch.Size(site.fn.batch_shape[1:]).numel()
+            counts.append([len(support)] * cells)
+        flat = [m for count in counts for m in count]
+        total = 1
+        for m in flat:
+            total *= m
+        if total > MAX_CONFIGURATIONS:
+            raise ValueError(
+                f"average='loss' would enumerate {total} joint configurations of the summed-out sites "
+                f"{list(self.enumerated)}; at most {MAX_CONFIGURATIONS} are taken. Use average='score', "
+                "which is exact and needs no joint enumeration."
+            )
+        for choice in torch.cartesian_prod(*[torch.arange(m) for m in flat]).reshape(total, len(flat)):
+            given, start = {}, 0
+            for name, support, count in zip(self.enumerated, supports, counts, strict=True):
+                site = run.sites[name]
+                picks = choice[start : start + len(count)].reshape(site.fn.batch_shape[1:])
+                start += len(count)
+                index = picks.reshape((1, 1, *picks.shape) + (1,) * site.fn.event_dim)
+                given[name] = support.gather(0, index.expand(1, *support.shape[1:]))[0]
+            yield given
+
+    def log_weight(self, batch: visible.Batch, v: Tensor, draw: Draw, guide: bool = True) -> Tensor:
+        """Σ over the batch of E[log p̃(v, h) - log q(h|v)], scalar; the expectation is over summed-out sites."""
+        args, kwargs = batch.arguments(v)
+        with record(draw.values, self.softened) as run:
+            self.model(*args, **kwargs)
+        total: Any = sum(expectation(site, draw) for site in run.sites.values())
+        if guide:
+            with record(draw.values) as run:
+                self.guide(*args, **kwargs)
+            total = total - sum(expectation(s, draw) for s in run.sites.values() if not s.is_observed)
+        return total
+
+    def score(self, batch: visible.Batch, draws: Sequence[Draw], loss: OuterLoss) -> Callable[[Tensor], Tensor]:
+        """The score function at given draws of h, averaged over them; differentiable in v, θ and φ."""
+        # E_q[∇_v log q] = 0 exactly where all of h is summed out, and so it is for every φ; only
+        # the derivative of the score in v still needs that term.
+        guide = bool(self.sampled) or loss.differentiates_score
+
+        def score(v: Tensor) -> Tensor:
+            if not v.requires_grad:
+                v = v.detach().requires_grad_()
+            total: Any = sum(self.log_weight(batch, v, draw, guide) for draw in draws)
+            (s,) = torch.autograd.grad(total / len(draws), v, create_graph=True)
+            return s
+
+        return score
+
+    def outer_loss(self, batch: visible.Batch, loss: OuterLoss) -> Tensor:
+        """J: the mean over the batch of the loss per example, fresh noise and fresh draws of h.
+
+        A subsampling plate's N/B is a weight on every example's loss; in the mean over the data, of which
+        this is an unbiased estimate, it cancels against the 1/N.
+        """
+        noise = loss.draw(batch.v)
+        v = loss.perturb(batch.v, noise)
+        draws = self.draws(batch, v, loss.num_particles, joint=loss.average == "loss")
+        if loss.average == "score":
+            return loss(self.score(batch, list(draws), loss), batch.v, noise).mean()
+        total: Any = 0.0
+        for draw in draws:
+            value = loss(self.score(batch, [draw], loss), batch.v, noise)
+            total = total + (value if draw.weight is None else draw.weight * value).mean()
+        return total / loss.num_particles
+
+
+def expectation(site: Site, draw: Draw) -> Tensor:
+    """Sum of a site's log density, its summed-out dimensions weighted by q."""
+    cost = site.log_prob()
+    # in reverse: a later site's probabilities may depend on an earlier site's value
+    for name, prob, dim in reversed(draw.probs):
+        if cost.dim() < -dim or cost.shape[dim] == 1:
+            continue
+        for d in range(-1, dim, -1):
+            plated = prob.dim() >= -d and prob.shape[d] > 1
+            if plated and (cost.dim() < -d or cost.shape[d] == 1):
+                raise ValueError(
+                    f"Site '{site.name}' depends on the summed-out site '{name}' but stands outside a plate "
+                    f"(dim {d}, size {prob.shape[d]}) that '{name}' is in, so it can't be summed unit by "
+                    "unit. Put one factor a unit inside that plate, or relax the site with "
+                    "ConcreteBernoulli."
+                )
+        cost = (prob * cost).sum(dim, keepdim=True)
+    return cost.sum()
+
+
+def per_example(site: Site, n: int) -> Tensor:
+    """A site's log density summed over all but the leading dimension, of shape (n,).
+
+    :raises ValueError: where the leading dimension is not the batch.
+    """
+    log_prob = site.log_prob()
+    if log_prob.dim() < 1 or log_prob.shape[0] != n:
+        raise ValueError(
+            f"Site '{site.name}' has a log density of shape {tuple(log_prob.shape)}; its leading dimension "
+            f"is not the batch of {n}, so it can't be told which example it belongs to. Put the "
+            "statement inside the data plate, and give factors one entry an example."
+        )
+    return log_prob.reshape(n, -1).sum(-1)
+
+
+def analyse(
+    model: Callable,
+    guide: Callable,
+    leaves: Sequence[Any],
+    spec: Any,
+    names: Sequence[str] | None,
+    loss: OuterLoss,
+    differentiates_guide: bool,
+) -> Pair:
+    """Run guide and model once on these arguments, check all that can be checked, and describe them.
+
+    :param differentiates_guide: whether the inner problem will be differentiated a second time.
+    :raises ValueError: for every misuse, naming the site and the cure.
+    """
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    ran: list[torch.nn.Module] = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: ran.append(m))
+    try:
+        with pyro.poutine.block():
+            with record() as q:
+                guide(*args, **kwargs)
+            latents = {name: s for name, s in q.sites.items() if not s.is_observed}
+            soft = frozenset(
+                name
+                for name, s in latents.items()
+                if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
+            )
+            # rows first: the model has to pick the guide's
+            values = {name: s.value for name, s in latents.items()}
+            try:
+                with record({**values, **q.subsamples}, soft) as p:
+                    model(*args, **kwargs)
+            except ValueError as error:
+                if "relaxed guide site" in str(error):
+                    raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
+                raise
+    finally:
+        hook.remove()
+    sites = visible.find(p.sites, leaves, names)
+    _check_sites(p.sites, latents)
+    theta, phi = params.collect(p.params, "model"), params.collect(q.params, "guide")
+    params.reject_shared(theta, phi)
+    _check_registered(ran, {**theta, **phi})
+    if not theta:
+        raise ValueError("The model has no parameter to train: no pyro.param, pyro.module or PyroModule.")
+    enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
+    sampled = tuple(
+        name for name, s in latents.items() if name not in enumerated and not s.is_delta
+    )
+    _check_guide(latents, enumerated, phi, differentiates_guide)
+    dims = [len(s.fn.batch_shape) for s in (*p.sites.values(), *q.sites.values())]
+    dims += [-f.dim for s in (*p.sites.values(), *q.sites.values()) for f in s.frames]
+    pair = Pair(
+        model,
+        guide,
+        sites,
+        theta,
+        phi,
+        soft,
+        enumerated,
+        sampled,
+        {name: _Resample(p.sites, name) for name in p.subsamples},
+        _num_data(p.sites, sites),
+        max(dims),
+        tuple({id(b): b for m in ran for b in m.buffers()}.values()),
+    )
+    _check_scores(pair, leaves, spec, {**q.subsamples, **p.subsamples}, loss)
+    return pair
+
+
+class _Resample:
+    """Draws a subsampling plate's rows anew, as the plate itself would."""
+
+    def __init__(self, sites: Mapping[str, Site], name: str):
+        frame = next(f for s in sites.values() for f in s.frames if f.name == name)
+        self.full_size, self.size = frame.full_size, frame.size
+        self.device = next(s for s in sites.values()).subsamples[name].device
+
+    def __call__(self) -> Tensor:
+        return _Subsample(self.full_size, self.size, device=self.device).sample()
+
+
+def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSite]) -> int:
+    """How many examples a host ELBO's value speaks for: n, times the plates' N/B."""
+    num = float(sites[0].shape[0])
+    for frame in model_sites[sites[0].name].frames:
+        num *= frame.full_size / frame.size
+    return round(num)
+
+
+def _check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site]) -> None:
+    model_latents = [name for name, s in model_sites.items() if not s.is_observed]
+    for name in model_latents:
+        if name not in latents:
+            raise ValueError(
+                f"The model's latent site '{name}' is missing from the guide. Sample it there too, or "
+                "sum it out of the energy by hand."
+            )
+    for name, site in latents.items():
+        if name in model_latents or site.infer.get("is_auxiliary", False):
+            continue
+        observed = " (there it is observed)" if name in model_sites else ""
+        raise ValueError(
+            f"The guide's site '{name}' is not a latent site of the model{observed}. Rename or remove it, or mark "
+            "it infer={'is_auxiliary': True} if another guide site is computed from it."
+        )
+
+
+def _check_registered(modules: Sequence[torch.nn.Module], known: Mapping[str, Tensor]) -> None:
+    """Every weight of a PyroModule that ran must be one that the optimiser will see."""
+    ids = {id(leaf) for leaf in known.values()}
+    for module in modules:
+        if not isinstance(module, pyro.nn.PyroModule):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) in ids or not weight.requires_grad:
+                continue
+            full = f"{module._pyro_name}.{name}".strip(".").removesuffix("_unconstrained")
+            if full in known:
+                raise ValueError(
+                    f"Two PyroModules have a parameter called '{full}': in the param store they are one, so "
+                    "the second one's weights would never be trained. Give the modules names: "
+                    "super().__init__(name='guide')."
+                )
+
+
+def _check_guide(
+    latents: Mapping[str, Site],
+    enumerated: Sequence[str],
+    phi: Mapping[str, Tensor],
+    differentiates_guide: bool,
+) -> None:
+    for name, site in latents.items():
+        fn, base = site.fn, base_of(site.fn)
+        if site.infer.get("enumerate") == "sequential":
+            raise ValueError(f"Guide site '{name}': enumerate='sequential' is not supported; use 'parallel'.")
+        if name in enumerated:
+            try:
+                fn.enumerate_support(expand=False)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"Guide site '{name}' ({type(fn).__name__}) is marked for enumeration but its support "
+                    "can't be enumerated. Put its units in a plate instead of .to_event()."
+                ) from error
+            continue
+        if not fn.has_rsample:
+            raise ValueError(
+                f"Guide site '{name}' ({type(base).__name__}) can't be reparameterised: its draws carry "
+                "no gradient. Relax it (ConcreteBernoulli, ConcreteOneHot), or sum it out: "
+                "infer={'enumerate': 'parallel'} and inner_loss=TraceEnum_ELBO()."
+            )
+        if isinstance(base, dist.RelaxedBernoulli | dist.RelaxedOneHotCategorical):
+            cure = "Bernoulli" if isinstance(base, dist.RelaxedBernoulli) else "OneHot"
+            if (base.temperature < 1).any():
+                raise ValueError(
+                    f"Guide site '{name}' has the Concrete density at a temperature below 1: its draws round to 0 "
+                    "and 1, where the density's gradient overflows. Use "
+                    f"Concrete{cure}(temperature, logits): the same draws, scored by the discrete "
+                    "cross-entropy."
+                )
+        if differentiates_guide and phi and isinstance(site.value, Tensor):
+            culprit = _undifferentiable(site.value)
+            if culprit:
+                raise ValueError(
+                    f"Guide site '{name}' ({type(base).__name__}) can't be differentiated twice in its "
+                    f"parameters ({culprit}). Use another family (LogNormal, Kumaraswamy, sigmoid-Normal), "
+                    "fix the parameters of the gamma draw, or take hypergradient=Detached()."
+                )
+
+
+def _undifferentiable(value: Tensor) -> str | None:
+    """The autograd node of a draw whose second derivative is missing, or wrong without a word."""
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        # Gamma raises in the backward of its backward; Beta and Dirichlet drop the path silently
+        if any(key in node.name() for key in ("StandardGamma", "Dirichlet")):
+            return node.name()
+        stack.extend(parent for parent, _ in node.next_functions)
+    return None
+
+
+def _check_scores(
+    pair: Pair,
+    leaves: Sequence[Any],
+    spec: Any,
+    subsamples: Mapping[str, Tensor],
+    loss: OuterLoss,
+) -> None:
+    batch = visible.batch(pair.sites, subsamples, leaves, spec)
+    draw, _ = pair.draw(batch, batch.v)
+    sizes = [torch.Size(site.shape[1:]).numel() for site in pair.sites]
+    pieces = [piece.clone().requires_grad_() for piece in batch.v.split(sizes, -1)]
+    v = torch.cat(pieces, -1)
+    args, kwargs = batch.arguments(v)
+    with record(draw.values, pair.softened) as run:
+        pair.model(*args, **kwargs)
+    log_p: Any = sum(expectation(site, draw) for site in run.sites.values())
+    scores = _gradients(log_p, pieces)
+    for site, s in zip(pair.sites, scores, strict=True):
+        if s is None:
+            raise ValueError(
+                f"The score of visible site '{site.name}' is zero everywhere: the energy never reads its "
+                "value. Use the site's value (the argument, or what pyro.sample returns) in the energy, and do "
+                "not detach it."
+            )
+    try:
+        with record(draw.values) as run:
+            pair.guide(*args, **kwargs)
+        log_q = sum(expectation(site, draw) for site in run.sites.values() if not site.is_observed)
+    except KeyError as error:
+        raise ValueError(
+            "The guide can't score a value of h that it has not just drawn: one of the sites "
+            f"{list(pair.sampled)} uses a flow without an inverse. Use one with an inverse (an "
+            "inverse-autoregressive flow caches; a coupling or spline flow has one)."
+        ) from error
+    if pair.sampled and loss.average == "loss":
+        if all(s is None for s in _gradients(log_q, pieces)):
+            warnings.warn(
+                "The guide does not look at the visible values, so ∇_v log q = 0 and the squared score of "
+                "single draws is biased. Let the guide depend on v, or use average='score' with several "
+                "num_particles.",
+                UserWarning,
+                stacklevel=5,
+            )
+    if loss.needs_uncoupled_examples and len(v) > 1:
+        moved = v.detach().clone()
+        moved[0] = moved[0].flip(0) + 1.0
+        score = pair.score(batch, [draw], loss)
+        before, after = score(v)[1:].detach(), score(moved)[1:].detach()
+        if not torch.allclose(before, after, rtol=1e-4, atol=1e-6 * float(before.abs().max())):
+            raise ValueError(
+                "The score of one example depends on another example (batch normalisation in training "
+                "mode, or an interaction along the batch). ScoreMatching() takes the trace example by "
+                "example and would be wrong. Uncouple them (module.eval()), or use "
+                "SlicedScoreMatching or DenoisingScoreMatching."
+            )
+
+
+def _gradients(total: Any, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    if not isinstance(total, Tensor) or not total.requires_grad:
+        return [None] * len(inputs)
+    return torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True)

@@ -1,0 +1,91 @@
+"""Inner losses: how far the guide q(h|v; φ) is from the posterior p(h|v; θ)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer import TraceEnum_ELBO
+from torch import Tensor
+
+from .densities import Pair
+from .losses import OuterLoss
+from .visible import Batch
+
+__all__ = ["FisherDivergence"]
+
+
+@dataclass(frozen=True)
+class FisherDivergence:
+    r"""The Fisher divergence between guide and posterior, mean over the batch.
+
+    .. math:: \tfrac12\, E_{q(h|v)} \|\nabla_h \log q(h|v; φ) - \nabla_h \log \tilde p(v, h; θ)\|^2
+
+    Bao et al. 2020, equation 6; it needs no normaliser. h is drawn with reparameterisation; latent
+    sites must be continuous (relaxed ones are). With an autoguide the gradients are taken in its
+    unconstrained space.
+
+    :param num_particles: draws of h a datapoint.
+    """
+
+    num_particles: int = 1
+
+    def __post_init__(self):
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}.")
+
+    def __call__(self, pair: Pair, batch: Batch, v: Tensor) -> Tensor:
+        total: Any = 0.0
+        for _ in range(self.num_particles):
+            draw, sites = pair.draw(batch, v)
+            h = [sites[name].value for name in pair.sampled]
+            log_q: Any = sum(s.log_prob().sum() for s in sites.values() if not s.is_observed)
+            difference = log_q - pair.log_weight(batch, v.detach(), draw, guide=False)
+            gradients = torch.autograd.grad(difference, h, create_graph=True)
+            total = total + sum(0.5 * g.square().sum() for g in gradients)
+        return total / (self.num_particles * len(batch.v))
+
+
+def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
+    """The inner loss as a function of (pair, batch, perturbed v), a mean over the data.
+
+    A host ELBO sums over the data; here it is divided by their number, so that the inner learning rate means
+    the same at every batch size, and N/B cancels.
+
+    :raises ValueError: for a loss that is neither a differentiable ELBO nor a FisherDivergence.
+    """
+    if isinstance(inner_loss, FisherDivergence):
+        return inner_loss
+    if not hasattr(inner_loss, "differentiable_loss"):
+        raise ValueError(
+            f"inner_loss={type(inner_loss).__name__} has no differentiable_loss. Use Trace_ELBO(), "
+            "TraceMeanField_ELBO(), TraceEnum_ELBO(), TraceTMC_ELBO() or FisherDivergence()."
+        )
+
+    def elbo(pair: Pair, batch: Batch, v: Tensor) -> Tensor:
+        args, kwargs = batch.arguments(v.detach())
+        model, guide = pair.programs(batch)
+        return inner_loss.differentiable_loss(model, guide, *args, **kwargs) / pair.num_data
+
+    return elbo
+
+
+def check(inner_loss: Any, pair: Pair) -> None:
+    """:raises ValueError: where the inner loss does not fit the guide's discrete sites."""
+    if not pair.enumerated:
+        return
+    if isinstance(inner_loss, FisherDivergence):
+        raise ValueError(
+            f"FisherDivergence needs continuous latents, but sites {list(pair.enumerated)} are summed out. "
+            "Use inner_loss=TraceEnum_ELBO()."
+        )
+    if not isinstance(inner_loss, TraceEnum_ELBO):
+        raise ValueError(
+            f"Guide sites {list(pair.enumerated)} are marked for enumeration, which "
+            f"{type(inner_loss).__name__} does not do. Use inner_loss=TraceEnum_ELBO()."
+        )
+
+
+def of(loss: OuterLoss, inner_loss: Callable, pair: Pair, batch: Batch) -> Tensor:
+    """The inner loss G on freshly perturbed data, perturbed as the outer loss perturbs them."""
+    return inner_loss(pair, batch, loss.perturb(batch.v, loss.draw(batch.v)))

@@ -1,0 +1,146 @@
+"""A ``PyroOptim``'s own step as a differentiable function of parameters and gradients.
+
+Unrolling differentiates the *user's* inner optimiser: its per-parameter settings, clipping, schedules
+and current state. ``torch.optim`` can do it (``differentiable=True``); three of its corners are mended here.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _ZeroSafeRoot(TorchFunctionMode):
+    """√0 with derivative 0. Adam divides by √(mean g²): at a gradient of exactly 0 torch gives 0·∞ = NaN."""
+
+    _roots = frozenset({torch.sqrt, Tensor.sqrt})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self._roots or func is Tensor.sqrt_:
+            (x,) = args
+            positive = x > 0
+            root = torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+            return root if func is not Tensor.sqrt_ else x.copy_(root)
+        return func(*args, **(kwargs or {}))
+
+
+def torch_optimizer(optim: PyroOptim, leaf: Tensor) -> torch.optim.Optimizer:
+    """The torch optimiser that ``optim`` keeps for a parameter, a scheduler's wrapping taken off."""
+    kept = optim.optim_objs[leaf]
+    return getattr(kept, "optimizer", kept)
+
+
+def settle(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
+    """Make ``optim`` create its torch optimisers, with a step that has no gradients and moves nothing."""
+    fresh = [leaf for leaf in leaves if leaf not in optim.optim_objs]
+    for leaf in fresh:
+        leaf.grad = None
+    optim(fresh)
+
+
+def require_unrollable(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
+    """:raises ValueError: if the optimiser's step can't be differentiated."""
+    for leaf in leaves:
+        kept = torch_optimizer(optim, leaf)
+        if not isinstance(kept, ClippedAdam) and "differentiable" not in kept.param_groups[0]:
+            raise ValueError(
+                f"The inner optimiser {type(kept).__name__} can't be unrolled: torch has no "
+                "differentiable form of it. Pass inner_optim= one of SGD, Adam, AdamW, ClippedAdam, RMSprop, "
+                "Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, or hypergradient=Detached()."
+            )
+
+
+class DifferentiableOptim:
+    """Steps of ``optim`` from its present state, on a copy of that state.
+
+    ``step(values, gradients)`` returns the new values with a graph to both arguments.
+    """
+
+    def __init__(self, optim: PyroOptim, leaves: Sequence[Tensor]):
+        self._steps = [_differentiable(optim, leaf) for leaf in leaves]
+
+    def step(self, values: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        with _ZeroSafeRoot():
+            return [
+                value if g is None else step(value, g)
+                for step, value, g in zip(self._steps, values, gradients, strict=True)
+            ]
+
+
+def _differentiable(optim: PyroOptim, leaf: Tensor):
+    kept = torch_optimizer(optim, leaf)
+    clip = optim._get_grad_clip_args(leaf) or {}
+    group = {k: v for k, v in kept.param_groups[0].items() if k != "params"}
+    state = dict(kept.state.get(leaf, {}))
+    step = _ClippedAdamStep(group, state) if isinstance(kept, ClippedAdam) else _TorchStep(kept, group, state)
+
+    def clipped(value: Tensor, gradient: Tensor) -> Tensor:
+        return step(value, _clip(gradient, **clip))
+
+    return clipped
+
+
+def _clip(gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None) -> Tensor:
+    """``clip_grad_norm_`` and ``clip_grad_value_``, out of place, as ``PyroOptim`` applies them."""
+    if clip_norm is not None:
+        gradient = gradient * (clip_norm / (gradient.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
+    if clip_value is not None:
+        gradient = gradient.clamp(-clip_value, clip_value)
+    return gradient
+
+
+class _TorchStep:
+    def __init__(self, kept: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]):
+        # the fused and multi-tensor forms have no derivative
+        group = {**group, "differentiable": True}
+        group |= {key: False for key in ("foreach", "fused", "capturable") if key in group}
+        self.group, self.state = group, state
+        self.optim = object.__new__(type(kept))  # its settings come from the group, not from a constructor
+        self.optim.__dict__.update({**kept.__dict__, "param_groups": [], "state": {}})
+
+    def __call__(self, value: Tensor, gradient: Tensor) -> Tensor:
+        fast = value.clone()  # the step works in place
+        fast.grad = gradient
+        # torch changes the state in place, but the graph of the last step still needs it
+        state = {k: s.clone() if isinstance(s, Tensor) else s for k, s in self.state.items()}
+        group = {**self.group, "params": [fast]}
+        if group.get("momentum") and "dampening" in group and state.get("momentum_buffer") is None:
+            # SGD detaches its first buffer from the graph. A buffer of zeros, undamped, is the same step.
+            state["momentum_buffer"] = torch.zeros_like(fast)
+            group["dampening"] = 0.0
+        self.optim.param_groups, self.optim.state = [group], {fast: state}
+        self.optim.step()
+        self.state = self.optim.state[fast]
+        fast.grad = None
+        return fast
+
+
+class _ClippedAdamStep:
+    """``pyro.optim.ClippedAdam``'s step, which works on ``.data`` and so has no graph of its own."""
+
+    def __init__(self, group: dict[str, Any], state: dict[str, Any]):
+        self.group, self.lr = group, group["lr"]
+        self.step = state.get("step", 0)
+        self.mean, self.square = state.get("exp_avg", 0.0), state.get("exp_avg_sq", 0.0)
+        if self.step:  # the kept state is changed in place by the kept steps
+            self.mean, self.square = self.mean.clone(), self.square.clone()
+
+    def __call__(self, value: Tensor, gradient: Tensor) -> Tensor:
+        group = self.group
+        beta1, beta2 = group["betas"]
+        self.lr = self.lr * group["lrd"]
+        self.step += 1
+        g = gradient.clamp(-group["clip_norm"], group["clip_norm"])
+        if group["weight_decay"] != 0:
+            g = g + group["weight_decay"] * value
+        self.mean = beta1 * self.mean + (1 - beta1) * g
+        centred = g - self.mean if group["centered_variance"] else g
+        self.square = beta2 * self.square + (1 - beta2) * centred * centred
+        correction1, correction2 = 1 - beta1**self.step, 1 - beta2**self.step
+        step_size = self.lr * math.sqrt(correction2) / correction1
+        return value - step_size * self.mean / (self.square.sqrt() + group["eps"])

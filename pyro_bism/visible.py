@@ -1,0 +1,202 @@
+"""Which sites are visible, and how perturbed data reach the model and the guide.
+
+Model and guide both read the data from their arguments, so it is the *argument* that has to be perturbed.
+A visible site's value is found among the leaves of the arguments: it is one of them, or the rows of one
+that a subsampling plate picked. :class:`Batch` is then a map from the matrix v, one row an example, to the
+arguments of the programs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class VisibleSite:
+    """Where a visible site's value stands among the arguments' leaves.
+
+    :ivar leaves: positions of the leaves that hold the value (the same tensor may be passed twice).
+    :ivar plate: the subsampling plate whose indices pick the value's rows out of the leaf, or None.
+    :ivar axis: the leaf's axis that the plate subsamples, counted from the right.
+    :ivar shape: the value's shape, the batch first.
+    """
+
+    name: str
+    leaves: tuple[int, ...]
+    plate: str | None
+    axis: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call's arguments as a function of the visible values.
+
+    :ivar v: the clean visible values, all sites side by side, of shape (n, D).
+    :ivar indices: the rows picked by each subsampling plate, drawn once a step.
+    """
+
+    v: Tensor
+    sites: tuple[VisibleSite, ...]
+    indices: Mapping[str, Tensor]
+    leaves: Sequence[Any]
+    spec: Any
+
+    def arguments(self, v: Tensor) -> tuple[tuple, dict]:
+        """The programs' ``(args, kwargs)`` with v, of shape (n, D), in place of the visible values."""
+        leaves = list(self.leaves)
+        start = 0
+        for site in self.sites:
+            size = torch.Size(site.shape[1:]).numel()
+            value = v[:, start : start + size].reshape(site.shape)
+            start += size
+            for i in site.leaves:
+                if site.plate is None:
+                    leaves[i] = value
+                else:
+                    leaves[i] = torch.index_copy(leaves[i], site.axis, self.indices[site.plate], value)
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+def batch(
+    sites: tuple[VisibleSite, ...], indices: Mapping[str, Tensor], leaves: Sequence[Any], spec: Any
+) -> Batch:
+    """Read the visible values out of the arguments' leaves."""
+    columns = []
+    for site in sites:
+        value = leaves[site.leaves[0]]
+        if site.plate is not None:
+            value = value.index_select(site.axis, indices[site.plate])
+        columns.append(value.detach().reshape(site.shape[0], -1))
+    v = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+    return Batch(v, sites, indices, leaves, spec)
+
+
+def find(
+    model_sites: Mapping[str, Any],
+    leaves: Sequence[Any],
+    names: Sequence[str] | None,
+) -> tuple[VisibleSite, ...]:
+    """The visible sites among the model's recorded sites, checked.
+
+    :param names: ``BiSM``'s argument ``visible``.
+    :raises ValueError: naming the site, what was found, and the cure.
+    """
+    observed = {name: site for name, site in model_sites.items() if site.is_data}
+    if names is not None:
+        for name in names:
+            if name not in observed:
+                raise ValueError(
+                    f"visible={list(names)!r}: the model has no observed sample site '{name}'; its "
+                    f"observed sites are {sorted(observed)}. Was the data passed to the model?"
+                )
+        observed = {name: observed[name] for name in names}
+    if not observed:
+        raise ValueError(
+            "The model has no visible site: no sample statement is observed. Declare the data with "
+            "pyro.sample('x', dist.Normal(0., 1.).expand([D]).to_event(1).mask(False), obs=x) and pass "
+            "x to step()."
+        )
+    found = tuple(_locate(name, site, leaves) for name, site in observed.items())
+    sizes = {site.name: site.shape[0] for site in found}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"The visible sites differ in their leading dimension, which is the batch: {sizes}. Leave "
+            "covariates out with visible=[...], or give all sites the same number of rows."
+        )
+    return found
+
+
+def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
+    value = site.value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"Visible site '{name}' holds {kind}: a score needs floating-point data. If it is "
+            "discrete, leave it out with visible=[...] naming the continuous sites; otherwise cast it "
+            "before step()."
+        )
+    support = site.fn.support
+    if not _is_real(support):
+        kind = "discrete" if support.is_discrete else "of bounded support"
+        raise ValueError(
+            f"Visible site '{name}' ({type(site.fn).__name__}) is {kind}: {support}. Score matching "
+            "needs a density on all of R^D. Transform the data to the reals first (and add the log "
+            "Jacobian to the energy), or leave the site out with visible=[...]."
+        )
+    if value.dim() < 1:
+        raise ValueError(
+            f"Visible site '{name}' is a scalar. The leading dimension of a visible value is the batch: "
+            "pass data of shape (n, ...)."
+        )
+    shape = tuple(value.shape)
+    same = tuple(i for i, leaf in enumerate(leaves) if _is_same(leaf, value))
+    if same:
+        return VisibleSite(name, same, None, 0, shape)
+    for frame in site.frames:
+        axis = frame.dim - site.fn.event_dim
+        if frame.name not in site.subsamples:
+            continue
+        picked = site.subsamples[frame.name]
+        rows = tuple(
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+            and leaf.dtype == value.dtype
+            and leaf.dim() >= -axis
+            and leaf.shape[axis] == frame.full_size
+            and torch.equal(leaf.index_select(axis, picked), value)
+        )
+        if rows:
+            return VisibleSite(name, rows, frame.name, axis, shape)
+    raise ValueError(
+        f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments "
+        "of step(), nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "
+        "both the model and the guide must see it perturbed, so it has to come in as an argument "
+        "(found again as the same tensor): do casts, reshapes and indexing before step(), and do not "
+        "close over the data."
+    )
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)
+
+
+def _is_same(leaf: Any, value: Tensor) -> bool:
+    """Whether a leaf is the value: the same tensor, or a view that shows the same memory the same way."""
+    return leaf is value or (
+        isinstance(leaf, Tensor)
+        and leaf.dtype == value.dtype
+        and leaf.shape == value.shape
+        and leaf.stride() == value.stride()
+        and leaf.data_ptr() == value.data_ptr()
+        and leaf.numel() > 0
+    )
+
+
+def require_finite(leaves: Sequence[Any], spec: Any) -> None:
+    """:raises ValueError: naming the argument and the place of its first NaN or infinity."""
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        if not torch.isfinite(leaf).all():
+            bad = ~torch.isfinite(leaf)
+            place = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(
+                f"Argument {_name(i, leaves, spec)} has {int(bad.sum())} NaN or infinite values, the first "
+                f"at index {place}. Nothing was updated. Remove or impute them before step()."
+            )
+
+
+def _name(i: int, leaves: Sequence[Any], spec: Any) -> str:
+    marked = pytree.tree_unflatten([j == i for j in range(len(leaves))], spec)
+    paths = [pytree.keystr(path) for path, mark in pytree.tree_flatten_with_path(marked)[0] if mark]
+    path = paths[0]
+    return f"args{path[3:]}" if path.startswith("[0]") else f"kwargs{path[3:]}"
