@@ -1,7 +1,6 @@
 """Bi-level score matching for Pyro: learn energy-based latent-variable models by swapping SVI for BiSM."""
 
 from .bism import BiSM, BiSMInfo
-from .diagnostics import to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence
 from .hypergradients import Detached, Unrolled
@@ -26,5 +25,4 @@ __all__ = [
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
-    "to_arviz",
 ]

@@ -175,7 +175,7 @@ class BiSM:
             "buffers": [b.clone() for b in self._buffers()],
             "optim": copy.deepcopy(self.optim.get_state()),
             "inner_optim": copy.deepcopy(self.inner_optim.get_state()),
-            "rng": pyro.get_rng_state(),
+            "rng": pyro.util.get_rng_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ class BiSM:
                     obj.load_state_dict(values["scheduler"])
                 else:
                     obj.load_state_dict(values)
-        pyro.set_rng_state(state["rng"])
+        pyro.util.set_rng_state(state["rng"])
 
 
 def _same_settings(optim: PyroOptim) -> PyroOptim:

@@ -245,7 +245,9 @@ class Pair:
                 f"{list(self.enumerated)}; at most {MAX_CONFIGURATIONS} are taken. Use average='score', "
                 "which is exact and needs no joint enumeration."
             )
-        for choice in torch.cartesian_prod(*[torch.arange(m) for m in flat]).reshape(total, len(flat)):
+        for choice in torch.cartesian_prod(*[torch.arange(m) for m in flat]).reshape(
+            total, len(flat)
+        ):
             given, start = {}, 0
             for name, support, count in zip(self.enumerated, supports, counts, strict=True):
                 site = run.sites[name]
@@ -264,14 +266,19 @@ class Pair:
         if guide:
             with record(draw.values) as run:
                 self.guide(*args, **kwargs)
-            total = total - sum(expectation(s, draw) for s in run.sites.values() if not s.is_observed)
+            total = total - sum(
+                expectation(s, draw) for s in run.sites.values() if not s.is_observed
+            )
         return total
 
-    def score(self, batch: visible.Batch, draws: Sequence[Draw], loss: OuterLoss) -> Callable[[Tensor], Tensor]:
+    def score(
+        self, batch: visible.Batch, draws: Sequence[Draw], loss: OuterLoss
+    ) -> Callable[[Tensor], Tensor]:
         """The score function at given draws of h, averaged over them; differentiable in v, θ and φ."""
-        # E_q[∇_v log q] = 0 exactly where all of h is summed out, and so it is for every φ; only
-        # the derivative of the score in v still needs that term.
-        guide = bool(self.sampled) or loss.differentiates_score
+        # E_q[∇_v log q] = 0 exactly where all of h is summed out into the score, and so it is for
+        # every φ; only the derivative of the score in v still needs that term.
+        drawn = bool(self.sampled) or any(draw.weight is not None for draw in draws)
+        guide = drawn or loss.differentiates_score
 
         def score(v: Tensor) -> Tensor:
             if not v.requires_grad:
@@ -379,7 +386,9 @@ def analyse(
     params.reject_shared(theta, phi)
     _check_registered(ran, {**theta, **phi})
     if not theta:
-        raise ValueError("The model has no parameter to train: no pyro.param, pyro.module or PyroModule.")
+        raise ValueError(
+            "The model has no parameter to train: no pyro.param, pyro.module or PyroModule."
+        )
     enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
     sampled = tuple(
         name for name, s in latents.items() if name not in enumerated and not s.is_delta
@@ -470,7 +479,9 @@ def _check_guide(
     for name, site in latents.items():
         fn, base = site.fn, base_of(site.fn)
         if site.infer.get("enumerate") == "sequential":
-            raise ValueError(f"Guide site '{name}': enumerate='sequential' is not supported; use 'parallel'.")
+            raise ValueError(
+                f"Guide site '{name}': enumerate='sequential' is not supported; use 'parallel'."
+            )
         if name in enumerated:
             try:
                 fn.enumerate_support(expand=False)

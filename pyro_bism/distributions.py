@@ -84,7 +84,9 @@ class ConcreteOneHot(TorchDistribution):
 
     def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args=None):
         if logits.dim() < 1:
-            raise ValueError("ConcreteOneHot: logits need a last dimension that runs over the classes.")
+            raise ValueError(
+                "ConcreteOneHot: logits need a last dimension that runs over the classes."
+            )
         batch_shape = logits.shape[:-1]
         temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
         batch_shape = torch.broadcast_shapes(batch_shape, temperature.shape)
@@ -125,18 +127,14 @@ class ConcreteOneHot(TorchDistribution):
 
 def base_of(fn: TorchDistribution) -> TorchDistribution:
     """The distribution under ``Independent``, ``mask`` and ``expand``."""
-    while isinstance(
-        fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution
-    ):
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
     return fn
 
 
 def is_flat(fn: TorchDistribution) -> bool:
     """Whether the site is declared by ``.mask(False)`` and adds no density."""
-    while isinstance(
-        fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution
-    ):
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         if isinstance(fn, dist.MaskedDistribution) and fn._mask is False:
             return True
         fn = fn.base_dist

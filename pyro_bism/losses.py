@@ -160,7 +160,9 @@ class SlicedScoreMatching:
     def draw(self, v: Tensor) -> Noise:
         w = torch.randn((self.num_projections, *v.shape), dtype=v.dtype, device=v.device)
         # the sign of a Gaussian is a Rademacher draw
-        return Noise(projections=torch.where(w < 0, -1.0, 1.0).to(v) if self.noise == "rademacher" else w)
+        return Noise(
+            projections=torch.where(w < 0, -1.0, 1.0).to(v) if self.noise == "rademacher" else w
+        )
 
     def perturb(self, v: Tensor, noise: Noise) -> Tensor:
         return v

@@ -77,7 +77,11 @@ def _differentiable(optim: PyroOptim, leaf: Tensor):
     clip = optim._get_grad_clip_args(leaf) or {}
     group = {k: v for k, v in kept.param_groups[0].items() if k != "params"}
     state = dict(kept.state.get(leaf, {}))
-    step = _ClippedAdamStep(group, state) if isinstance(kept, ClippedAdam) else _TorchStep(kept, group, state)
+    step = (
+        _ClippedAdamStep(group, state)
+        if isinstance(kept, ClippedAdam)
+        else _TorchStep(kept, group, state)
+    )
 
     def clipped(value: Tensor, gradient: Tensor) -> Tensor:
         return step(value, _clip(gradient, **clip))
@@ -85,7 +89,9 @@ def _differentiable(optim: PyroOptim, leaf: Tensor):
     return clipped
 
 
-def _clip(gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None) -> Tensor:
+def _clip(
+    gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None
+) -> Tensor:
     """``clip_grad_norm_`` and ``clip_grad_value_``, out of place, as ``PyroOptim`` applies them."""
     if clip_norm is not None:
         gradient = gradient * (clip_norm / (gradient.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
@@ -100,8 +106,13 @@ class _TorchStep:
         group = {**group, "differentiable": True}
         group |= {key: False for key in ("foreach", "fused", "capturable") if key in group}
         self.group, self.state = group, state
-        self.optim = object.__new__(type(kept))  # its settings come from the group, not from a constructor
-        self.optim.__dict__.update({**kept.__dict__, "param_groups": [], "state": {}})
+        self.optim = object.__new__(
+            type(kept)
+        )  # its settings come from the group, not from a constructor
+        # torch asks the defaults, not the group, whether to keep the step's graph
+        self.optim.__dict__.update({**kept.__dict__, "defaults": {**kept.defaults, **group}})
+        # a scheduler hangs a counting step() on its optimiser, bound to the kept one
+        self.optim.__dict__.pop("step", None)
 
     def __call__(self, value: Tensor, gradient: Tensor) -> Tensor:
         fast = value.clone()  # the step works in place

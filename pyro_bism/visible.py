@@ -59,7 +59,9 @@ class Batch:
                 if site.plate is None:
                     leaves[i] = value
                 else:
-                    leaves[i] = torch.index_copy(leaves[i], site.axis, self.indices[site.plate], value)
+                    leaves[i] = torch.index_copy(
+                        leaves[i], site.axis, self.indices[site.plate], value
+                    )
         return pytree.tree_unflatten(leaves, self.spec)
 
 

@@ -1,0 +1,62 @@
+"""A small Gaussian RBM in ``numpyro_bism``: the loss falls and ArviZ reads the posterior."""
+
+import sys
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+
+from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, to_arviz
+
+VISIBLE, HIDDEN = 2, 4
+
+
+def weights(key):
+    return 0.1 * jax.random.normal(key, (VISIBLE, HIDDEN))
+
+
+def model(x):
+    W = numpyro.param("W", weights)
+    b = numpyro.param("b", jnp.zeros(VISIBLE))
+    c = numpyro.param("c", jnp.zeros(HIDDEN))
+    log_s = numpyro.param("log_s", jnp.zeros(VISIBLE))
+    with numpyro.plate("data", len(x)):
+        flat = dist.Normal(0.0, 1.0).expand([VISIBLE]).to_event(1).mask(False)
+        v = numpyro.sample("v", flat, obs=x)
+        h = numpyro.sample("h", dist.Bernoulli(0.5).expand([HIDDEN]).to_event(1).mask(False))
+        quadratic = 0.5 * jnp.square((v - b) * jnp.exp(-log_s)).sum(-1)
+        numpyro.factor("energy", ((v @ W + c) * h).sum(-1) - quadratic)
+
+
+def guide(x):
+    W = numpyro.param("guide_W", weights)
+    c = numpyro.param("guide_c", jnp.zeros(HIDDEN))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("h", ConcreteBernoulli(0.5, x @ W + c).to_event(1))
+
+
+# Two clusters, narrower than the unit Gaussian that the model starts as.
+rng = np.random.default_rng(0)
+x = jnp.asarray(0.3 * rng.choice([-1.0, 1.0], (500, 1)) + 0.2 * rng.normal(size=(500, VISIBLE)))
+
+# eps_root: Adam's square root has no derivative at a gradient of exactly zero.
+bism = BiSM(model, guide, optax.adam(1e-2, eps_root=1e-8), loss=DenoisingScoreMatching(sigma=0.3))
+result = bism.run(jax.random.key(0), 400, x, progress_bar=False)
+losses = np.asarray(result.losses)
+first, last = losses[:20].mean(), losses[-100:].mean()
+print(f"numpyro {numpyro.__version__}: loss {first:.3f} -> {last:.3f}")
+assert last < 0.85 * first, "the loss did not fall"
+assert set(result.params) >= {"W", "b", "c", "log_s", "guide_W", "guide_c"}, set(result.params)
+
+data = to_arviz(bism, result.state, x[:10], rng_key=jax.random.key(1), num_draws=200)
+assert data["posterior"]["h"].dims[:3] == ("chain", "draw", "obs"), data["posterior"]["h"].dims
+assert np.isfinite(data["sample_stats"]["log_weight"].values).all()
+summary = az.summary(data, var_names=["h"])
+print(f"ArviZ {az.__version__}:", summary.head(3), sep="\n")
+assert len(summary) == 10 * HIDDEN
+if sys.version_info >= (3, 12):
+    assert int(az.__version__.split(".")[0]) >= 1, az.__version__
