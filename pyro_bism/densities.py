@@ -1,6 +1,6 @@
 """Log densities of a (model, guide) pair on a batch, and the score function they give.
 
-For one draw h ~ q(h|v) the outer losses need (Bao et al. 2020, equation 8)
+For one draw h ~ q(h|v) the outer losses need (Bao et al. 2020)
 
     s(v) = ∇_v [log p̃(v, h; θ) - log q(h|v; φ)],
 

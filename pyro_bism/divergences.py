@@ -21,7 +21,7 @@ class FisherDivergence:
 
     .. math:: \tfrac12\, E_{q(h|v)} \|\nabla_h \log q(h|v; φ) - \nabla_h \log \tilde p(v, h; θ)\|^2
 
-    Bao et al. 2020, equation 6; it needs no normaliser. h is drawn with reparameterisation; latent
+    Bao et al. 2020. It needs no normaliser. h is drawn with reparameterisation; latent
     sites must be continuous (relaxed ones are). With an autoguide the gradients are taken in its
     unconstrained space.
 

@@ -59,7 +59,7 @@ class Detached:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Differentiates through N steps of the inner optimiser (Bao et al. 2020, Algorithm 1 and equation 13).
+    """Differentiates through N steps of the inner optimiser (Bao et al. 2020, Algorithm 1).
 
     From the fitted φ⁰ = φ: φⁿ⁺¹ = φⁿ - step(∇_φ G(θ, φⁿ)), each step with fresh noise; the gradient is that of
     θ ↦ J(θ, φᴺ(θ)). The N steps are then thrown away. ``Unrolled(0)`` is ``Detached()``.

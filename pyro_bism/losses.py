@@ -46,7 +46,7 @@ def exact(score: Score, v: Tensor) -> Tensor:
 def sliced(score: Score, v: Tensor, projections: Tensor) -> Tensor:
     r""":math:`\tfrac12 \|s(v)\|^2 + \frac1M \sum_m w_m^\top \nabla s(v)\, w_m`, projections of shape (M, n, D).
 
-    The variance-reduced form (Song, Garg, Shi, Ermon 2019, arXiv:1905.07088, equation 8): the squared
+    The variance-reduced form (Song, Garg, Shi, Ermon 2019, arXiv:1905.07088): the squared
     norm is taken exactly, since E[w wᵀ] = I for Gaussian and Rademacher projections.
     """
     v = v.detach().requires_grad_()
@@ -59,7 +59,7 @@ def sliced(score: Score, v: Tensor, projections: Tensor) -> Tensor:
 
 
 def denoising(score: Score, v: Tensor, noise: Tensor, *, sigma: float) -> Tensor:
-    r""":math:`\tfrac12 \|s(v + \sigma \epsilon) + \epsilon / \sigma\|^2` (Vincent 2011, equation 11).
+    r""":math:`\tfrac12 \|s(v + \sigma \epsilon) + \epsilon / \sigma\|^2` (Vincent 2011).
 
     Minimised by the score of the data convolved with N(0, σ² I).
     """
@@ -72,7 +72,7 @@ def multiscale_denoising(
 ) -> Tensor:
     r""":math:`\tfrac12 \|s(v + \sigma \epsilon) / \sigma + \epsilon / \sigma_0^2\|^2`, σ of shape (n, 1).
 
-    Li, Chen, Sommer 2019 (arXiv:1910.07762), equation 7 with weight 1/σ²: one energy, scored against a
+    Li, Chen, Sommer 2019 (arXiv:1910.07762), with weight 1/σ²: one energy, scored against a
     Gaussian of fixed scale σ₀ at all noise levels. With σ = σ₀ throughout it is ``denoising`` / σ₀².
     """
     residual = score(v + sigma * noise) / sigma + noise / sigma0**2
@@ -108,7 +108,7 @@ class ScoreMatching:
     """Exact score matching, see :func:`exact`.
 
     :param num_particles: draws of h a datapoint.
-    :param average: ``"loss"`` averages the loss over the draws, as the BiSM paper does (its equation 8);
+    :param average: ``"loss"`` averages the loss over the draws, as the BiSM paper does;
         ``"score"`` averages the score first, as VaGES does (Bao et al. 2021, arXiv:2010.08258), which takes
         away the bias that a guide blind to v has under ``"loss"``.
     """
