@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python=${PYTHON:-python3}
-export OMP_NUM_THREADS=1 # steps as small as these lose more to threads than they gain
+export OMP_NUM_THREADS=1 # steps this small gain nothing from threads
 passed=0
 failed=0
 
