@@ -1,5 +1,6 @@
-"""Bi-level score matching for NumPyro. So far the outer losses only."""
+"""Bi-level score matching for NumPyro. So far the outer losses and hypergradients only."""
 
+from .hypergradients import Detached, Unrolled
 from .losses import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
@@ -11,7 +12,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DenoisingScoreMatching",
+    "Detached",
     "MultiscaleDenoisingScoreMatching",
     "ScoreMatching",
     "SlicedScoreMatching",
+    "Unrolled",
 ]
