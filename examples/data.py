@@ -88,9 +88,7 @@ def frey_faces(path: str | os.PathLike | None = None) -> Split:
         with np.load(file) as archive:
             x = archive["x"]
     if x.size != 1965 * 560:
-        raise ValueError(
-            f"{file} should hold 1,965 images of 28 x 20, found an array of shape {x.shape}."
-        )
+        raise ValueError(f"{file} should hold 1,965 images of 28 x 20, found an array of shape {x.shape}.")
     x = x.reshape(1965, 560).astype(np.float32) / 255
     return Split(x[:1400], x[1700:], (28, 20))
 

@@ -37,9 +37,7 @@ def exact(score: Score, v: Array) -> Array:
     s, jvp = jax.linearize(score, v)
     rows = jnp.eye(v.shape[1], dtype=v.dtype)
     # the i-th product moves coordinate i of every example at once
-    diagonal = jax.vmap(lambda e, i: jvp(jnp.broadcast_to(e, v.shape))[:, i])(
-        rows, jnp.arange(v.shape[1])
-    )
+    diagonal = jax.vmap(lambda e, i: jvp(jnp.broadcast_to(e, v.shape))[:, i])(rows, jnp.arange(v.shape[1]))
     return 0.5 * jnp.square(s).sum(-1) + diagonal.sum(0)
 
 
@@ -63,9 +61,7 @@ def denoising(score: Score, v: Array, noise: Array, *, sigma: float) -> Array:
     return 0.5 * jnp.square(residual).sum(-1)
 
 
-def multiscale_denoising(
-    score: Score, v: Array, noise: Array, sigma: Array, *, sigma0: float
-) -> Array:
+def multiscale_denoising(score: Score, v: Array, noise: Array, sigma: Array, *, sigma0: float) -> Array:
     r""":math:`\tfrac12 \|s(v + \sigma \epsilon) / \sigma + \epsilon / \sigma_0^2\|^2`, σ of shape (n, 1).
 
     Li, Chen, Sommer 2019 (arXiv:1910.07762), with weight 1/σ²: one energy, scored against a
@@ -190,6 +186,7 @@ class DenoisingScoreMatching:
         return Noise(epsilon=jax.random.normal(rng_key, v.shape, v.dtype))
 
     def perturb(self, v: Array, noise: Noise) -> Array:
+        assert noise.epsilon is not None
         return v + self.sigma * noise.epsilon
 
     def __call__(self, score: Score, v: Array, noise: Noise) -> Array:
@@ -241,6 +238,7 @@ class MultiscaleDenoisingScoreMatching:
         return Noise(epsilon=epsilon, sigma=sigma)
 
     def perturb(self, v: Array, noise: Noise) -> Array:
+        assert noise.epsilon is not None and noise.sigma is not None
         return v + noise.sigma * noise.epsilon
 
     def __call__(self, score: Score, v: Array, noise: Noise) -> Array:
@@ -248,6 +246,4 @@ class MultiscaleDenoisingScoreMatching:
         return multiscale_denoising(score, v, noise.epsilon, noise.sigma, sigma0=self.sigma0)
 
 
-OuterLoss = (
-    ScoreMatching | SlicedScoreMatching | DenoisingScoreMatching | MultiscaleDenoisingScoreMatching
-)
+OuterLoss = ScoreMatching | SlicedScoreMatching | DenoisingScoreMatching | MultiscaleDenoisingScoreMatching

@@ -14,9 +14,9 @@ def differentiable_update(optim: Any, gradient: Any, state: Any, value: Array) -
     Adam divides by √(mean g²): at a gradient of exactly 0 its derivative would be 0·∞ = NaN.
     """
     flat, tree = jax.tree.flatten((gradient, state, value))
-    jaxpr, shape = jax.make_jaxpr(
-        lambda *leaves: _update(optim, *jax.tree.unflatten(tree, leaves)), return_shape=True
-    )(*flat)
+    jaxpr, shape = jax.make_jaxpr(lambda *leaves: _update(optim, *jax.tree.unflatten(tree, leaves)), return_shape=True)(
+        *flat
+    )
     out = _evaluate(jaxpr.jaxpr, jaxpr.consts, flat)
     return jax.tree.unflatten(jax.tree.structure(shape), out)
 
@@ -27,9 +27,7 @@ def _update(optim, gradient, state, value):
 
 def _root(x: Array) -> Array:
     positive = x > 0
-    return jnp.where(
-        positive, jnp.sqrt(jnp.where(positive, x, 1.0)), jnp.where(x < 0, jnp.nan, 0.0)
-    )
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), jnp.where(x < 0, jnp.nan, 0.0))
 
 
 def _bind(eqn: Any, inputs: Any) -> Any:

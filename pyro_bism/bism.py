@@ -216,9 +216,7 @@ class BiSM:
         pair = self._pairs.get(key)
         if pair is None:
             unrolls = getattr(self.hypergradient, "differentiates_inner", True)
-            pair = densities.analyse(
-                self.model, self.guide, leaves, spec, self.visible, self.loss, unrolls
-            )
+            pair = densities.analyse(self.model, self.guide, leaves, spec, self.visible, self.loss, unrolls)
             divergences.check(self.inner_loss, pair)
             phi = list(pair.phi.values())
             settle(self.optim, list(pair.theta.values()))
@@ -288,9 +286,7 @@ def _signature(leaf: Any) -> Any:
 
 def _modes(*programs: Any) -> tuple[bool, ...]:
     """Training or evaluation mode of every module: a change may change what runs."""
-    return tuple(
-        m.training for p in programs if isinstance(p, torch.nn.Module) for m in p.modules()
-    )
+    return tuple(m.training for p in programs if isinstance(p, torch.nn.Module) for m in p.modules())
 
 
 class _Buffers:

@@ -195,7 +195,8 @@ class Pair:
         args, kwargs = batch.arguments(v.detach())  # h must carry no path to v
         with record({**batch.indices, **(given or {})}, enumerate_from=self.num_plate_dims) as run:
             self.guide(*args, **kwargs)
-        values, probs = {}, []
+        values: dict[str, Tensor] = {}
+        probs: list[tuple[str, Tensor, int]] = []
         for name, site in run.sites.items():
             if site.is_observed:
                 continue
@@ -245,9 +246,7 @@ class Pair:
                 f"{list(self.enumerated)}; at most {MAX_CONFIGURATIONS} are taken. Use average='score', "
                 "which is exact and needs no joint enumeration."
             )
-        for choice in torch.cartesian_prod(*[torch.arange(m) for m in flat]).reshape(
-            total, len(flat)
-        ):
+        for choice in torch.cartesian_prod(*[torch.arange(m) for m in flat]).reshape(total, len(flat)):
             given, start = {}, 0
             for name, support, count in zip(self.enumerated, supports, counts, strict=True):
                 site = run.sites[name]
@@ -266,14 +265,10 @@ class Pair:
         if guide:
             with record(draw.values) as run:
                 self.guide(*args, **kwargs)
-            total = total - sum(
-                expectation(s, draw) for s in run.sites.values() if not s.is_observed
-            )
+            total = total - sum(expectation(s, draw) for s in run.sites.values() if not s.is_observed)
         return total
 
-    def score(
-        self, batch: visible.Batch, draws: Sequence[Draw], loss: OuterLoss
-    ) -> Callable[[Tensor], Tensor]:
+    def score(self, batch: visible.Batch, draws: Sequence[Draw], loss: OuterLoss) -> Callable[[Tensor], Tensor]:
         """The score function at given draws of h, averaged over them; differentiable in v, θ and φ."""
         # E_q[∇_v log q] = 0 exactly where all of h is summed out into the score, and so it is for
         # every φ; only the derivative of the score in v still needs that term.
@@ -365,9 +360,7 @@ def analyse(
                 guide(*args, **kwargs)
             latents = {name: s for name, s in q.sites.items() if not s.is_observed}
             soft = frozenset(
-                name
-                for name, s in latents.items()
-                if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
+                name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
             )
             # rows first: the model has to pick the guide's
             values = {name: s.value for name, s in latents.items()}
@@ -386,13 +379,9 @@ def analyse(
     params.reject_shared(theta, phi)
     _check_registered(ran, {**theta, **phi})
     if not theta:
-        raise ValueError(
-            "The model has no parameter to train: no pyro.param, pyro.module or PyroModule."
-        )
+        raise ValueError("The model has no parameter to train: no pyro.param, pyro.module or PyroModule.")
     enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
-    sampled = tuple(
-        name for name, s in latents.items() if name not in enumerated and not s.is_delta
-    )
+    sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)
     _check_guide(latents, enumerated, phi, differentiates_guide)
     dims = [len(s.fn.batch_shape) for s in (*p.sites.values(), *q.sites.values())]
     dims += [-f.dim for s in (*p.sites.values(), *q.sites.values()) for f in s.frames]
@@ -423,7 +412,7 @@ class _Resample:
         self.device = next(s for s in sites.values()).subsamples[name].device
 
     def __call__(self) -> Tensor:
-        return _Subsample(self.full_size, self.size, device=self.device).sample()
+        return _Subsample(self.full_size, self.size, device=self.device).sample()  # type: ignore[arg-type]
 
 
 def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSite]) -> int:
@@ -479,9 +468,7 @@ def _check_guide(
     for name, site in latents.items():
         fn, base = site.fn, base_of(site.fn)
         if site.infer.get("enumerate") == "sequential":
-            raise ValueError(
-                f"Guide site '{name}': enumerate='sequential' is not supported; use 'parallel'."
-            )
+            raise ValueError(f"Guide site '{name}': enumerate='sequential' is not supported; use 'parallel'.")
         if name in enumerated:
             try:
                 fn.enumerate_support(expand=False)

@@ -16,8 +16,8 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.distributions.utils import broadcast_all, clamp_probs
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 __all__ = ["ConcreteBernoulli", "ConcreteOneHot"]
 
@@ -84,9 +84,7 @@ class ConcreteOneHot(TorchDistribution):
 
     def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args=None):
         if logits.dim() < 1:
-            raise ValueError(
-                "ConcreteOneHot: logits need a last dimension that runs over the classes."
-            )
+            raise ValueError("ConcreteOneHot: logits need a last dimension that runs over the classes.")
         batch_shape = logits.shape[:-1]
         temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
         batch_shape = torch.broadcast_shapes(batch_shape, temperature.shape)

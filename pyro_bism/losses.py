@@ -67,9 +67,7 @@ def denoising(score: Score, v: Tensor, noise: Tensor, *, sigma: float) -> Tensor
     return 0.5 * residual.square().sum(-1)
 
 
-def multiscale_denoising(
-    score: Score, v: Tensor, noise: Tensor, sigma: Tensor, *, sigma0: float
-) -> Tensor:
+def multiscale_denoising(score: Score, v: Tensor, noise: Tensor, sigma: Tensor, *, sigma0: float) -> Tensor:
     r""":math:`\tfrac12 \|s(v + \sigma \epsilon) / \sigma + \epsilon / \sigma_0^2\|^2`, σ of shape (n, 1).
 
     Li, Chen, Sommer 2019 (arXiv:1910.07762), with weight 1/σ²: one energy, scored against a
@@ -160,9 +158,7 @@ class SlicedScoreMatching:
     def draw(self, v: Tensor) -> Noise:
         w = torch.randn((self.num_projections, *v.shape), dtype=v.dtype, device=v.device)
         # the sign of a Gaussian is a Rademacher draw
-        return Noise(
-            projections=torch.where(w < 0, -1.0, 1.0).to(v) if self.noise == "rademacher" else w
-        )
+        return Noise(projections=torch.where(w < 0, -1.0, 1.0).to(v) if self.noise == "rademacher" else w)
 
     def perturb(self, v: Tensor, noise: Noise) -> Tensor:
         return v
@@ -196,6 +192,7 @@ class DenoisingScoreMatching:
         return Noise(epsilon=torch.randn_like(v))
 
     def perturb(self, v: Tensor, noise: Noise) -> Tensor:
+        assert noise.epsilon is not None
         return v + self.sigma * noise.epsilon
 
     def __call__(self, score: Score, v: Tensor, noise: Noise) -> Tensor:
@@ -246,6 +243,7 @@ class MultiscaleDenoisingScoreMatching:
         return Noise(epsilon=epsilon, sigma=sigma)
 
     def perturb(self, v: Tensor, noise: Noise) -> Tensor:
+        assert noise.epsilon is not None and noise.sigma is not None
         return v + noise.sigma * noise.epsilon
 
     def __call__(self, score: Score, v: Tensor, noise: Noise) -> Tensor:
@@ -253,6 +251,4 @@ class MultiscaleDenoisingScoreMatching:
         return multiscale_denoising(score, v, noise.epsilon, noise.sigma, sigma0=self.sigma0)
 
 
-OuterLoss = (
-    ScoreMatching | SlicedScoreMatching | DenoisingScoreMatching | MultiscaleDenoisingScoreMatching
-)
+OuterLoss = ScoreMatching | SlicedScoreMatching | DenoisingScoreMatching | MultiscaleDenoisingScoreMatching

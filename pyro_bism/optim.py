@@ -74,14 +74,10 @@ class DifferentiableOptim:
 
 def _differentiable(optim: PyroOptim, leaf: Tensor):
     kept = torch_optimizer(optim, leaf)
-    clip = optim._get_grad_clip_args(leaf) or {}
+    clip = optim._get_grad_clip_args(leaf) or {}  # type: ignore[arg-type]
     group = {k: v for k, v in kept.param_groups[0].items() if k != "params"}
     state = dict(kept.state.get(leaf, {}))
-    step = (
-        _ClippedAdamStep(group, state)
-        if isinstance(kept, ClippedAdam)
-        else _TorchStep(kept, group, state)
-    )
+    step = _ClippedAdamStep(group, state) if isinstance(kept, ClippedAdam) else _TorchStep(kept, group, state)
 
     def clipped(value: Tensor, gradient: Tensor) -> Tensor:
         return step(value, _clip(gradient, **clip))
@@ -89,9 +85,7 @@ def _differentiable(optim: PyroOptim, leaf: Tensor):
     return clipped
 
 
-def _clip(
-    gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None
-) -> Tensor:
+def _clip(gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None) -> Tensor:
     """``clip_grad_norm_`` and ``clip_grad_value_``, out of place, as ``PyroOptim`` applies them."""
     if clip_norm is not None:
         gradient = gradient * (clip_norm / (gradient.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
@@ -106,9 +100,7 @@ class _TorchStep:
         group = {**group, "differentiable": True}
         group |= {key: False for key in ("foreach", "fused", "capturable") if key in group}
         self.group, self.state = group, state
-        self.optim = object.__new__(
-            type(kept)
-        )  # its settings come from the group, not from a constructor
+        self.optim = object.__new__(type(kept))  # its settings come from the group, not from a constructor
         # torch asks the defaults, not the group, whether to keep the step's graph
         self.optim.__dict__.update({**kept.__dict__, "defaults": {**kept.defaults, **group}})
         # a scheduler hangs a counting step() on its optimiser, bound to the kept one
@@ -124,7 +116,7 @@ class _TorchStep:
             # SGD detaches its first buffer from the graph. A buffer of zeros, undamped, is the same step.
             state["momentum_buffer"] = torch.zeros_like(fast)
             group["dampening"] = 0.0
-        self.optim.param_groups, self.optim.state = [group], {fast: state}
+        self.optim.param_groups, self.optim.state = [group], {fast: state}  # type: ignore[assignment]
         self.optim.step()
         self.state = self.optim.state[fast]
         fast.grad = None

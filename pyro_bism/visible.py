@@ -59,15 +59,11 @@ class Batch:
                 if site.plate is None:
                     leaves[i] = value
                 else:
-                    leaves[i] = torch.index_copy(
-                        leaves[i], site.axis, self.indices[site.plate], value
-                    )
+                    leaves[i] = torch.index_copy(leaves[i], site.axis, self.indices[site.plate], value)
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def batch(
-    sites: tuple[VisibleSite, ...], indices: Mapping[str, Tensor], leaves: Sequence[Any], spec: Any
-) -> Batch:
+def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Tensor], leaves: Sequence[Any], spec: Any) -> Batch:
     """Read the visible values out of the arguments' leaves."""
     columns = []
     for site in sites:

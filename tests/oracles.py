@@ -72,9 +72,7 @@ class GaussianGuide(NamedTuple):
     def log_prob(self, h: Array, v: Array) -> Array:
         """log q(h|v), shape (n,)."""
         e = h - self.mean(v)
-        return -0.5 * (
-            np.einsum("ni,ij,nj->n", e, inv(self.S), e) + _logdet(self.S) + len(self.m) * LOG_2PI
-        )
+        return -0.5 * (np.einsum("ni,ij,nj->n", e, inv(self.S), e) + _logdet(self.S) + len(self.m) * LOG_2PI)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +140,7 @@ class LinearGaussian:
     def log_normalizer(self) -> float:
         """log Z = log ∫ exp(-E) dv dh = ½ (d + k) log 2π - ½ log det P + ½ [b; c]ᵀ P⁻¹ [b; c]."""
         linear = np.concatenate([self.b, self.c])
-        return 0.5 * (
-            len(linear) * LOG_2PI - _logdet(self.joint_precision) + linear @ self.joint_mean
-        )
+        return 0.5 * (len(linear) * LOG_2PI - _logdet(self.joint_precision) + linear @ self.joint_mean)
 
     # The marginal p(v) and the posterior p(h|v)
 
@@ -283,13 +279,9 @@ class LinearGaussian:
         else:
             power = np.diag(self.B @ self.B) ** -1.5
             dS = np.diag(-np.diag(self.B @ change.B) * power)
-        return GaussianGuide(
-            cov @ (change.W.T - change.B @ fitted.M), cov @ (change.c - change.B @ fitted.m), dS
-        )
+        return GaussianGuide(cov @ (change.W.T - change.B @ fitted.M), cov @ (change.c - change.B @ fitted.m), dS)
 
-    def pull_back(
-        self, cotangent: GaussianGuide, divergence: str = "kl", diagonal: bool = False
-    ) -> "LinearGaussian":
+    def pull_back(self, cotangent: GaussianGuide, divergence: str = "kl", diagonal: bool = False) -> "LinearGaussian":
         """(dφ*/dθ)ᵀ applied to a gradient in φ = (M, m, S): the adjoint of the tangent above."""
         fitted = self.optimal_guide(divergence, diagonal)
         cov = inv(self.B)
@@ -331,16 +323,11 @@ class LinearGaussian:
         """
         precision, offset = self.precision, self.linear - self.precision @ moments.mean
         spread = np.eye(len(self.b)) / sigma - sigma * precision
-        return float(
-            0.5 * (offset @ offset + np.trace(precision @ moments.cov @ precision))
-            + 0.5 * (spread**2).sum()
-        )
+        return float(0.5 * (offset @ offset + np.trace(precision @ moments.cov @ precision)) + 0.5 * (spread**2).sum())
 
     def expected_dsm_gradient(self, moments: Moments, sigma: float) -> "LinearGaussian":
         """Its gradient in θ: dJ/dη = η - Λμ, dJ/dΛ = Λ(C + μμᵀ + σ²I) - ημᵀ - I."""
-        return self._from_marginal(
-            *_dsm_gradient_of_affine(self.precision, self.linear, moments, sigma)
-        )
+        return self._from_marginal(*_dsm_gradient_of_affine(self.precision, self.linear, moments, sigma))
 
     def sm_loss(self, v: Array) -> Array:
         """½ ‖score‖² + tr ∇_v score = ½ ‖η - Λv‖² - tr Λ, shape (n,)   (Hyvärinen 2005)."""
@@ -425,9 +412,7 @@ class LinearGaussian:
 
         With a full covariance this is the exact gradient, :meth:`expected_dsm_gradient`.
         """
-        direct, phi = self.bilevel_gradients(
-            self.optimal_guide(divergence, diagonal), moments, sigma
-        )
+        direct, phi = self.bilevel_gradients(self.optimal_guide(divergence, diagonal), moments, sigma)
         through = self.pull_back(phi, divergence, diagonal)
         fields = [f.name for f in dataclasses.fields(self)]
         return LinearGaussian(**{f: getattr(direct, f) + getattr(through, f) for f in fields})
@@ -465,11 +450,7 @@ class GaussianBernoulliRBM:
 
     def energy(self, v: Array, h: Array) -> Array:
         """E(v, h), shape (n,); h may be soft."""
-        return (
-            0.5 * (((v - self.b) / self.s) ** 2).sum(-1)
-            - h @ self.c
-            - np.einsum("...i,ij,...j->...", v, self.W, h)
-        )
+        return 0.5 * (((v - self.b) / self.s) ** 2).sum(-1) - h @ self.c - np.einsum("...i,ij,...j->...", v, self.W, h)
 
     def free_energy(self, v: Array) -> Array:
         """F(v) = -log Σ_h exp(-E(v, h)), shape (n,).

@@ -37,13 +37,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_losses_agree(name):
     arrays, settings = CASES[name]
-    ours = getattr(torch_losses, name)(
-        torch_score, torch.tensor(V), *map(torch.tensor, arrays), **settings
-    )
+    ours = getattr(torch_losses, name)(torch_score, torch.tensor(V), *map(torch.tensor, arrays), **settings)
     with jax.enable_x64(True):
-        theirs = getattr(jax_losses, name)(
-            jax_score, jnp.asarray(V), *map(jnp.asarray, arrays), **settings
-        )
+        theirs = getattr(jax_losses, name)(jax_score, jnp.asarray(V), *map(jnp.asarray, arrays), **settings)
         np.testing.assert_allclose(ours.detach(), theirs, rtol=1e-12)
 
 

@@ -20,9 +20,7 @@ OPTIMS = {
     "rmsprop": numpyro.optim.RMSProp(1e-2),
     "adagrad": numpyro.optim.Adagrad(1e-2),
     "optax-clipped-scheduled": optax_to_numpyro(
-        optax.chain(
-            optax.clip_by_global_norm(0.1), optax.adam(optax.exponential_decay(1e-2, 1, 0.9))
-        )
+        optax.chain(optax.clip_by_global_norm(0.1), optax.adam(optax.exponential_decay(1e-2, 1, 0.9)))
     ),
     "jax-nesterov": _NumPyroOptim(lambda *a: a, *optimizers.nesterov(1e-2, 0.9)),
 }

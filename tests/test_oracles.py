@@ -38,25 +38,15 @@ def guide(rng):
 def random_guide(rng, d, k, diagonal=False):
     x = rng.normal(size=(k, k))
     cov = x @ x.T + np.eye(k)
-    return GaussianGuide(
-        rng.normal(size=(k, d)), rng.normal(size=k), np.diag(np.diag(cov)) if diagonal else cov
-    )
+    return GaussianGuide(rng.normal(size=(k, d)), rng.normal(size=k), np.diag(np.diag(cov)) if diagonal else cov)
 
 
 def fields(x):
-    return (
-        x._asdict()
-        if isinstance(x, tuple)
-        else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-    )
+    return x._asdict() if isinstance(x, tuple) else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
 
 
 def replaced(x, name, value):
-    return (
-        x._replace(**{name: value})
-        if isinstance(x, tuple)
-        else dataclasses.replace(x, **{name: value})
-    )
+    return x._replace(**{name: value}) if isinstance(x, tuple) else dataclasses.replace(x, **{name: value})
 
 
 def finite_difference(f, x, name, step=1e-5):
@@ -171,9 +161,7 @@ def test_expected_divergences_are_means_over_data(model, guide, rng):
     v = rng.normal(size=(20, 3))
     moments = Moments.of(v)
     assert_allclose(model.expected_kl(guide, moments), model.kl(guide, v).mean(), rtol=1e-12)
-    assert_allclose(
-        model.expected_fisher(guide, moments), model.fisher(guide, v).mean(), rtol=1e-12
-    )
+    assert_allclose(model.expected_fisher(guide, moments), model.fisher(guide, v).mean(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("divergence, diagonal", COVARIANCES)
@@ -264,9 +252,7 @@ def test_dsm_on_its_own_samples_recovers_the_model(model):
 def test_score_matching_loss_and_gradient(model, rng):
     v = rng.normal(size=(20, 3))
     step = 1e-5
-    trace = sum(
-        (model.score(v + step * e) - model.score(v - step * e)) @ e / (2 * step) for e in np.eye(3)
-    )
+    trace = sum((model.score(v + step * e) - model.score(v - step * e)) @ e / (2 * step) for e in np.eye(3))
     expected = 0.5 * (model.score(v) ** 2).sum(-1) + trace
     assert_allclose(model.sm_loss(v), expected, rtol=1e-8)
     assert_gradient(lambda m: m.sm_loss(v).mean(), model, model.sm_gradient(v))
@@ -353,9 +339,7 @@ def test_rbm_normaliser_by_quadrature(rbm):
 
 def test_rbm_normaliser_by_adaptive_quadrature(rng):
     rbm = GaussianBernoulliRBM(rng.normal(size=(1, 3)), np.array([0.3]), rng.normal(size=3), 0.6)
-    z, _ = integrate.quad(
-        lambda v: np.exp(-rbm.free_energy(np.array([v]))), -12, 12, epsabs=1e-12, epsrel=1e-12
-    )
+    z, _ = integrate.quad(lambda v: np.exp(-rbm.free_energy(np.array([v]))), -12, 12, epsabs=1e-12, epsrel=1e-12)
     assert_allclose(rbm.log_normalizer, np.log(z), rtol=1e-11)
 
 

@@ -75,9 +75,7 @@ OPTIMS = {
     "nadam": pyro.optim.NAdam({"lr": 1e-2}),
     "clipped-adam": pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.9, "clip_norm": 0.05}),
     "clipped-norm": pyro.optim.Adam({"lr": 1e-2}, {"clip_norm": 0.1}),
-    "scheduled": pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "gamma": 0.5}
-    ),
+    "scheduled": pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "gamma": 0.5}),
 }
 
 
@@ -134,9 +132,7 @@ def check_hypergradient(bism, x):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_hypergradient_is_the_derivative_of_the_whole_map(loss, inner, num_steps):
     strategy = Unrolled(num_steps) if num_steps else Detached()
-    bism = BiSM(
-        model, guide, OPTIMS["adam"], LOSSES[loss], inner_loss=INNER[inner], hypergradient=strategy
-    )
+    bism = BiSM(model, guide, OPTIMS["adam"], LOSSES[loss], inner_loss=INNER[inner], hypergradient=strategy)
     check_hypergradient(bism, torch.randn(N, D))
 
 
@@ -156,9 +152,7 @@ def test_hypergradient_through_every_optimiser(optim, num_steps):
 
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_a_differentiable_step_is_the_step(optim):
-    bism = BiSM(
-        model, guide, pyro.optim.SGD({"lr": 1e-3}), LOSSES["denoising"], inner_optim=OPTIMS[optim]
-    )
+    bism = BiSM(model, guide, pyro.optim.SGD({"lr": 1e-3}), LOSSES["denoising"], inner_optim=OPTIMS[optim])
     x = torch.randn(N, D)
     bism.step(x)
     phi = list(bism.pair(x).phi.values())
@@ -225,9 +219,7 @@ def test_summed_out_score_is_the_marginal_score(loss, average):
     torch.testing.assert_close(ours, bism.loss(score, batch.v, noise).mean(), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize(
-    "loss", [ScoreMatching(), SlicedScoreMatching(), DenoisingScoreMatching(0.2)]
-)
+@pytest.mark.parametrize("loss", [ScoreMatching(), SlicedScoreMatching(), DenoisingScoreMatching(0.2)])
 def test_loss_is_minimised_at_the_truth(loss):
     """For v ~ N(0, P⁻¹) the gradient in the precision vanishes at the data's (noisy) precision."""
     generator = torch.Generator().manual_seed(1)
@@ -248,9 +240,7 @@ def test_loss_is_minimised_at_the_truth(loss):
             slope = (per_example(precision + step) - per_example(precision - step)) / 2e-4
             error = slope.std() / num**0.5
             assert abs(slope.mean()) < 5 * error
-            wrong = (
-                per_example(1.2 * precision + step) - per_example(1.2 * precision - step)
-            ) / 2e-4
+            wrong = (per_example(1.2 * precision + step) - per_example(1.2 * precision - step)) / 2e-4
             if i == j:
                 assert wrong.mean() > 5 * error
 

@@ -31,9 +31,8 @@ Contender = Callable[[int], float]
 
 def handwritten_jax(x: np.ndarray) -> Contender:
     """Bare JAX, all steps in one ``lax.scan``."""
-    import jax
-
     import handwritten_jax as by_hand
+    import jax
 
     state, key, data = by_hand.init(jax.random.key(0)), jax.random.key(1), jax.numpy.asarray(x)
 
@@ -102,9 +101,8 @@ def numpyro_program(x: np.ndarray) -> Contender:
 
 def handwritten_torch(x: np.ndarray) -> Contender:
     """Bare torch, eager autograd."""
-    import torch
-
     import handwritten_torch as by_hand
+    import torch
 
     torch.manual_seed(0)
     state, data = by_hand.init(), torch.from_numpy(x)
@@ -212,10 +210,7 @@ def measure(backends: list[str], rounds: int, packages: bool, scale: float) -> l
 
 def table(rows: list[dict]) -> str:
     """Medians, ratios, and the loss: a sign that all do the same work."""
-    lines = [
-        f"{'':28}{'ms a step':>12}{'fastest':>10}{'slowest':>10}{'ratio':>8}"
-        f"{'first s':>10}{'loss':>9}"
-    ]
+    lines = [f"{'':28}{'ms a step':>12}{'fastest':>10}{'slowest':>10}{'ratio':>8}{'first s':>10}{'loss':>9}"]
     for row in rows:
         ms = [1e3 * t for t in row["times"]]
         base = row["base"] or row
@@ -234,9 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of a round")
     parser.add_argument("--cores", type=int, help="pin the process to this many cores (Linux)")
-    parser.add_argument(
-        "--handwritten-only", action="store_true", help="the yardsticks alone, no package imported"
-    )
+    parser.add_argument("--handwritten-only", action="store_true", help="the yardsticks alone, no package imported")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if args.cores:
