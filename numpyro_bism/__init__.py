@@ -1,5 +1,8 @@
-"""Bi-level score matching for NumPyro. So far the outer losses and hypergradients only."""
+"""Bi-level score matching for NumPyro: learn energy-based latent-variable models by swapping SVI for BiSM."""
 
+from .bism import BiSM, BiSMInfo, BiSMRunResult, BiSMState
+from .distributions import ConcreteBernoulli, ConcreteOneHot
+from .divergences import FisherDivergence
 from .hypergradients import Detached, Unrolled
 from .losses import (
     DenoisingScoreMatching,
@@ -11,8 +14,15 @@ from .losses import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BiSM",
+    "BiSMInfo",
+    "BiSMRunResult",
+    "BiSMState",
+    "ConcreteBernoulli",
+    "ConcreteOneHot",
     "DenoisingScoreMatching",
     "Detached",
+    "FisherDivergence",
     "MultiscaleDenoisingScoreMatching",
     "ScoreMatching",
     "SlicedScoreMatching",

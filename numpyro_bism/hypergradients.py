@@ -34,7 +34,13 @@ class Bilevel:
 
 @dataclass(frozen=True)
 class Detached:
-    """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0)."""
+    """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0).
+
+    Biased unless the guide can reach the posterior *and* the loss is stationary in φ there; the linear-Gaussian
+    model shows an error of more than the gradient's own length.
+    """
+
+    differentiates_inner = False
 
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, state: Any) -> Any:
         phi = problem.optim.get_params(state)
@@ -48,7 +54,8 @@ class Unrolled:
     From the fitted φ⁰ = φ: φⁿ⁺¹ = φⁿ - step(∇_φ G(θ, φⁿ)), each step with fresh noise; the gradient is that
     of θ ↦ J(θ, φᴺ(θ)). The N steps are then thrown away. ``Unrolled(0)`` is ``Detached()``.
 
-    :param num_steps: N. Memory grows with it.
+    :param num_steps: N. Memory grows with it; past the inner loop's stability limit (a learning
+        rate too high for the curvature) the gradient explodes.
     """
 
     num_steps: int = 5
@@ -56,6 +63,10 @@ class Unrolled:
     def __post_init__(self):
         if self.num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {self.num_steps}.")
+
+    @property
+    def differentiates_inner(self) -> bool:
+        return self.num_steps > 0
 
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, state: Any) -> Any:
         key_outer, key_inner = jax.random.split(rng_key)

@@ -1,11 +1,36 @@
-"""A NumPyro optimiser's own step as a differentiable function of parameters and gradients."""
+"""Optimisers: what SVI takes, and their own step as a differentiable function of parameters and gradients."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.example_libraries import optimizers
 from jax.extend import core
+from numpyro.optim import Minimize, _NumPyroOptim, optax_to_numpyro
+
+
+def as_optim(optim: Any, name: str) -> _NumPyroOptim:
+    """An optimiser in NumPyro's form, from any of the three kinds that SVI takes.
+
+    :raises ValueError: for anything else, and for ``Minimize``, which takes no single steps.
+    """
+    if isinstance(optim, Minimize):
+        raise ValueError(
+            f"{name}=Minimize() solves a whole problem at once and can't be stepped or unrolled. Use "
+            "numpyro.optim.Adam or another stochastic optimiser."
+        )
+    if isinstance(optim, _NumPyroOptim):
+        return optim
+    if isinstance(optim, optimizers.Optimizer):
+        return _NumPyroOptim(lambda *args: args, *optim)
+    # optax's transformations are named tuples of two functions; optax itself need not be installed
+    if isinstance(optim, tuple) and hasattr(optim, "init") and hasattr(optim, "update"):
+        return optax_to_numpyro(optim)
+    raise ValueError(
+        f"{name} should be an optimiser of numpyro.optim, jax.example_libraries.optimizers or optax, such as "
+        f"numpyro.optim.Adam(1e-3); got {type(optim).__name__}."
+    )
 
 
 def differentiable_update(optim: Any, gradient: Any, state: Any, value: Array) -> Any:
@@ -14,15 +39,13 @@ def differentiable_update(optim: Any, gradient: Any, state: Any, value: Array) -
     Adam divides by √(mean g²): at a gradient of exactly 0 its derivative would be 0·∞ = NaN.
     """
     flat, tree = jax.tree.flatten((gradient, state, value))
-    jaxpr, shape = jax.make_jaxpr(lambda *leaves: _update(optim, *jax.tree.unflatten(tree, leaves)), return_shape=True)(
-        *flat
-    )
-    out = _evaluate(jaxpr.jaxpr, jaxpr.consts, flat)
-    return jax.tree.unflatten(jax.tree.structure(shape), out)
 
+    def update(*leaves):
+        gradient, state, value = jax.tree.unflatten(tree, leaves)
+        return optim.update(gradient, state, value=value)
 
-def _update(optim, gradient, state, value):
-    return optim.update(gradient, state, value=value)
+    jaxpr, shape = jax.make_jaxpr(update, return_shape=True)(*flat)
+    return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(jaxpr.jaxpr, jaxpr.consts, flat))
 
 
 def _root(x: Array) -> Array:

@@ -1,0 +1,660 @@
+"""Log densities of a (model, guide) pair on a batch, and the score function they give.
+
+For one draw h ~ q(h|v) the outer losses need (Bao et al. 2020)
+
+    s(v) = ∇_v [log p̃(v, h; θ) - log q(h|v; φ)],
+
+with h held fixed as v moves: at q = p(h|v; θ) this is the score of the marginal, whatever h is. Where a
+discrete site is summed out the expectation under q of the same difference is taken, its weights
+held fixed as v moves; then the score's own derivative in v stays right as well.
+
+``params`` is everywhere one dictionary by site name: constrained parameters of both programs, and mutable
+state (batch-norm statistics), which is read as it stands and never written back while scoring.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+from numpyro.distributions.continuous import RelaxedBernoulliLogits
+from numpyro.distributions.distribution import Unit
+from numpyro.distributions.util import scale_and_mask
+from numpyro.handlers import seed
+from numpyro.primitives import Messenger
+
+from . import visible
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed
+from .losses import OuterLoss
+from .params import collect, constrain, reject_shared, unconstrain
+
+MAX_CONFIGURATIONS = 256
+
+
+@dataclass
+class Site:
+    """One sample statement, as it ran.
+
+    :ivar plates: (full size, size) of every plate met, by name.
+    """
+
+    name: str
+    fn: Any
+    value: Any
+    scale: Any
+    frames: Sequence[Any]
+    is_observed: bool
+    infer: Mapping[str, Any]
+    plates: Mapping[str, tuple[int, int]]
+    subsamples: Mapping[str, Array]
+
+    @property
+    def is_data(self) -> bool:
+        """Observed by the user: not a factor."""
+        return self.is_observed and not isinstance(base_of(self.fn), Unit)
+
+    @property
+    def is_delta(self) -> bool:
+        return isinstance(base_of(self.fn), dist.Delta)
+
+    def log_prob(self) -> Array:
+        """log density with the user's scale and mask, without a subsampling plate's N/B."""
+        scale = self.scale
+        for frame in self.frames:
+            full_size, size = self.plates[frame.name]
+            if size != full_size:
+                scale = scale * (size / full_size)
+        return scale_and_mask(self.fn.log_prob(self.value), scale)
+
+
+class record(Messenger):
+    """Runs a program with its parameters and some of its sites given, and keeps its sample statements.
+
+    A value in ``values`` stands in for a latent site's draw or a plate's rows; a site in ``softened`` is scored as
+    its relaxation. Sites marked for enumeration get their whole support, in a dimension of their own left
+    of all plates, when ``enumerate_from`` says how many dimensions the plates take.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        values: Mapping[str, Array] | None = None,
+        softened: frozenset[str] = frozenset(),
+        enumerate_from: int | None = None,
+        harden: bool = False,
+    ):
+        super().__init__()
+        self.given = params
+        self.values = values or {}
+        self.softened = softened
+        self.enumerate_from = enumerate_from
+        self.harden = harden
+        self.sites: dict[str, Site] = {}
+        self.params: dict[str, Any] = {}
+        self.mutable: dict[str, Any] = {}
+        self.plates: dict[str, tuple[int, int]] = {}
+        self.subsamples: dict[str, Array] = {}
+        self.num_enumerated = 0
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def process_message(self, msg):
+        kind, name = msg["type"], msg.get("name")
+        if kind == "control_flow":
+            raise ValueError(
+                "BiSM can't look into numpyro's scan and cond. Write the loop in Python, or use jax.lax.scan inside "
+                "one factor."
+            )
+        if kind == "param" and name in self.given:
+            msg["value"] = self.given[name]
+        elif kind == "mutable" and name in self.given:
+            msg["value"] = dict(self.given[name])  # modules write their new state into it
+        elif kind == "plate" and name in self.values:
+            msg["value"] = self.values[name]
+        elif kind == "sample":
+            self._sample(name, msg)
+
+    def _sample(self, name, msg):
+        if name in self.softened:
+            msg["fn"] = relaxed(msg["fn"])
+        if self.harden:
+            msg["fn"] = hard(msg["fn"])
+        if msg["is_observed"] or msg["value"] is not None:
+            return
+        if name in self.values:
+            msg["value"] = self.values[name]
+        elif self.enumerate_from is not None and is_enumerated(msg["infer"]):
+            self.num_enumerated += 1
+            support = msg["fn"].enumerate_support(expand=False)
+            batch_dims = support.ndim - 1 - msg["fn"].event_dim
+            ones = self.enumerate_from + self.num_enumerated - 1 - batch_dims
+            msg["value"] = support.reshape(support.shape[:1] + (1,) * ones + support.shape[1:])
+
+    def postprocess_message(self, msg):
+        kind, name = msg["type"], msg.get("name")
+        if kind == "plate":
+            size, subsample_size = msg["args"]
+            self.plates[name] = (size, size if subsample_size is None else subsample_size)
+            if self.plates[name][1] != size:
+                self.subsamples[name] = msg["value"]
+        elif kind == "param" and msg["value"] is not None:  # flax_module asks for its value first
+            self.params[name] = {"name": name, "kwargs": msg["kwargs"], "value": msg["value"]}
+        elif kind == "mutable" and msg["value"] is not None:
+            self.mutable[name] = msg["value"]
+        elif kind == "sample":
+            self.sites[name] = Site(
+                name,
+                msg["fn"],
+                msg["value"],
+                msg["scale"],
+                tuple(msg["cond_indep_stack"]),
+                msg["is_observed"],
+                msg["infer"],
+                self.plates,
+                self.subsamples,
+            )
+
+
+def is_enumerated(infer: Mapping[str, Any]) -> bool:
+    return infer.get("enumerate") == "parallel"
+
+
+class Draw(NamedTuple):
+    """What the guide gave at v: values of all its sites, and the weight of each value summed out.
+
+    :ivar values: by site; drawn values carry a path to φ but none to v.
+    :ivar probs: q(h|v) of each enumerated site over its support, in the site's own dimension.
+    """
+
+    values: Mapping[str, Array]
+    probs: tuple[Array, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A (model, guide) pair, as the first run on arguments of this structure showed it. It holds no arrays.
+
+    :ivar theta: transforms of the model's parameters, by name.
+    :ivar phi: the guide's.
+    :ivar subsampled: (full size, size) of each subsampling plate.
+    :ivar num_plate_dims: how many dimensions the plates take.
+    :ivar mutable: names of the mutable sites.
+    """
+
+    model: Callable
+    guide: Callable
+    sites: tuple[visible.VisibleSite, ...]
+    theta: Mapping[str, Any]
+    phi: Mapping[str, Any]
+    softened: frozenset[str]
+    enumerated: tuple[str, ...]
+    sampled: tuple[str, ...]
+    subsampled: Mapping[str, tuple[int, int]]
+    num_data: int
+    num_plate_dims: int
+    mutable: tuple[str, ...]
+
+    def params(self, theta: Mapping[str, Any], phi: Mapping[str, Any], mutable: Any) -> dict[str, Any]:
+        """What the programs are given, from unconstrained parameters and mutable state."""
+        return {**constrain(self.theta, theta), **constrain(self.phi, phi), **(mutable or {})}
+
+    def batch(self, rng_key: Array, leaves: Sequence[Any], spec: Any) -> visible.Batch:
+        """The step's batch: subsampling plates draw their rows here, once."""
+        keys = jax.random.split(rng_key, len(self.subsampled)) if self.subsampled else ()
+        indices = {
+            name: _subsample(key, *sizes) for key, (name, sizes) in zip(keys, self.subsampled.items(), strict=True)
+        }
+        return visible.batch(self.sites, indices, leaves, spec)
+
+    def programs(self, params: Mapping[str, Any], batch: visible.Batch) -> tuple[Callable, Callable]:
+        """Model and guide for a host ELBO: parameters and rows given, discrete sites softened where the guide's are."""
+
+        def given(program, softened):
+            def run(*args, **kwargs):
+                with record(params, batch.indices, softened):
+                    return program(*args, **kwargs)
+
+            return run
+
+        return given(self.model, self.softened), given(self.guide, frozenset())
+
+    def draw(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        v: Array,
+        given: Mapping[str, Array] | None = None,
+    ) -> tuple[Draw, dict[str, Site]]:
+        """Run the guide at v; sites marked for enumeration and not ``given`` are summed out."""
+        args, kwargs = batch.arguments(v)
+        values = {**batch.indices, **(given or {})}
+        with seed(rng_seed=rng_key), record(params, values, enumerate_from=self.num_plate_dims) as run:
+            self.guide(*args, **kwargs)
+        drawn = {name: site.value for name, site in run.sites.items() if not site.is_observed}
+        summed = () if given else self.enumerated
+        probs = tuple(jnp.exp(run.sites[name].fn.log_prob(run.sites[name].value)) for name in summed)
+        return Draw({**drawn, **batch.indices}, probs), run.sites
+
+    def configurations(
+        self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array
+    ) -> dict[str, Array]:
+        """Every joint configuration of the summed-out sites, stacked along a new leading dimension."""
+        args, kwargs = batch.arguments(v)
+        with seed(rng_seed=rng_key), record(params, batch.indices) as run:
+            self.guide(*args, **kwargs)
+        n = len(batch.v)
+        supports, counts = [], []
+        for name in self.enumerated:
+            site = run.sites[name]
+            if jnp.ndim(site.value) == 0 or site.value.shape[0] != n:
+                raise ValueError(
+                    f"Guide site '{name}' of shape {jnp.shape(site.value)} lacks the batch of {n} as its "
+                    "leading dimension, so the loss can't be averaged over it. Use average='score'."
+                )
+            supports.append(site.fn.enumerate_support(expand=True))  # one row a value, over the batch dimensions
+            counts.append([len(supports[-1])] * math.prod(site.fn.batch_shape[1:]))
+        total = math.prod(m for count in counts for m in count)
+        if total > MAX_CONFIGURATIONS:
+            raise ValueError(
+                f"average='loss' would enumerate {total} joint configurations of the summed-out sites "
+                f"{list(self.enumerated)}; at most {MAX_CONFIGURATIONS} are taken. Use average='score', "
+                "which is exact and needs no joint enumeration."
+            )
+        grid = np.indices([m for count in counts for m in count]).reshape(-1, total).T
+        given, start = {}, 0
+        for name, support, count in zip(self.enumerated, supports, counts, strict=True):
+            shape = run.sites[name].fn.batch_shape
+            picks = grid[:, start : start + len(count)].reshape(total, 1, *shape[1:])
+            start += len(count)
+            places = np.ix_(*[np.arange(m) for m in shape])
+            given[name] = support[(picks, *[p[None] for p in places])]
+        return given
+
+    def log_weight(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        v: Array,
+        draw: Draw,
+        guide: bool = True,
+    ) -> Array:
+        """Σ over the batch of E[log p̃(v, h) - log q(h|v)], scalar; the expectation is over summed-out sites."""
+        args, kwargs = batch.arguments(v)
+        probs = [
+            (name, prob, -(self.num_plate_dims + k + 1))
+            for k, (name, prob) in enumerate(zip(self.enumerated, draw.probs, strict=False))
+        ]
+        # one key for every v: what a model draws by itself (dropout) stays as v moves
+        key_model, key_guide = jax.random.split(rng_key)
+        with seed(rng_seed=key_model), record(params, draw.values, self.softened) as run:
+            self.model(*args, **kwargs)
+        total: Any = sum(expectation(site, probs) for site in run.sites.values())
+        if guide:
+            with seed(rng_seed=key_guide), record(params, draw.values) as run:
+                self.guide(*args, **kwargs)
+            total = total - sum(expectation(s, probs) for s in run.sites.values() if not s.is_observed)
+        return total
+
+    def score(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        draws: Draw,
+        loss: OuterLoss,
+        num_draws: int | None = None,
+    ) -> Callable[[Array], Array]:
+        """The score function at given draws of h, averaged over them; differentiable in v, θ and φ.
+
+        :param num_draws: how many draws are stacked in ``draws``; None if it is a single one.
+        """
+        # E_q[∇_v log q] = 0 exactly where all of h is summed out into the score, and so it is for
+        # every φ; only the derivative of the score in v still needs that term.
+        drawn = bool(self.sampled) or not draws.probs
+        guide = drawn or loss.differentiates_score
+
+        def total(v):
+            if num_draws is None:
+                return self.log_weight(rng_key, params, batch, v, draws, guide)
+            return jax.vmap(lambda d: self.log_weight(rng_key, params, batch, v, d, guide))(draws).mean()
+
+        return jax.grad(total)
+
+    def outer_loss(self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, loss: OuterLoss) -> Array:
+        """J: the mean over the batch of the loss per example, fresh noise and fresh draws of h.
+
+        A subsampling plate's N/B is a weight on every example's loss; in the mean over the data, of which
+        this is an unbiased estimate, it cancels against the 1/N.
+        """
+        key_noise, key_draw, key_score = jax.random.split(rng_key, 3)
+        noise = loss.draw(key_noise, batch.v)
+        v = loss.perturb(batch.v, noise)
+        num = loss.num_particles
+
+        def value(draws, num_draws=None):
+            return loss(self.score(key_score, params, batch, draws, loss, num_draws), batch.v, noise)
+
+        def drawn(key):
+            return self.draw(key, params, batch, v)[0]
+
+        def one(key):
+            """The loss of one draw of h, averaged over the discrete sites' joint configurations."""
+            if not self.enumerated:
+                return value(drawn(key)).mean()
+
+            def weighted(given):
+                draw, sites = self.draw(key, params, batch, v, given)
+                log_q: Any = sum(per_example(sites[name], len(batch.v)) for name in self.enumerated)
+                return (jnp.exp(log_q) * value(draw)).mean()
+
+            return jax.vmap(weighted)(self.configurations(key, params, batch, v)).sum()
+
+        if num == 1:  # no vmap: it would only cost compilation
+            return value(drawn(key_draw)).mean() if loss.average == "score" else one(key_draw)
+        keys = jax.random.split(key_draw, num)
+        if loss.average == "score":
+            return value(jax.vmap(drawn)(keys), num).mean()
+        return jax.vmap(one)(keys).mean()
+
+    def moved(self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array) -> dict[str, Any]:
+        """The mutable state after one pass over v, as SVI's one pass a step leaves it."""
+        args, kwargs = batch.arguments(v)
+        key_model, key_guide = jax.random.split(rng_key)
+        with seed(rng_seed=key_guide), record(params, batch.indices) as q:
+            self.guide(*args, **kwargs)
+        values = {name: site.value for name, site in q.sites.items() if not site.is_observed}
+        with seed(rng_seed=key_model), record({**params, **q.mutable}, {**values, **batch.indices}, self.softened) as p:
+            self.model(*args, **kwargs)
+        return {**q.mutable, **p.mutable}
+
+
+def _subsample(rng_key: Array, full_size: int, size: int) -> Array:
+    """Rows without replacement, as NumPyro's own plate draws them."""
+    from numpyro.primitives import _subsample_fn
+
+    return _subsample_fn(full_size, size, rng_key=rng_key)
+
+
+def expectation(site: Site, probs: Sequence[tuple[str, Array, int]]) -> Array:
+    """Sum of a site's log density, its summed-out dimensions weighted by q."""
+    cost = site.log_prob()
+    # in reverse: a later site's probabilities may depend on an earlier site's value
+    for name, prob, dim in reversed(probs):
+        if cost.ndim < -dim or cost.shape[dim] == 1:
+            continue
+        for d in range(-1, dim, -1):
+            plated = prob.ndim >= -d and prob.shape[d] > 1
+            if plated and (cost.ndim < -d or cost.shape[d] == 1):
+                raise ValueError(
+                    f"Site '{site.name}' depends on the summed-out site '{name}' but stands outside a plate "
+                    f"(dim {d}, size {prob.shape[d]}) that '{name}' is in, so it can't be summed unit by "
+                    "unit. Put one factor a unit inside that plate, or relax the site with "
+                    "ConcreteBernoulli."
+                )
+        cost = (prob * cost).sum(dim, keepdims=True)
+    return cost.sum()
+
+
+def per_example(site: Site, n: int) -> Array:
+    """A site's log density summed over all but the leading dimension, of shape (n,).
+
+    :raises ValueError: where the leading dimension is not the batch.
+    """
+    log_prob = site.log_prob()
+    if jnp.ndim(log_prob) < 1 or log_prob.shape[0] != n:
+        raise ValueError(
+            f"Site '{site.name}' has a log density of shape {jnp.shape(log_prob)}; its leading dimension "
+            f"is not the batch of {n}, so it can't be told which example it belongs to. Put the "
+            "statement inside the data plate, and give factors one entry an example."
+        )
+    return log_prob.reshape(n, -1).sum(-1)
+
+
+class Analysis(NamedTuple):
+    """What the first run gave: the pair, and initial values (unconstrained parameters, mutable state)."""
+
+    pair: Pair
+    theta: dict[str, Any]
+    phi: dict[str, Any]
+    mutable: dict[str, Any]
+
+
+def analyse(
+    model: Callable,
+    guide: Callable,
+    leaves: Sequence[Any],
+    spec: Any,
+    rng_key: Array,
+    init_params: Mapping[str, Any] | None,
+    names: Sequence[str] | None,
+    loss: OuterLoss,
+    differentiates_guide: bool,
+    static_kwargs: Mapping[str, Any],
+) -> Analysis:
+    """Run guide and model once on these arguments, check all that can be checked, and describe them.
+
+    It always runs on concrete numbers: inside a compiled function, where the arguments have none, on stand-ins
+    of the same shapes.
+
+    :param differentiates_guide: whether the inner problem will be differentiated a second time.
+    :raises ValueError: for every misuse, naming the site and the cure.
+    """
+    with jax.ensure_compile_time_eval():
+        key_stand_in, key_model, key_guide, key_scores = jax.random.split(rng_key, 4)
+        leaves = [_stand_in(leaf, key_stand_in) for leaf in leaves]
+        model, guide = (partial(p, **static_kwargs) if static_kwargs else p for p in (model, guide))
+        args, kwargs = jax.tree.unflatten(spec, leaves)
+        given = dict(init_params or {})
+        with seed(rng_seed=key_guide), record(given) as q:
+            guide(*args, **kwargs)
+        latents = {name: s for name, s in q.sites.items() if not s.is_observed}
+        soft = frozenset(
+            name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
+        )
+        # rows first: the model has to pick the guide's
+        values = {name: s.value for name, s in latents.items()}
+        try:
+            with seed(rng_seed=key_model), record(given, {**values, **q.subsamples}, soft) as p:
+                model(*args, **kwargs)
+        except ValueError as error:
+            if "relaxed guide site" in str(error):
+                raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
+            raise
+        sites = visible.find(p.sites, leaves, names)
+        _check_sites(p.sites, latents)
+        theta, phi = collect(p.params), collect(q.params)
+        reject_shared(theta, phi)
+        if not theta:
+            raise ValueError("The model has no parameter to train: no numpyro.param and no module.")
+        unknown = sorted(set(given) - set(theta) - set(phi))
+        if unknown:
+            raise ValueError(
+                f"init_params names {unknown}, but the programs' parameters are {sorted({**theta, **phi})}."
+            )
+        enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
+        sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)
+        every = (*p.sites.values(), *q.sites.values())
+        dims = [len(s.fn.batch_shape) for s in every] + [-f.dim for s in every for f in s.frames]
+        pair = Pair(
+            model,
+            guide,
+            sites,
+            theta,
+            phi,
+            soft,
+            enumerated,
+            sampled,
+            {name: sizes for name, sizes in {**q.plates, **p.plates}.items() if sizes[0] != sizes[1]},
+            _num_data(p.sites, sites),
+            max(dims),
+            tuple({**q.mutable, **p.mutable}),
+        )
+        start = Analysis(
+            pair,
+            unconstrain(theta, {name: s["value"] for name, s in p.params.items()}),
+            unconstrain(phi, {name: s["value"] for name, s in q.params.items()}),
+            # copied: the programs write into the dictionaries that they were given
+            jax.tree.map(jnp.asarray, {**q.mutable, **p.mutable}),
+        )
+        batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)
+        _check_guide(start, latents, batch, key_guide, differentiates_guide)
+        _check_scores(start, batch, key_scores, loss)
+    return start
+
+
+def _stand_in(leaf: Any, rng_key: Array) -> Any:
+    if not isinstance(leaf, jax.core.Tracer):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jax.random.normal(rng_key, leaf.shape, leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSite]) -> int:
+    """How many examples a host ELBO's value speaks for: n, times the plates' N/B."""
+    first = model_sites[sites[0].name]
+    num = float(sites[0].shape[0])
+    for frame in first.frames:
+        full_size, size = first.plates[frame.name]
+        num *= full_size / size
+    return round(num)
+
+
+def _check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site]) -> None:
+    model_latents = [name for name, s in model_sites.items() if not s.is_observed]
+    for name in model_latents:
+        if name not in latents:
+            raise ValueError(
+                f"The model's latent site '{name}' is missing from the guide. Sample it there too, or "
+                "sum it out of the energy by hand."
+            )
+    for name, site in latents.items():
+        if name in model_latents or site.infer.get("is_auxiliary", False):
+            continue
+        observed = " (there it is observed)" if name in model_sites else ""
+        raise ValueError(
+            f"The guide's site '{name}' is not a latent site of the model{observed}. Rename or remove it, or mark "
+            "it infer={'is_auxiliary': True} if another guide site is computed from it."
+        )
+
+
+def _check_guide(
+    start: Analysis, latents: Mapping[str, Site], batch: visible.Batch, rng_key: Array, differentiates_guide: bool
+) -> None:
+    pair = start.pair
+    for name, site in latents.items():
+        fn, base = site.fn, base_of(site.fn)
+        if site.infer.get("enumerate") == "sequential":
+            raise ValueError(f"Guide site '{name}': enumerate='sequential' is not supported; use 'parallel'.")
+        if name in pair.enumerated:
+            try:
+                fn.enumerate_support(expand=False)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"Guide site '{name}' ({type(fn).__name__}) is marked for enumeration but its support "
+                    "can't be enumerated. Put its units in a plate instead of .to_event()."
+                ) from error
+            continue
+        if not fn.has_rsample:
+            raise ValueError(
+                f"Guide site '{name}' ({type(base).__name__}) can't be reparameterised: its draws carry "
+                "no gradient. Relax it (ConcreteBernoulli, ConcreteOneHot), or sum it out: "
+                "infer={'enumerate': 'parallel'} and inner_loss=TraceEnum_ELBO()."
+            )
+        if isinstance(base, RelaxedBernoulliLogits) and bool((jnp.asarray(base.temperature) < 1).any()):
+            raise ValueError(
+                f"Guide site '{name}' has the Concrete density at a temperature below 1: its draws round to 0 "
+                "and 1, where the density's gradient overflows. Use "
+                "ConcreteBernoulli(temperature, logits): the same draws, scored by the discrete "
+                "cross-entropy."
+            )
+        if differentiates_guide and start.phi:
+            culprit = _undifferentiable(start, name, batch, rng_key)
+            if culprit:
+                raise ValueError(
+                    f"Guide site '{name}' ({type(base).__name__}) can't be differentiated twice in its "
+                    f"parameters ({culprit}). Use another family (LogNormal, Kumaraswamy, sigmoid-Normal), "
+                    "fix the parameters of the gamma draw, or take hypergradient=Detached()."
+                )
+
+
+def _undifferentiable(start: Analysis, name: str, batch: visible.Batch, rng_key: Array) -> str | None:
+    """Why a site's draw has no second derivative in φ, or None."""
+
+    def value(phi):
+        params = start.pair.params(start.theta, phi, start.mutable)
+        return start.pair.draw(rng_key, params, batch, batch.v)[0].values[name].sum()
+
+    def first(phi):
+        return sum(g.sum() for g in jax.tree.leaves(jax.grad(value)(phi)))
+
+    try:
+        jax.eval_shape(jax.grad(first), start.phi)
+    except (NotImplementedError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: OuterLoss) -> None:
+    pair = start.pair
+    key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
+    # off the initial values: at weights of zero a score may vanish though the energy reads v
+    leaves, tree = jax.tree.flatten((start.theta, start.phi))
+    keys = jax.random.split(key_params, len(leaves))
+    moved = [
+        x + 0.1 * jax.random.normal(k, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    theta, phi = jax.tree.unflatten(tree, moved)
+    params = pair.params(theta, phi, start.mutable)
+    v = batch.v + 0.1 * jax.random.normal(key_v, batch.v.shape, batch.v.dtype)
+    draw, _ = pair.draw(key_draw, params, batch, v)
+    gradient = jax.grad(lambda u: pair.log_weight(key_score, params, batch, u, draw, guide=False))(v)
+    start_column = 0
+    for site in pair.sites:
+        size = math.prod(site.shape[1:])
+        columns = gradient[:, start_column : start_column + size]
+        start_column += size
+        if not bool(columns.any()):
+            raise ValueError(
+                f"The score of visible site '{site.name}' is zero everywhere: the energy never reads its "
+                "value. Use the site's value (the argument, or what numpyro.sample returns) in the energy, and do "
+                "not stop its gradient."
+            )
+    try:
+        both = jax.grad(lambda u: pair.log_weight(key_score, params, batch, u, draw))(v)
+    except NotImplementedError as error:
+        raise ValueError(
+            "The guide can't score a value of h that it has not just drawn: one of the sites "
+            f"{list(pair.sampled)} uses a flow without an inverse. Use one with an inverse (a "
+            "coupling or spline flow has one)."
+        ) from error
+    if pair.sampled and loss.average == "loss" and bool((both == gradient).all()):
+        warnings.warn(
+            "The guide does not look at the visible values, so ∇_v log q = 0 and the squared score of "
+            "single draws is biased. Let the guide depend on v, or use average='score' with several "
+            "num_particles.",
+            UserWarning,
+            stacklevel=6,
+        )
+    if loss.needs_uncoupled_examples and len(v) > 1:
+        score = jax.grad(lambda u: pair.log_weight(key_score, params, batch, u, draw))
+        before, after = score(v)[1:], score(v.at[0].set(v[0][::-1] + 1.0))[1:]
+        if not jnp.allclose(before, after, rtol=1e-4, atol=1e-6 * float(jnp.abs(before).max())):
+            raise ValueError(
+                "The score of one example depends on another example (batch normalisation in training "
+                "mode, or an interaction along the batch). ScoreMatching() takes the trace example by "
+                "example and would be wrong. Uncouple them (use_running_average=True), or use "
+                "SlicedScoreMatching or DenoisingScoreMatching."
+            )

@@ -1,0 +1,110 @@
+"""Inner losses: how far the guide q(h|v; φ) is from the posterior p(h|v; θ)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro.infer.elbo import ELBO, TraceEnum_ELBO
+
+from .densities import Draw, Pair
+from .losses import OuterLoss
+from .visible import Batch
+
+__all__ = ["FisherDivergence"]
+
+
+@dataclass(frozen=True)
+class FisherDivergence:
+    r"""The Fisher divergence between guide and posterior, mean over the batch.
+
+    .. math:: \tfrac12\, E_{q(h|v)} \|\nabla_h \log q(h|v; φ) - \nabla_h \log \tilde p(v, h; θ)\|^2
+
+    Bao et al. 2020. It needs no normaliser. h is drawn with reparameterisation; latent
+    sites must be continuous (relaxed ones are). With an autoguide the gradients are taken in its
+    unconstrained space.
+
+    :param num_particles: draws of h a datapoint.
+    """
+
+    num_particles: int = 1
+
+    def __post_init__(self):
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}.")
+
+    def __call__(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
+        def one(key):
+            key_draw, key_model = jax.random.split(key)
+            draw, _ = pair.draw(key_draw, params, batch, v)
+            h = {name: draw.values[name] for name in pair.sampled}
+
+            def difference(h):
+                # sites computed from h (an autoguide's) are computed anew, so that h's whole effect is seen
+                again, sites = pair.draw(key_draw, params, batch, v, h)
+                log_q: Any = sum(s.log_prob().sum() for s in sites.values() if not s.is_observed)
+                return log_q - pair.log_weight(key_model, params, batch, v, Draw(again.values), guide=False)
+
+            return sum(0.5 * jnp.square(g).sum() for g in jax.grad(difference)(h).values())
+
+        if self.num_particles == 1:
+            return one(rng_key) / len(batch.v)
+        return jax.vmap(one)(jax.random.split(rng_key, self.num_particles)).mean() / len(batch.v)
+
+
+InnerLoss = Callable[[Array, Pair, Mapping[str, Any], Batch, Array], Array]
+
+
+def as_inner_loss(inner_loss: Any) -> InnerLoss:
+    """The inner loss as a function of (rng_key, pair, params, batch, perturbed v), a mean over the data.
+
+    A host ELBO sums over the data; here it is divided by their number, so that the inner learning rate means
+    the same at every batch size, and N/B cancels.
+
+    :raises ValueError: for a loss that is neither a differentiable ELBO nor a FisherDivergence.
+    """
+    if isinstance(inner_loss, FisherDivergence):
+        return inner_loss
+    if not isinstance(inner_loss, ELBO):
+        raise ValueError(
+            f"inner_loss={type(inner_loss).__name__} is not an ELBO. Use Trace_ELBO(), TraceMeanField_ELBO(), "
+            "TraceGraph_ELBO(), TraceEnum_ELBO() or FisherDivergence()."
+        )
+    if getattr(inner_loss, "multi_sample_guide", False) or not getattr(inner_loss, "sum_sites", True):
+        raise ValueError(
+            "inner_loss: multi_sample_guide=True and sum_sites=False are not supported; take the defaults."
+        )
+
+    def elbo(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
+        args, kwargs = batch.arguments(v)
+        model, guide = pair.programs(params, batch)
+        return inner_loss.loss(rng_key, {}, model, guide, *args, **kwargs) / pair.num_data
+
+    return elbo
+
+
+def check(inner_loss: Any, pair: Pair) -> None:
+    """:raises ValueError: where the inner loss does not fit the guide's discrete sites."""
+    if not pair.enumerated:
+        return
+    if isinstance(inner_loss, FisherDivergence):
+        raise ValueError(
+            f"FisherDivergence needs continuous latents, but sites {list(pair.enumerated)} are summed out. "
+            "Use inner_loss=TraceEnum_ELBO()."
+        )
+    if not isinstance(inner_loss, TraceEnum_ELBO):
+        raise ValueError(
+            f"Guide sites {list(pair.enumerated)} are marked for enumeration, which "
+            f"{type(inner_loss).__name__} does not do. Use inner_loss=TraceEnum_ELBO()."
+        )
+
+
+def of(
+    rng_key: Array, loss: OuterLoss, inner_loss: InnerLoss, pair: Pair, params: Mapping[str, Any], batch: Batch
+) -> Array:
+    """The inner loss G on freshly perturbed data, perturbed as the outer loss perturbs them."""
+    key_noise, key_inner = jax.random.split(rng_key)
+    v = loss.perturb(batch.v, loss.draw(key_noise, batch.v))
+    return inner_loss(key_inner, pair, params, batch, v)

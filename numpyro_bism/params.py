@@ -1,0 +1,38 @@
+"""Which parameters a program trains, and the map between their own values and unconstrained ones."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import biject_to, constraints
+from numpyro.infer.util import transform_fn
+
+__all__ = ["collect", "constrain", "reject_shared", "unconstrain"]
+
+
+def collect(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The transform from the reals of every ``param`` site, by name."""
+    return {name: biject_to(site["kwargs"].get("constraint", constraints.real)) for name, site in sites.items()}
+
+
+def constrain(transforms: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as the programs see them."""
+    return transform_fn(transforms, params)
+
+
+def unconstrain(transforms: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as the optimisers see them; a value may be a whole pytree, as flax and equinox modules have."""
+    values = transform_fn(transforms, params, invert=True)
+    # strong types: a Python float's weak one would turn strong after a step, and everything be compiled twice
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), values)
+
+
+def reject_shared(theta: Iterable[str], phi: Iterable[str]) -> None:
+    """:raises ValueError: if a parameter belongs to model and guide at once."""
+    for name in sorted(set(theta) & set(phi)):
+        raise ValueError(
+            f"Parameter '{name}' is used by both the model and the guide. The outer problem trains the "
+            "model's parameters and the inner one the guide's, so no parameter can belong to both. Give one "
+            "of them another name, or keep a copy."
+        )

@@ -1,0 +1,197 @@
+"""Which sites are visible, and how perturbed data reach the model and the guide.
+
+Model and guide both read the data from their arguments, so it is the *argument* that has to be perturbed.
+A visible site's value is found among the leaves of the arguments: it is one of them, or the rows of one
+that a subsampling plate picked. :class:`Batch` is then a map from the matrix v, one row an example, to the
+arguments of the programs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro.distributions import constraints
+
+
+@dataclass(frozen=True)
+class VisibleSite:
+    """Where a visible site's value stands among the arguments' leaves.
+
+    :ivar leaves: positions of the leaves that hold the value (the same array may be passed twice).
+    :ivar plate: the subsampling plate whose indices pick the value's rows out of the leaf, or None.
+    :ivar axis: the leaf's axis that the plate subsamples, counted from the right.
+    :ivar shape: the value's shape, the batch first.
+    """
+
+    name: str
+    leaves: tuple[int, ...]
+    plate: str | None
+    axis: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call's arguments as a function of the visible values.
+
+    :ivar v: the clean visible values, all sites side by side, of shape (n, D).
+    :ivar indices: the rows picked by each subsampling plate, drawn once a step.
+    """
+
+    v: Array
+    sites: tuple[VisibleSite, ...]
+    indices: Mapping[str, Array]
+    leaves: Sequence[Any]
+    spec: Any
+
+    def arguments(self, v: Array) -> tuple[tuple, dict]:
+        """The programs' ``(args, kwargs)`` with v, of shape (n, D), in place of the visible values."""
+        leaves = list(self.leaves)
+        start = 0
+        for site in self.sites:
+            size = math.prod(site.shape[1:])
+            value = v[:, start : start + size].reshape(site.shape)
+            start += size
+            for i in site.leaves:
+                if site.plate is None:
+                    leaves[i] = value
+                else:
+                    rows = (..., self.indices[site.plate]) + (slice(None),) * (-site.axis - 1)
+                    leaves[i] = leaves[i].at[rows].set(value)
+        return jax.tree.unflatten(self.spec, leaves)
+
+
+def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Array], leaves: Sequence[Any], spec: Any) -> Batch:
+    """Read the visible values out of the arguments' leaves."""
+    columns = []
+    for site in sites:
+        value = leaves[site.leaves[0]]
+        if site.plate is not None:
+            value = jnp.take(value, indices[site.plate], site.axis)
+        columns.append(value.reshape(site.shape[0], -1))
+    v = columns[0] if len(columns) == 1 else jnp.concatenate(columns, -1)
+    return Batch(v, sites, indices, leaves, spec)
+
+
+def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
+    """The arguments' leaves, NumPy arrays made JAX arrays: a program that converts them would lose their identity."""
+    leaves, spec = jax.tree.flatten((args, kwargs))
+    return [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves], spec
+
+
+def find(model_sites: Mapping[str, Any], leaves: Sequence[Any], names: Sequence[str] | None) -> tuple[VisibleSite, ...]:
+    """The visible sites among the model's recorded sites, checked.
+
+    :param names: ``BiSM``'s argument ``visible``.
+    :raises ValueError: naming the site, what was found, and the cure.
+    """
+    observed = {name: site for name, site in model_sites.items() if site.is_data}
+    if names is not None:
+        for name in names:
+            if name not in observed:
+                raise ValueError(
+                    f"visible={list(names)!r}: the model has no observed sample site '{name}'; its "
+                    f"observed sites are {sorted(observed)}. Was the data passed to the model?"
+                )
+        observed = {name: observed[name] for name in names}
+    if not observed:
+        raise ValueError(
+            "The model has no visible site: no sample statement is observed. Declare the data with "
+            "numpyro.sample('x', dist.Normal(0., 1.).expand([D]).to_event(1).mask(False), obs=x) and pass "
+            "x to init() and update()."
+        )
+    found = tuple(_locate(name, site, leaves) for name, site in observed.items())
+    sizes = {site.name: site.shape[0] for site in found}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"The visible sites differ in their leading dimension, which is the batch: {sizes}. Leave "
+            "covariates out with visible=[...], or give all sites the same number of rows."
+        )
+    return found
+
+
+def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
+    value = site.value
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"Visible site '{name}' holds {jnp.result_type(value)}: a score needs floating-point data. If it is "
+            "discrete, leave it out with visible=[...] naming the continuous sites; otherwise cast it first."
+        )
+    support = site.fn.support
+    if not _is_real(support):
+        kind = "discrete" if support.is_discrete else "of bounded support"
+        raise ValueError(
+            f"Visible site '{name}' ({type(site.fn).__name__}) is {kind}: {support}. Score matching "
+            "needs a density on all of R^D. Transform the data to the reals first (and add the log "
+            "Jacobian to the energy), or leave the site out with visible=[...]."
+        )
+    if jnp.ndim(value) < 1:
+        raise ValueError(
+            f"Visible site '{name}' is a scalar. The leading dimension of a visible value is the batch: "
+            "pass data of shape (n, ...)."
+        )
+    shape = jnp.shape(value)
+    same = tuple(i for i, leaf in enumerate(leaves) if leaf is value)
+    if same:
+        return VisibleSite(name, same, None, 0, shape)
+    for frame in site.frames:
+        axis = frame.dim - site.fn.event_dim
+        full_size, size = site.plates[frame.name]
+        if full_size == size:
+            continue
+        picked = site.subsamples[frame.name]
+        rows = tuple(
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Array)
+            and leaf.dtype == value.dtype
+            and leaf.ndim >= -axis
+            and leaf.shape[axis] == full_size
+            and np.array_equal(jnp.take(leaf, picked, axis), value)
+        )
+        if rows:
+            return VisibleSite(name, rows, frame.name, axis, shape)
+    raise ValueError(
+        f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments, "
+        "nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "
+        "both the model and the guide must see it perturbed, so it has to come in as an argument "
+        "(found again as the same array): do casts, reshapes and indexing before, and do not "
+        "close over the data."
+    )
+
+
+def _is_real(support: Any) -> bool:
+    # a type, not a singleton: numpyro's independent() is a class in some releases and a function in others
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real or support == constraints.real
+
+
+def require_finite(leaves: Sequence[Any], spec: Any) -> None:
+    """Checks concrete arrays; inside a compiled function there is nothing to look at yet.
+
+    :raises ValueError: naming the argument and the place of its first NaN or infinity.
+    """
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
+            continue
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or bool(jnp.isfinite(leaf).all()):
+            continue
+        bad = np.argwhere(~np.isfinite(leaf))
+        place = tuple(bad[0].tolist())
+        raise ValueError(
+            f"Argument {_name(i, leaves, spec)} has {len(bad)} NaN or infinite values, the first "
+            f"at index {place}. Nothing was updated. Remove or impute them first."
+        )
+
+
+def _name(i: int, leaves: Sequence[Any], spec: Any) -> str:
+    marked = jax.tree.unflatten(spec, [j == i for j in range(len(leaves))])
+    paths = [jax.tree_util.keystr(path) for path, mark in jax.tree_util.tree_flatten_with_path(marked)[0] if mark]
+    path = paths[0]
+    return f"args{path[3:]}" if path.startswith("[0]") else f"kwargs{path[3:]}"
