@@ -89,6 +89,7 @@ class record(Messenger):
         softened: frozenset[str] = frozenset(),
         enumerate_from: int | None = None,
         harden: bool = False,
+        keys: Sequence[Array] = (),
     ):
         super().__init__()
         self.given = params
@@ -96,6 +97,8 @@ class record(Messenger):
         self.softened = softened
         self.enumerate_from = enumerate_from
         self.harden = harden
+        self.given_keys = iter(keys)
+        self.keys: list[Array] = []
         self.sites: dict[str, Site] = {}
         self.params: dict[str, Any] = {}
         self.mutable: dict[str, Any] = {}
@@ -117,9 +120,12 @@ class record(Messenger):
         if kind == "param" and name in self.given:
             msg["value"] = self.given[name]
         elif kind == "mutable" and name in self.given:
-            msg["value"] = dict(self.given[name])  # modules write their new state into it
+            # rebuilt at every level, for modules write their new state into it
+            msg["value"] = jax.tree.map(lambda x: x, self.given[name])
         elif kind == "plate" and name in self.values:
             msg["value"] = self.values[name]
+        elif kind == "prng_key" and msg["value"] is None:
+            msg["value"] = next(self.given_keys, None)
         elif kind == "sample":
             self._sample(name, msg)
 
@@ -148,6 +154,8 @@ class record(Messenger):
                 self.subsamples[name] = msg["value"]
         elif kind == "param" and msg["value"] is not None:  # flax_module asks for its value first
             self.params[name] = {"name": name, "kwargs": msg["kwargs"], "value": msg["value"]}
+        elif kind == "prng_key" and msg["value"] is not None:
+            self.keys.append(msg["value"])
         elif kind == "mutable" and msg["value"] is not None:
             self.mutable[name] = msg["value"]
         elif kind == "sample":
@@ -173,10 +181,12 @@ class Draw(NamedTuple):
 
     :ivar values: by site; drawn values carry a path to φ but none to v.
     :ivar probs: q(h|v) of each enumerated site over its support, in the site's own dimension.
+    :ivar keys: the random keys that the guide asked for (dropout): q is the guide *with* these, and scored so.
     """
 
     values: Mapping[str, Array]
     probs: tuple[Array, ...] = ()
+    keys: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,16 +244,20 @@ class Pair:
         batch: visible.Batch,
         v: Array,
         given: Mapping[str, Array] | None = None,
+        keys: Sequence[Array] = (),
     ) -> tuple[Draw, dict[str, Site]]:
-        """Run the guide at v; sites marked for enumeration and not ``given`` are summed out."""
+        """Run the guide at v; sites marked for enumeration and not ``given`` are summed out.
+
+        :param keys: random keys for the guide's own use, from an earlier draw.
+        """
         args, kwargs = batch.arguments(v)
         values = {**batch.indices, **(given or {})}
-        with seed(rng_seed=rng_key), record(params, values, enumerate_from=self.num_plate_dims) as run:
+        with seed(rng_seed=rng_key), record(params, values, enumerate_from=self.num_plate_dims, keys=keys) as run:
             self.guide(*args, **kwargs)
         drawn = {name: site.value for name, site in run.sites.items() if not site.is_observed}
         summed = () if given else self.enumerated
         probs = tuple(jnp.exp(run.sites[name].fn.log_prob(run.sites[name].value)) for name in summed)
-        return Draw({**drawn, **batch.indices}, probs), run.sites
+        return Draw({**drawn, **batch.indices}, probs, tuple(run.keys)), run.sites
 
     def configurations(
         self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array
@@ -301,7 +315,7 @@ class Pair:
             self.model(*args, **kwargs)
         total: Any = sum(expectation(site, probs) for site in run.sites.values())
         if guide:
-            with seed(rng_seed=key_guide), record(params, draw.values) as run:
+            with seed(rng_seed=key_guide), record(params, draw.values, keys=draw.keys) as run:
                 self.guide(*args, **kwargs)
             total = total - sum(expectation(s, probs) for s in run.sites.values() if not s.is_observed)
         return total
@@ -451,26 +465,17 @@ def analyse(
     :raises ValueError: for every misuse, naming the site and the cure.
     """
     with jax.ensure_compile_time_eval():
-        key_stand_in, key_model, key_guide, key_scores = jax.random.split(rng_key, 4)
-        leaves = [_stand_in(leaf, key_stand_in) for leaf in leaves]
+        asked = (rng_key, leaves, init_params)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(asked))
+        if traced:
+            rng_key = jax.random.key(0)
+        key_stand_in, _, key_guide, key_scores = jax.random.split(rng_key, 4)
+        # each of its own: two arguments of one shape are told apart by their values
+        leaves = [_stand_in(leaf, jax.random.fold_in(key_stand_in, i)) for i, leaf in enumerate(leaves)]
+        given = {k: jax.tree.map(lambda x: _stand_in(x, key_stand_in), v) for k, v in (init_params or {}).items()}
         model, guide = (partial(p, **static_kwargs) if static_kwargs else p for p in (model, guide))
-        args, kwargs = jax.tree.unflatten(spec, leaves)
-        given = dict(init_params or {})
-        with seed(rng_seed=key_guide), record(given) as q:
-            guide(*args, **kwargs)
+        p, q, soft = _first_run(model, guide, rng_key, given, leaves, spec)
         latents = {name: s for name, s in q.sites.items() if not s.is_observed}
-        soft = frozenset(
-            name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
-        )
-        # rows first: the model has to pick the guide's
-        values = {name: s.value for name, s in latents.items()}
-        try:
-            with seed(rng_seed=key_model), record(given, {**values, **q.subsamples}, soft) as p:
-                model(*args, **kwargs)
-        except ValueError as error:
-            if "relaxed guide site" in str(error):
-                raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
-            raise
         sites = visible.find(p.sites, leaves, names)
         _check_sites(p.sites, latents)
         theta, phi = collect(p.params), collect(q.params)
@@ -500,17 +505,49 @@ def analyse(
             max(dims),
             tuple({**q.mutable, **p.mutable}),
         )
-        start = Analysis(
-            pair,
-            unconstrain(theta, {name: s["value"] for name, s in p.params.items()}),
-            unconstrain(phi, {name: s["value"] for name, s in q.params.items()}),
-            # copied: the programs write into the dictionaries that they were given
-            jax.tree.map(jnp.asarray, {**q.mutable, **p.mutable}),
-        )
+        start = _start(pair, p, q)
         batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)
         _check_guide(start, latents, batch, key_guide, differentiates_guide)
         _check_scores(start, batch, key_scores, loss)
+    if traced:  # initial values may depend on the key and on the data: these come from the ones asked for
+        rng_key, leaves, init_params = asked
+        p, q, _ = _first_run(model, guide, rng_key, init_params or {}, leaves, spec)
+        start = _start(pair, p, q)
     return start
+
+
+def _first_run(
+    model: Callable, guide: Callable, rng_key: Array, given: Mapping[str, Any], leaves: Sequence[Any], spec: Any
+) -> tuple[record, record, frozenset[str]]:
+    """What model and guide recorded, the model at the guide's draws; and the guide's relaxed sites."""
+    args, kwargs = jax.tree.unflatten(spec, leaves)
+    _, key_model, key_guide, _ = jax.random.split(rng_key, 4)
+    with seed(rng_seed=key_guide), record(given) as q:
+        guide(*args, **kwargs)
+    latents = {name: s for name, s in q.sites.items() if not s.is_observed}
+    soft = frozenset(
+        name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
+    )
+    # rows first: the model has to pick the guide's
+    values = {name: s.value for name, s in latents.items()}
+    try:
+        with seed(rng_seed=key_model), record(given, {**values, **q.subsamples}, soft) as p:
+            model(*args, **kwargs)
+    except ValueError as error:
+        if "relaxed guide site" in str(error):
+            raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
+        raise
+    return p, q, soft
+
+
+def _start(pair: Pair, p: record, q: record) -> Analysis:
+    return Analysis(
+        pair,
+        unconstrain(pair.theta, {name: s["value"] for name, s in p.params.items()}),
+        unconstrain(pair.phi, {name: s["value"] for name, s in q.params.items()}),
+        # of strong types, as the parameters: a program may start a counter at 0.0
+        jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), {**q.mutable, **p.mutable}),
+    )
 
 
 def _stand_in(leaf: Any, rng_key: Array) -> Any:

@@ -43,7 +43,7 @@ class FisherDivergence:
 
             def difference(h):
                 # sites computed from h (an autoguide's) are computed anew, so that h's whole effect is seen
-                again, sites = pair.draw(key_draw, params, batch, v, h)
+                again, sites = pair.draw(key_draw, params, batch, v, h, draw.keys)
                 log_q: Any = sum(s.log_prob().sum() for s in sites.values() if not s.is_observed)
                 return log_q - pair.log_weight(key_model, params, batch, v, Draw(again.values), guide=False)
 

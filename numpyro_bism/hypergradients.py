@@ -78,7 +78,7 @@ class Unrolled:
                 loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
                 return differentiable_update(problem.optim, gradient, fast, loss), None
 
-            fast, _ = jax.lax.scan(step, state, keys)
+            fast = jax.lax.scan(step, state, keys)[0] if self.num_steps else state
             return problem.outer(key_outer, theta, problem.optim.get_params(fast))
 
         return jax.value_and_grad(whole)(theta)

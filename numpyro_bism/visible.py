@@ -81,7 +81,9 @@ def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Array], leaves: 
 def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
     """The arguments' leaves, NumPy arrays made JAX arrays: a program that converts them would lose their identity."""
     leaves, spec = jax.tree.flatten((args, kwargs))
-    return [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves], spec
+    # one for each array, so that data passed twice are still the same
+    converted = {id(leaf): jnp.asarray(leaf) for leaf in leaves if isinstance(leaf, np.ndarray)}
+    return [converted.get(id(leaf), leaf) for leaf in leaves], spec
 
 
 def find(model_sites: Mapping[str, Any], leaves: Sequence[Any], names: Sequence[str] | None) -> tuple[VisibleSite, ...]:
@@ -180,8 +182,9 @@ def require_finite(leaves: Sequence[Any], spec: Any) -> None:
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
             continue
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or bool(jnp.isfinite(leaf).all()):
-            continue
+        with jax.ensure_compile_time_eval():  # a concrete array may meet a program being traced
+            if not jnp.issubdtype(leaf.dtype, jnp.floating) or bool(jnp.isfinite(leaf).all()):
+                continue
         bad = np.argwhere(~np.isfinite(leaf))
         place = tuple(bad[0].tolist())
         raise ValueError(

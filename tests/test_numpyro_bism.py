@@ -1,0 +1,399 @@
+"""numpyro_bism's hypergradient, losses and errors, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+
+from numpyro_bism import (
+    BiSM,
+    ConcreteBernoulli,
+    DenoisingScoreMatching,
+    Detached,
+    FisherDivergence,
+    MultiscaleDenoisingScoreMatching,
+    ScoreMatching,
+    SlicedScoreMatching,
+    Unrolled,
+)
+from numpyro_bism.divergences import of
+from numpyro_bism.hypergradients import Bilevel
+from numpyro_bism.visible import flatten
+
+D, H, N = 3, 2, 7
+X = np.random.default_rng(0).normal(size=(N, D))
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(scale, *shape):
+    return lambda key: scale * jax.random.normal(key, shape)
+
+
+def flat(x):
+    return numpyro.sample("x", dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False), obs=x)
+
+
+def model(x):
+    w = numpyro.param("w", normal(0.3, D, H))
+    b = numpyro.param("b", normal(0.1, D))
+    s = numpyro.param("s", jnp.full(D, 0.9), constraint=dist.constraints.positive)
+    with numpyro.plate("data", len(x)):
+        x = flat(x)
+        h = numpyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+        numpyro.factor("energy", -0.5 * (((x - b) / s) ** 2).sum(-1) + ((x @ w) * h).sum(-1))
+
+
+def guide(x):
+    a = numpyro.param("a", normal(0.3, D, H))
+    scale = numpyro.param("scale", jnp.full(H, 0.7), constraint=dist.constraints.positive)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("h", dist.Normal(jnp.tanh(x @ a), scale).to_event(1))
+
+
+LOSSES = {
+    "exact": ScoreMatching(),
+    "sliced": SlicedScoreMatching(num_projections=2),
+    "denoising": DenoisingScoreMatching(0.3),
+    "denoising-averaged": DenoisingScoreMatching(0.3, num_particles=3, average="score"),
+    "multiscale": MultiscaleDenoisingScoreMatching(0.1, 0.5, 0.2, num_particles=2),
+}
+INNER = {"elbo": Trace_ELBO(), "mean-field": TraceMeanField_ELBO(), "fisher": FisherDivergence()}
+
+
+def prepared(bism, *args):
+    """The pair, a batch, and initial state on these arguments."""
+    leaves, spec = flatten(args, {})
+    state = bism.init(KEY, *args)
+    pair = bism.pair(leaves, spec)
+    return pair, pair.batch(KEY, leaves, spec), state
+
+
+def check_hypergradient(bism, *args):
+    pair, batch, state = prepared(bism, *args)
+
+    def outer(key, theta, phi):
+        return pair.outer_loss(key, pair.params(theta, phi, state.mutable_state), batch, bism.loss)
+
+    def inner(key, theta, phi):
+        return of(key, bism.loss, bism._inner, pair, pair.params(theta, phi, state.mutable_state), batch)
+
+    theta = bism.optim.get_params(state.optim_state)
+    problem = Bilevel(outer, inner, bism.inner_optim)
+    whole = jax.jit(lambda theta: bism.hypergradient(KEY, problem, theta, state.inner_optim_state))
+    leaves, tree = jax.tree.flatten(theta)
+    rng = np.random.default_rng(3)
+    direction = [rng.normal(size=leaf.shape) for leaf in leaves]
+
+    def at(t):
+        return whole(jax.tree.unflatten(tree, [x + t * d for x, d in zip(leaves, direction, strict=True)]))[0]
+
+    h = 1e-3
+    slope = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+    gradient = jax.tree.leaves(whole(theta)[1])
+    ours = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
+    np.testing.assert_allclose(ours, slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_hypergradient_is_the_derivative_of_the_whole_map(loss, inner, num_steps):
+    if num_steps == 0 and inner != "elbo":
+        pytest.skip("Detached does not call the inner loss")
+    strategy = Unrolled(num_steps) if num_steps else Detached()
+    optim = optax.adam(1e-2, b2=0.95)
+    check_hypergradient(BiSM(model, guide, optim, LOSSES[loss], inner_loss=INNER[inner], hypergradient=strategy), X)
+
+
+def rbm(x):
+    w = numpyro.param("w", normal(0.8, D, H))
+    b = numpyro.param("b", normal(0.1, D))
+    c = numpyro.param("c", normal(0.1, H))
+    with numpyro.plate("data", len(x), dim=-2):
+        x = flat(x)
+        with numpyro.plate("units", H, dim=-1):
+            h = numpyro.sample("h", dist.Bernoulli(0.5).mask(False))
+            numpyro.factor("unit", h * ((x @ w).squeeze(-2) + c))
+        numpyro.factor("quadratic", -0.5 * ((x - b) ** 2).sum(-1))
+
+
+RNG = np.random.default_rng(1)
+W, B, C = 0.8 * RNG.normal(size=(D, H)), 0.1 * RNG.normal(size=D), 0.1 * RNG.normal(size=H)
+
+
+def posterior_guide(x):
+    numpyro.param("unused", jnp.zeros(()))
+    with numpyro.plate("data", len(x), dim=-2), numpyro.plate("units", H, dim=-1):
+        logits = (x @ W).squeeze(-2) + C
+        numpyro.sample("h", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+
+
+@pytest.mark.parametrize("average", ["loss", "score"])
+@pytest.mark.parametrize("loss", [ScoreMatching, SlicedScoreMatching, DenoisingScoreMatching])
+def test_summed_out_score_is_the_marginal_score(loss, average):
+    """With q the posterior the loss equals that of the free energy's exact score."""
+    settings = {"sigma": 0.3} if loss is DenoisingScoreMatching else {}
+    bism = BiSM(
+        rbm,
+        posterior_guide,
+        numpyro.optim.Adam(1e-3),
+        loss(average=average, **settings),
+        inner_loss=TraceEnum_ELBO(max_plate_nesting=2),
+        hypergradient=Detached(),
+    )
+    pair, batch, _ = prepared(bism, X[:, None])
+
+    def score(v):
+        return B - v + jax.nn.sigmoid(v @ W + C) @ W.T
+
+    ours = pair.outer_loss(KEY, {"w": W, "b": B, "c": C, "unused": jnp.zeros(())}, batch, bism.loss)
+    noise = bism.loss.draw(jax.random.split(KEY, 3)[0], batch.v)
+    np.testing.assert_allclose(ours, bism.loss(score, batch.v, noise).mean(), rtol=1e-10)
+
+
+def test_summed_out_inner_loss_is_the_kl_by_enumeration():
+    """TraceEnum_ELBO at v: -E_q[log p̃ - log q], summed over all 2^H configurations, a mean over the batch."""
+    bism = BiSM(rbm, posterior_guide, numpyro.optim.Adam(1e-3), ScoreMatching(average="score"),
+                inner_loss=TraceEnum_ELBO(max_plate_nesting=2))  # fmt: skip
+    pair, batch, _ = prepared(bism, X[:, None])
+    params = {"w": W + 0.3, "b": B, "c": C, "unused": jnp.zeros(())}
+    ours = of(KEY, bism.loss, bism._inner, pair, params, batch)
+    logits, field = X @ W + C, X @ (W + 0.3) + C
+    q = jax.nn.sigmoid(logits)
+    log_q = q * jax.nn.log_sigmoid(logits) + (1 - q) * jax.nn.log_sigmoid(-logits)
+    expected = (log_q - q * field).sum(-1) + 0.5 * ((X - B) ** 2).sum(-1)
+    np.testing.assert_allclose(ours, expected.mean(), rtol=1e-10)
+
+
+def test_a_state_that_was_saved_continues_bit_for_bit():
+    def fresh():
+        return BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3))
+
+    bism = fresh()
+    state = bism.run(KEY, 3, X, progress_bar=False).state
+    saved = [np.asarray(x) for x in jax.tree.leaves(state._replace(rng_key=jax.random.key_data(state.rng_key)))]
+    expected = bism.run(KEY, 3, X, progress_bar=False, init_state=state).losses
+    tree = jax.tree.structure(state)
+    restored = jax.tree.unflatten(tree, [jnp.asarray(x) for x in saved])
+    restored = restored._replace(rng_key=jax.random.wrap_key_data(restored.rng_key))
+    later = fresh().run(jax.random.key(99), 3, X, progress_bar=False, init_state=restored).losses
+    np.testing.assert_array_equal(later, expected)
+
+
+def test_run_is_update_step_by_step_with_or_without_progress_bar():
+    bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3))
+    silent = bism.run(KEY, 25, X, progress_bar=False)
+    shown = bism.run(KEY, 25, X, progress_bar=True)
+    np.testing.assert_array_equal(silent.losses, shown.losses)
+    state, update = bism.init(KEY, X), jax.jit(bism.update)
+    losses = []
+    for _ in range(25):
+        state, loss = update(state, X)
+        losses.append(loss)
+    np.testing.assert_allclose(losses, silent.losses, rtol=1e-12)
+    for name, value in bism.get_params(state).items():
+        np.testing.assert_allclose(value, silent.params[name], rtol=1e-12)
+    assert update._cache_size() == 1  # never traced again
+
+
+def test_nan_is_named_before_anything_moves():
+    bad = X.copy()
+    bad[2, 1] = np.nan
+    bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3))
+    for call in (
+        lambda: bism.init(KEY, bad),
+        lambda: bism.run(KEY, 10, bad),
+        lambda: bism.update(bism.init(KEY, X), bad),
+        lambda: bism.evaluate(bism.init(KEY, X), bad),
+    ):
+        with pytest.raises(ValueError, match=r"args\[0\].*\(2, 1\)"):
+            call()
+
+
+def test_stable_update_leaves_all_but_the_key():
+    bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3))
+    update = jax.jit(bism.stable_update)
+    state, loss = update(bism.init(KEY, X), X)
+    assert np.isfinite(loss)
+    kept, loss = update(state, np.full_like(X, np.nan))
+    assert np.isnan(loss)
+    assert not np.array_equal(jax.random.key_data(kept.rng_key), jax.random.key_data(state.rng_key))
+    for a, b in zip(jax.tree.leaves(kept._replace(rng_key=0)), jax.tree.leaves(state._replace(rng_key=0)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    after, loss = update(kept, X)
+    assert np.isfinite(loss)
+    assert int(after.optim_state[0]) == 2
+
+
+def test_a_diverging_inner_loop_ends_in_an_error_that_names_the_cure():
+    bism = BiSM(model, guide, numpyro.optim.SGD(1e-3), DenoisingScoreMatching(0.3), inner_optim=numpyro.optim.SGD(1e3))
+    with pytest.raises(FloatingPointError, match="inner learning rate"):
+        bism.run(KEY, 200, X, progress_bar=False)
+    losses = bism.run(KEY, 200, X, progress_bar=False, stable_update=True).losses
+    assert np.isnan(losses).any()
+
+
+def never_reads(x):
+    w = numpyro.param("w", jnp.ones(H))
+    with numpyro.plate("data", len(x)):
+        flat(x)
+        h = numpyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+        numpyro.factor("energy", (h * w).sum(-1))
+
+
+def unobserved(x):
+    w = numpyro.param("w", jnp.ones(H))
+    with numpyro.plate("data", len(x)):
+        h = numpyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+        numpyro.factor("energy", (h * w).sum(-1) + x.sum(-1))
+
+
+def energy_of(change, fn=None):
+    fn = dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False) if fn is None else fn
+
+    def run(x):
+        w = numpyro.param("w", jnp.ones(D))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", fn, obs=change(x))
+            numpyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+            numpyro.factor("energy", (x * w).sum(-1))
+
+    return run
+
+
+def no_parameters(x):
+    with numpyro.plate("data", len(x)):
+        x = flat(x)
+        h = numpyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+        numpyro.factor("energy", -(x**2).sum(-1) - h.sum(-1))
+
+
+def guide_of(make, name="h"):
+    def run(x):
+        a = numpyro.param("a", jnp.ones(H))
+        with numpyro.plate("data", len(x)):
+            fn = make(a + 0 * x[:, :1])
+            numpyro.sample(name, fn if fn.event_dim else fn.to_event(1))
+
+    return run
+
+
+def shared(x):
+    w = numpyro.param("w", jnp.ones((D, H)))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("h", dist.Normal(x @ w, 1.0).to_event(1))
+
+
+def enumerated_event(x):
+    a = numpyro.param("a", jnp.ones(H))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("h", dist.Bernoulli(logits=x[:, :H] + a).to_event(1), infer={"enumerate": "parallel"})
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (never_reads, guide, "'x' is zero everywhere"),
+        (unobserved, guide, "no visible site"),
+        (energy_of(lambda x: 2 * x), guide, "is none of the arguments"),
+        (energy_of(jnp.abs, dist.Exponential(1.0).expand([D]).to_event(1)), guide, "of bounded support"),
+        (
+            energy_of(lambda x: (x > 0).astype(int), dist.Bernoulli(0.5).expand([D]).to_event(1)),
+            guide,
+            "floating-point",
+        ),
+        (no_parameters, guide, "no parameter to train"),
+        (model, shared, "'w' is used by both"),
+        (model, guide_of(lambda a: dist.Normal(a, 1.0), "z"), "'h' is missing from the guide"),
+        (model, guide_of(lambda a: dist.Poisson(a)), "can't be reparameterised"),
+        (model, guide_of(lambda a: dist.Gamma(a, 1.0)), "can't be differentiated twice"),
+        (model, guide_of(lambda a: dist.Beta(a, 1.0)), "can't be differentiated twice"),
+        (model, guide_of(lambda a: dist.Dirichlet(a)), "can't be differentiated twice"),
+        (model, guide_of(lambda a: dist.RelaxedBernoulli(jnp.array(0.1), logits=a)), "temperature below 1"),
+        (model, guide_of(lambda a: ConcreteBernoulli(0.1, a)), "relaxed guide site needs"),
+        (rbm, enumerated_event, "Put its units in a plate"),
+    ],
+)
+def test_misuse_names_the_site_and_the_cure(model, guide, message):
+    bism = BiSM(model, guide, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3))
+    with pytest.raises(ValueError, match=message):
+        bism.init(KEY, X)
+
+
+def test_fixed_gamma_draws_and_detached_are_welcome():
+    fixed = guide_of(lambda a: dist.Gamma(jnp.full(a.shape, 2.0), 1.0))
+    BiSM(model, fixed, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3, average="score")).init(KEY, X)
+    free = guide_of(lambda a: dist.Gamma(a, 1.0))
+    loss = DenoisingScoreMatching(0.3, average="score")
+    BiSM(model, free, numpyro.optim.Adam(1e-3), loss, hypergradient=Detached()).init(KEY, X)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": Trace_ELBO()}, "is not an outer loss"),
+        ({"optim": numpyro.optim.Minimize()}, "Minimize"),
+        ({"optim": 1e-3}, "should be an optimiser"),
+        ({"inner_loss": DenoisingScoreMatching(0.1)}, "is not an ELBO"),
+        ({"num_inner_steps": -1}, "must not be negative"),
+        ({"visible": "x"}, r"visible=\['x'\]"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(settings, message):
+    settings = {"optim": numpyro.optim.Adam(1e-3), "loss": DenoisingScoreMatching(0.3), **settings}
+    with pytest.raises(ValueError, match=message):
+        BiSM(model, guide, settings.pop("optim"), settings.pop("loss"), **settings)
+
+
+@pytest.mark.parametrize("inner", [Trace_ELBO(), FisherDivergence()])
+def test_enumerated_sites_need_the_enumerating_elbo(inner):
+    bism = BiSM(rbm, posterior_guide, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3), inner_loss=inner)
+    with pytest.raises(ValueError, match="TraceEnum_ELBO"):
+        bism.init(KEY, X[:, None])
+
+
+def test_a_blind_guide_is_warned_of():
+    blind = guide_of(lambda a: dist.Normal(a, 1.0))
+    with pytest.warns(UserWarning, match="does not look at the visible"):
+        BiSM(model, blind, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3)).init(KEY, X)
+
+
+@pytest.mark.parametrize("pick", [lambda x, rows: x[rows], lambda x, rows: numpyro.subsample(x, event_dim=1)])
+def test_subsampled_rows_give_the_score_of_those_rows(pick):
+    """A plate's N/B is no part of the score: the loss on picked rows is that of those rows alone."""
+    full = np.random.default_rng(2).normal(size=(40, D))
+
+    def subsampled(x):
+        b = numpyro.param("b", 0.1 * jnp.ones(D))
+        with numpyro.plate("data", 40, subsample_size=N) as rows:
+            x = flat(pick(x, rows))
+            numpyro.factor("energy", -0.5 * ((x - b) ** 2).sum(-1))
+
+    bism = BiSM(subsampled, lambda x: None, numpyro.optim.Adam(1e-3), ScoreMatching())
+    pair, batch, state = prepared(bism, full)
+    theta, phi = bism._unpack(pair, state)
+    ours = pair.outer_loss(KEY, pair.params(theta, phi, None), batch, bism.loss)
+    rows = full[batch.indices["data"]]
+    assert len(np.unique(batch.indices["data"])) == N
+    np.testing.assert_allclose(ours, (0.5 * ((rows - 0.1) ** 2).sum(-1) - D).mean())
+
+
+def test_get_params_before_any_run_says_so():
+    bism = BiSM(model, guide, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3))
+    state = bism.init(KEY, X)
+    fresh = BiSM(model, guide, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3))
+    with pytest.raises(ValueError, match="constraints are not known"):
+        fresh.get_params(state)
+    fresh.evaluate(state, X)
+    for name, value in bism.get_params(state).items():
+        np.testing.assert_array_equal(value, fresh.get_params(state)[name])
