@@ -1,6 +1,7 @@
 """Bi-level score matching for Pyro: learn energy-based latent-variable models by swapping SVI for BiSM."""
 
 from .bism import BiSM, BiSMInfo
+from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence
 from .hypergradients import Detached, Unrolled
@@ -25,4 +26,6 @@ __all__ = [
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
+    "psis_khat",
+    "to_arviz",
 ]

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -115,16 +116,12 @@ class BiSM:
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
         batch = pair.batch(leaves, spec)
         buffers = _Buffers(pair.buffers)
-        inner_loss, inner_norm = self._fit(pair, batch, phi, buffers)
-        problem = Bilevel(
-            outer=lambda: pair.outer_loss(batch, self.loss),
-            inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
-            theta=theta,
-            phi=phi,
-            unrolled=lambda: DifferentiableOptim(self.inner_optim, phi),
-        )
-        loss, gradient = self.hypergradient(problem)
-        buffers.restore()
+        try:
+            inner_loss, inner_norm = self._fit(pair, batch, phi, buffers)
+            with pyro.validation_enabled(False):
+                loss, gradient = self.hypergradient(self._problem(pair, batch, theta, phi))
+        finally:
+            buffers.restore()
         norm = _norm(gradient)
         self.info = BiSMInfo(loss.item(), inner_loss, inner_norm, norm)
         if not (math.isfinite(self.info.outer_loss) and math.isfinite(norm)):
@@ -136,11 +133,24 @@ class BiSM:
         _descend(self.optim, theta, gradient)
         return self.info.outer_loss
 
+    def _problem(self, pair, batch, theta, phi) -> Bilevel:
+        return Bilevel(
+            outer=lambda: pair.outer_loss(batch, self.loss),
+            inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
+            theta=theta,
+            phi=phi,
+            at=pair.at,
+            unrolled=lambda: DifferentiableOptim(self.inner_optim, phi),
+        )
+
     def _fit(self, pair, batch, phi, buffers) -> tuple[float, float]:
         """The K kept inner steps."""
         value, norm = 0.0, 0.0
         for k in range(max(self.num_inner_steps, 1)):
-            loss = divergences.of(self.loss, self._inner, pair, batch)
+            # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
+            # in their noise, and a guide that goes astray between them is caught by its gradient.
+            with nullcontext() if k == 0 else pyro.validation_enabled(False):
+                loss = divergences.of(self.loss, self._inner, pair, batch)
             if k == 0:
                 buffers.keep()
             if phi:
@@ -162,10 +172,10 @@ class BiSM:
         """The outer loss at the present parameters, with fresh noise; nothing is updated."""
         pair, leaves, spec = self._prepare(args, kwargs)
         buffers = _Buffers(pair.buffers)
-        buffers.keep()
-        loss = pair.outer_loss(pair.batch(leaves, spec), self.loss)
-        buffers.restore()
-        return loss.item()
+        try:
+            return pair.outer_loss(pair.batch(leaves, spec), self.loss).item()
+        finally:
+            buffers.restore()
 
     def get_state(self) -> dict[str, Any]:
         """All that a later process needs to continue bit for bit: parameters, optimisers, random state."""
@@ -204,17 +214,20 @@ class BiSM:
     def _prepare(self, args, kwargs) -> tuple[densities.Pair, list[Any], Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         visible.require_finite(leaves, spec)
-        pair = self.pair(*args, **kwargs)
+        pair = self._pair(leaves, spec)
         if self._waiting is not None:
             self._take_up()
         return pair, leaves, spec
 
     def pair(self, *args: Any, **kwargs: Any) -> densities.Pair:
         """Model and guide as they run on arguments of this structure; analysed once for each structure."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (spec, tuple(_signature(leaf) for leaf in leaves), _modes(self.model, self.guide))
-        pair = self._pairs.get(key)
-        if pair is None:
+        return self._pair(*pytree.tree_flatten((args, kwargs)))
+
+    def _pair(self, leaves: list[Any], spec: Any) -> densities.Pair:
+        signature = (spec, tuple(_signature(leaf) for leaf in leaves))
+        pair = self._pairs.get((*signature, _modes(self.model, self.guide)))
+        if pair is None or not pair.is_current():
+            known, random_state = set(pyro.get_param_store().keys()), pyro.util.get_rng_state()
             unrolls = getattr(self.hypergradient, "differentiates_inner", True)
             pair = densities.analyse(self.model, self.guide, leaves, spec, self.visible, self.loss, unrolls)
             divergences.check(self.inner_loss, pair)
@@ -223,7 +236,11 @@ class BiSM:
             settle(self.inner_optim, phi)
             if unrolls:
                 require_unrollable(self.inner_optim, phi)
-            self._pairs[key] = pair
+            # an autoguide makes its modules at its first run
+            self._pairs[(*signature, _modes(self.model, self.guide))] = pair
+            if known.issuperset(pyro.get_param_store().keys()):
+                # nothing was initialised: a look that a resumed run takes at another time draws nothing
+                pyro.util.set_rng_state(random_state)
         return pair
 
     def _buffers(self) -> list[Tensor]:
@@ -294,7 +311,7 @@ class _Buffers:
 
     def __init__(self, buffers: Sequence[Tensor]):
         self._buffers = buffers
-        self._kept: list[Tensor] = []
+        self.keep()
 
     def keep(self) -> None:
         self._kept = [b.clone() for b in self._buffers]

@@ -11,7 +11,8 @@ held fixed as v moves; then the score's own derivative in v stays right as well.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -66,12 +67,31 @@ class Site:
         return scale_and_mask(self.fn.log_prob(self.value), scale, self.mask)
 
 
-class record(Messenger):
-    """Runs a program with some of its sites given, and keeps its sample statements.
+class replay(Messenger):
+    """Runs a program with some of its sites given.
 
     A value in ``values`` stands in for a latent site's draw; a site in ``softened`` is scored as its
-    relaxation. Sites marked for enumeration get their whole support, in a dimension of their own left
-    of all plates, when ``enumerate_from`` says how many dimensions the plates take.
+    relaxation.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], softened: frozenset[str] = frozenset()):
+        super().__init__()
+        self.values = values
+        self.softened = softened
+
+    def _pyro_sample(self, msg):
+        name = msg["name"]
+        if name in self.softened:
+            msg["fn"] = relaxed(msg["fn"])
+        if name in self.values and not (msg["is_observed"] or msg["done"]):
+            msg["value"], msg["done"] = self.values[name], True
+
+
+class record(replay):
+    """Runs a program as :class:`replay` does, and keeps its sample statements.
+
+    Sites marked for enumeration get their whole support, in a dimension of their own left of all plates,
+    when ``enumerate_from`` says how many dimensions the plates take.
     """
 
     def __init__(
@@ -81,9 +101,7 @@ class record(Messenger):
         enumerate_from: int | None = None,
         harden: bool = False,
     ):
-        super().__init__()
-        self.values = values or {}
-        self.softened = softened
+        super().__init__(values or {}, softened)
         self.enumerate_from = enumerate_from
         self.harden = harden
         self.sites: dict[str, Site] = {}
@@ -92,16 +110,12 @@ class record(Messenger):
         self.num_enumerated = 0
 
     def _pyro_sample(self, msg):
-        name = msg["name"]
-        if name in self.softened:
-            msg["fn"] = relaxed(msg["fn"])
+        super()._pyro_sample(msg)
         if self.harden:
             msg["fn"] = hard(msg["fn"])
         if msg["is_observed"] or msg["done"]:
             return
-        if name in self.values:
-            msg["value"], msg["done"] = self.values[name], True
-        elif self.enumerate_from is not None and is_enumerated(msg["infer"]):
+        if self.enumerate_from is not None and is_enumerated(msg["infer"]):
             self.num_enumerated += 1
             support = msg["fn"].enumerate_support(expand=False)
             batch_dims = support.dim() - 1 - msg["fn"].event_dim
@@ -156,6 +170,8 @@ class Pair:
     :ivar subsamples: the distribution over indices of each subsampling plate.
     :ivar num_plate_dims: how many dimensions the plates take.
     :ivar buffers: module buffers that a pass changes (batch-norm statistics).
+    :ivar frozen: parameters met that do not require grad.
+    :ivar is_stated: whether the programs read φ through ``pyro.param`` statements alone.
     """
 
     model: Callable
@@ -170,6 +186,16 @@ class Pair:
     num_data: int
     num_plate_dims: int
     buffers: tuple[Tensor, ...] = field(default=())
+    frozen: tuple[Tensor, ...] = field(default=())
+    is_stated: bool = False
+
+    def is_current(self) -> bool:
+        """Whether the programs still train these tensors: none was replaced, cleared, frozen or unfrozen since."""
+        store = pyro.get_param_store()._params
+        trained = (*self.theta.items(), *self.phi.items())
+        return all(leaf.requires_grad and store.get(name) is leaf for name, leaf in trained) and not any(
+            leaf.requires_grad for leaf in self.frozen
+        )
 
     def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
         """The step's batch: subsampling plates draw their rows here, once."""
@@ -179,14 +205,20 @@ class Pair:
     def programs(self, batch: visible.Batch) -> tuple[Callable, Callable]:
         """Model and guide for a host ELBO: rows fixed, discrete sites softened where the guide's are."""
 
-        def given(program, softened):
+        def replayed(program, softened):
             def run(*args, **kwargs):
-                with record(batch.indices, softened):
+                with replay(batch.indices, softened):
                     return program(*args, **kwargs)
 
-            return run
+            return run if batch.indices or softened else program
 
-        return given(self.model, self.softened), given(self.guide, frozenset())
+        return replayed(self.model, self.softened), replayed(self.guide, frozenset())
+
+    def at(self, phi: Sequence[Tensor]) -> AbstractContextManager:
+        """The context in which the programs run with these tensors, unconstrained, as φ."""
+        if self.is_stated:
+            return params.given(dict(zip(self.phi, phi, strict=True)))
+        return params.swapped(dict(zip(self.phi.values(), phi, strict=True)))
 
     def draw(
         self, batch: visible.Batch, v: Tensor, given: Mapping[str, Tensor] | None = None
@@ -351,28 +383,43 @@ def analyse(
     :param differentiates_guide: whether the inner problem will be differentiated a second time.
     :raises ValueError: for every misuse, naming the site and the cure.
     """
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
     ran: list[torch.nn.Module] = []
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: ran.append(m))
+    buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def seen(module, _):
+        ran.append(module)
+        for b in module.buffers():
+            if id(b) not in buffers:
+                buffers[id(b)] = (b, b.clone())
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(seen)
     try:
-        with pyro.poutine.block():
-            with record() as q:
-                guide(*args, **kwargs)
-            latents = {name: s for name, s in q.sites.items() if not s.is_observed}
-            soft = frozenset(
-                name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
-            )
-            # rows first: the model has to pick the guide's
-            values = {name: s.value for name, s in latents.items()}
-            try:
-                with record({**values, **q.subsamples}, soft) as p:
-                    model(*args, **kwargs)
-            except ValueError as error:
-                if "relaxed guide site" in str(error):
-                    raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
-                raise
+        return _describe(model, guide, leaves, spec, names, loss, differentiates_guide, ran)
     finally:
         hook.remove()
+        # a look at the programs is no step: batch-norm statistics stay where they were
+        for buffer, value in buffers.values():
+            buffer.copy_(value)
+
+
+def _describe(model, guide, leaves, spec, names, loss: OuterLoss, differentiates_guide: bool, ran) -> Pair:
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    with pyro.poutine.block():
+        with record() as q:
+            guide(*args, **kwargs)
+        latents = {name: s for name, s in q.sites.items() if not s.is_observed}
+        soft = frozenset(
+            name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
+        )
+        # rows first: the model has to pick the guide's
+        values = {name: s.value for name, s in latents.items()}
+        try:
+            with record({**values, **q.subsamples}, soft) as p:
+                model(*args, **kwargs)
+        except ValueError as error:
+            if "relaxed guide site" in str(error):
+                raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
+            raise
     sites = visible.find(p.sites, leaves, names)
     _check_sites(p.sites, latents)
     theta, phi = params.collect(p.params, "model"), params.collect(q.params, "guide")
@@ -384,7 +431,7 @@ def analyse(
     sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)
     _check_guide(latents, enumerated, phi, differentiates_guide)
     dims = [len(s.fn.batch_shape) for s in (*p.sites.values(), *q.sites.values())]
-    dims += [-f.dim for s in (*p.sites.values(), *q.sites.values()) for f in s.frames]
+    dims += [-f.dim for s in (*p.sites.values(), *q.sites.values()) for f in s.frames if f.vectorized]
     pair = Pair(
         model,
         guide,
@@ -398,9 +445,25 @@ def analyse(
         _num_data(p.sites, sites),
         max(dims),
         tuple({id(b): b for m in ran for b in m.buffers()}.values()),
+        params.frozen((*p.params.values(), *q.params.values()), ran),
     )
-    _check_scores(pair, leaves, spec, {**q.subsamples, **p.subsamples}, loss)
-    return pair
+    subsamples = {**q.subsamples, **p.subsamples}
+    _check_scores(pair, leaves, spec, subsamples, loss, differentiates_guide)
+    return replace(pair, is_stated=_is_stated(pair, visible.batch(sites, subsamples, leaves, spec)))
+
+
+def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
+    """Whether φ itself is out of sight once the statements give stand-ins.
+
+    Module weights stay in sight, and so does a tensor that the program states but reads from its closure.
+    """
+    if not pair.phi:
+        return True
+    stand_ins = {name: leaf.detach().requires_grad_() for name, leaf in pair.phi.items()}
+    with torch.random.fork_rng(devices=[]), params.given(stand_ins):
+        draw, _ = pair.draw(batch, batch.v)
+        log_weight = pair.log_weight(batch, batch.v, draw)
+    return all(g is None for g in _gradients(log_weight, list(pair.phi.values())))
 
 
 class _Resample:
@@ -505,17 +568,20 @@ def _check_guide(
 
 def _undifferentiable(value: Tensor) -> str | None:
     """The autograd node of a draw whose second derivative is missing, or wrong without a word."""
+    # Gamma raises in the backward of its backward; Beta and Dirichlet drop the path silently
+    return next((n for n in _nodes(value) if "StandardGamma" in n or "Dirichlet" in n), None)
+
+
+def _nodes(value: Tensor) -> Iterator[str]:
+    """The names of all autograd nodes behind a value."""
     seen, stack = set(), [value.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        # Gamma raises in the backward of its backward; Beta and Dirichlet drop the path silently
-        if any(key in node.name() for key in ("StandardGamma", "Dirichlet")):
-            return node.name()
+        yield node.name()
         stack.extend(parent for parent, _ in node.next_functions)
-    return None
 
 
 def _check_scores(
@@ -524,6 +590,7 @@ def _check_scores(
     spec: Any,
     subsamples: Mapping[str, Tensor],
     loss: OuterLoss,
+    differentiates_guide: bool,
 ) -> None:
     batch = visible.batch(pair.sites, subsamples, leaves, spec)
     draw, _ = pair.draw(batch, batch.v)
@@ -534,8 +601,8 @@ def _check_scores(
     with record(draw.values, pair.softened) as run:
         pair.model(*args, **kwargs)
     log_p: Any = sum(expectation(site, draw) for site in run.sites.values())
-    scores = _gradients(log_p, pieces)
-    for site, s in zip(pair.sites, scores, strict=True):
+    scores = _require_second_derivative(log_p, (*pieces, *pair.theta.values()), "model's energy")
+    for site, s in zip(pair.sites, scores[: len(pieces)], strict=True):
         if s is None:
             raise ValueError(
                 f"The score of visible site '{site.name}' is zero everywhere: the energy never reads its "
@@ -543,6 +610,8 @@ def _check_scores(
                 "not detach it."
             )
     try:
+        if loss.average == "score" and loss.num_particles > 1:
+            pair.draw(batch, batch.v)  # a flow may cache its last draw's inverse, and no more
         with record(draw.values) as run:
             pair.guide(*args, **kwargs)
         log_q = sum(expectation(site, draw) for site in run.sites.values() if not site.is_observed)
@@ -552,6 +621,15 @@ def _check_scores(
             f"{list(pair.sampled)} uses a flow without an inverse. Use one with an inverse (an "
             "inverse-autoregressive flow caches; a coupling or spline flow has one)."
         ) from error
+    # squared: a once-differentiable function tells its want of a second derivative only where the gradient
+    # that reaches it has a graph
+    h: Any = sum(value.square().sum() for value in draw.values.values() if value.is_floating_point())
+    # weights read without a pyro statement belong to both programs unseen
+    reads = zip(pair.theta.items(), _gradients(h + log_q, list(pair.theta.values())), strict=True)
+    shared = dict(item for item, g in reads if g is not None)
+    params.reject_shared(shared, shared)
+    if differentiates_guide and pair.phi:
+        _require_second_derivative(h + log_q, (*pieces, *pair.phi.values()), "guide")
     if pair.sampled and loss.average == "loss":
         if all(s is None for s in _gradients(log_q, pieces)):
             warnings.warn(
@@ -575,7 +653,28 @@ def _check_scores(
             )
 
 
-def _gradients(total: Any, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _gradients(total: Any, inputs: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:
     if not isinstance(total, Tensor) or not total.requires_grad:
         return [None] * len(inputs)
-    return torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True)
+    return torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True, create_graph=create_graph)
+
+
+def _require_second_derivative(total: Any, inputs: Sequence[Tensor], role: str) -> Sequence[Tensor | None]:
+    """The gradients of ``total``.
+
+    :raises ValueError: if torch has no derivative of them; found before anything is updated.
+    """
+    try:
+        first = _gradients(total, inputs, create_graph=True)
+        norm: Any = sum(g.square().sum() for g in first if g is not None)
+        if isinstance(norm, Tensor) and any(name.endswith("::Error") for name in _nodes(norm)):
+            # torch raises only where the node is on the way to an input; elsewhere it drops the path silently
+            raise RuntimeError("an autograd function in it is once_differentiable")
+        _gradients(norm, inputs)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The {role} can't be differentiated twice: {error}. For attention, run it inside "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); don't torch.compile a part of the program; "
+            "write torch.cdist out by broadcasting; take a distribution whose draws are made of torch's own operations."
+        ) from error
+    return first

@@ -39,6 +39,8 @@ class FisherDivergence:
         for _ in range(self.num_particles):
             draw, sites = pair.draw(batch, v)
             h = [sites[name].value for name in pair.sampled]
+            if not h:  # nothing to fit
+                return v.new_zeros(())
             log_q: Any = sum(s.log_prob().sum() for s in sites.values() if not s.is_observed)
             difference = log_q - pair.log_weight(batch, v.detach(), draw, guide=False)
             gradients = torch.autograd.grad(difference, h, create_graph=True)
@@ -71,7 +73,12 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
 
 
 def check(inner_loss: Any, pair: Pair) -> None:
-    """:raises ValueError: where the inner loss does not fit the guide's discrete sites."""
+    """:raises ValueError: where the inner loss does not fit the guide's sites."""
+    if isinstance(inner_loss, FisherDivergence) and pair.phi and not (pair.sampled or pair.enumerated):
+        raise ValueError(
+            "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
+            "(Delta). Use inner_loss=Trace_ELBO()."
+        )
     if not pair.enumerated:
         return
     if isinstance(inner_loss, FisherDivergence):

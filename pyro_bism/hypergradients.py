@@ -7,13 +7,13 @@ loss and its gradient in θ. It reads φ and the inner optimiser's state and cha
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .optim import DifferentiableOptim
-from .params import swapped
 
 __all__ = ["Detached", "Unrolled"]
 
@@ -24,6 +24,7 @@ class Bilevel:
 
     :ivar outer: J at the parameters in force.
     :ivar inner: G at the parameters in force.
+    :ivar at: the context that puts given values of φ in force.
     :ivar unrolled: makes the inner optimiser's step differentiable, from its present state.
     """
 
@@ -31,6 +32,7 @@ class Bilevel:
     inner: Callable[[], Tensor]
     theta: Sequence[Tensor]
     phi: Sequence[Tensor]
+    at: Callable[[Sequence[Tensor]], AbstractContextManager]
     unrolled: Callable[[], DifferentiableOptim]
 
 
@@ -80,11 +82,10 @@ class Unrolled:
 
     def __call__(self, problem: Bilevel) -> Result:
         optim, phi = problem.unrolled(), list(problem.phi)
-        for _ in range(self.num_steps):
-            with swapped(dict(zip(problem.phi, phi, strict=True))):
+        for _ in range(self.num_steps if phi else 0):
+            with problem.at(phi):
                 loss = problem.inner()
-            # at n = 0 the swap is the identity
             gradients = torch.autograd.grad(loss, phi, create_graph=True, allow_unused=True)
             phi = optim.step(phi, gradients)
-        with swapped(dict(zip(problem.phi, phi, strict=True))):
+        with problem.at(phi):
             return _outer(problem)

@@ -1,10 +1,38 @@
 """Which tensors a program trains, and running the program with other tensors in their place."""
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyro
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import transform_to
+from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
+
+
+class given(Messenger):
+    """Inside this context ``pyro.param`` statements give these values, unconstrained and by name.
+
+    A module states its weights only to register them and goes on to read its own, so its statements are
+    let be: a program with such weights needs :class:`swapped`.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self._values = values
+
+    def _pyro_param(self, msg):
+        name, initial = msg["name"], msg["args"][1:]
+        if name not in self._values or (initial and isinstance(initial[0], Parameter)):
+            return
+        value = self._values[name]
+        # the store keeps the constraint of the first statement, as pyro.param does
+        constraint = pyro.get_param_store()._constraints.get(name, msg["kwargs"]["constraint"])
+        msg["value"] = transform_to(constraint)(value)
+        msg["value"].unconstrained = weakref.ref(value)
+        msg["done"] = True
 
 
 class swapped(TorchFunctionMode):
@@ -12,27 +40,31 @@ class swapped(TorchFunctionMode):
 
     Parameters are told apart by identity. So one mechanism reaches ``pyro.param`` (the constraint's
     transform is itself a torch function), ``pyro.module``, ``PyroModule``, autoguides and plain
-    ``nn.Module``s, and the param store is never touched.
+    ``nn.Module``s, and the param store is never touched. It costs a Python call for every torch function;
+    where all parameters are read from their ``pyro.param`` statements, :class:`given` does the same for less.
     """
 
     def __init__(self, swaps: Mapping[Tensor, Tensor]):
         super().__init__()
-        # the keys are held as well, so that no id is given to another tensor meanwhile
-        self._swaps = {id(leaf): (leaf, value) for leaf, value in swaps.items()}
+        # the leaves are held as well, so that no id is given to another tensor meanwhile
+        self._leaves = list(swaps)
+        self._swaps = {id(leaf): value for leaf, value in swaps.items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         # A parameter's hash is its identity: the param store looks names up by it.
         if func is not Tensor.__hash__:
-            args = tuple([self._swap(a) for a in args])
+            args = self._swapped(args)
             if kwargs:
-                kwargs = {k: self._swap(a) for k, a in kwargs.items()}
+                kwargs = dict(zip(kwargs, self._swapped(kwargs.values()), strict=True))
         return func(*args, **(kwargs or {}))
 
-    def _swap(self, arg: Any) -> Any:
-        if type(arg) in (list, tuple):  # as torch.cat, torch.stack and the RNNs take them
-            return type(arg)([self._swap(a) for a in arg])
-        found = self._swaps.get(id(arg))
-        return arg if found is None else found[1]
+    def _swapped(self, args: Iterable[Any]) -> list[Any]:
+        swaps = self._swaps
+        return [
+            # lists and tuples, as torch.cat, torch.stack and the RNNs take them
+            swaps.get(id(a), a) if type(a) not in (list, tuple) else type(a)(self._swapped(a))
+            for a in args
+        ]
 
 
 def collect(sites: Mapping[str, Any], role: str) -> dict[str, Tensor]:
@@ -52,6 +84,16 @@ def collect(sites: Mapping[str, Any], role: str) -> dict[str, Tensor]:
         if leaf.requires_grad:
             leaves[name] = leaf
     return leaves
+
+
+def frozen(sites: Iterable[Any], modules: Iterable[Module]) -> tuple[Tensor, ...]:
+    """The leaf tensors of ``param`` sites and of modules that do not require grad.
+
+    Pyro states no site for a module's frozen weights.
+    """
+    leaves = [v.unconstrained() if hasattr(v, "unconstrained") else v for v in sites]
+    leaves += [weight for module in modules for weight in module.parameters()]
+    return tuple({id(leaf): leaf for leaf in leaves if not leaf.requires_grad}.values())
 
 
 def reject_shared(theta: Mapping[str, Tensor], phi: Mapping[str, Tensor]) -> None:

@@ -137,9 +137,9 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
     if same:
         return VisibleSite(name, same, None, 0, shape)
     for frame in site.frames:
-        axis = frame.dim - site.fn.event_dim
-        if frame.name not in site.subsamples:
+        if not frame.vectorized or frame.name not in site.subsamples:
             continue
+        axis = frame.dim - site.fn.event_dim
         picked = site.subsamples[frame.name]
         rows = tuple(
             i

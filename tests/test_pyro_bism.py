@@ -6,6 +6,7 @@ import pyro.optim
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroParam
 from torch.utils import _pytree as pytree
 
 from pyro_bism import (
@@ -70,6 +71,8 @@ OPTIMS = {
     "adamw": pyro.optim.AdamW({"lr": 1e-2}),
     "sgd-momentum": pyro.optim.SGD({"lr": 1e-2, "momentum": 0.9, "dampening": 0.2}),
     "rmsprop": pyro.optim.RMSprop({"lr": 1e-3}),
+    "rmsprop-centred": pyro.optim.RMSprop({"lr": 1e-3, "centered": True}),
+    "adam-decayed": pyro.optim.Adam({"lr": 1e-2, "weight_decay": 0.1}),
     "adagrad": pyro.optim.Adagrad({"lr": 1e-2}),
     "adamax": pyro.optim.Adamax({"lr": 1e-2}),
     "nadam": pyro.optim.NAdam({"lr": 1e-2}),
@@ -89,6 +92,7 @@ def problem_of(bism, x):
         inner=lambda: of(bism.loss, bism._inner, pair, batch),
         theta=theta,
         phi=phi,
+        at=pair.at,
         unrolled=lambda: DifferentiableOptim(bism.inner_optim, phi),
     )
 
@@ -148,6 +152,80 @@ def test_hypergradient_through_every_optimiser(optim, num_steps):
         hypergradient=Unrolled(num_steps),
     )
     check_hypergradient(bism, torch.randn(N, D))
+
+
+def reads_statement():
+    return guide
+
+
+def reads_pyro_params():
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__(name="guide")
+            self.a = PyroParam(0.3 * torch.randn(D, H))
+            self.scale = PyroParam(torch.full((H,), 0.7), dist.constraints.positive)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("h", dist.Normal(torch.tanh(x @ self.a), self.scale).to_event(1))
+
+    return Guide()
+
+
+def reads_module(update=False):
+    net = torch.nn.Linear(D, H)
+
+    def run(x):
+        scale = pyro.param("scale", lambda: torch.full((H,), 0.7), constraint=dist.constraints.positive)
+        pyro.module("net", net, update_module_params=update)
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Normal(torch.tanh(net(x)), scale).to_event(1))
+
+    return run
+
+
+def reads_closure():
+    a = (0.3 * torch.randn(D, H)).requires_grad_()
+
+    def run(x):
+        pyro.param("a", a)
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Normal(torch.tanh(x @ a), 0.7).to_event(1))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("make", "is_stated"),
+    [
+        (reads_statement, True),
+        (reads_pyro_params, True),
+        (reads_module, False),
+        (lambda: reads_module(update=True), False),
+        (reads_closure, False),
+    ],
+)
+def test_hypergradient_however_the_guide_reads_its_parameters(make, is_stated):
+    bism = BiSM(model, make(), OPTIMS["adam"], LOSSES["denoising"], hypergradient=Unrolled(3))
+    x = torch.randn(N, D)
+    check_hypergradient(bism, x)
+    assert bism.pair(x).is_stated is is_stated
+
+
+def test_every_steps_data_are_validated():
+    def conditional(x, y):
+        b = pyro.param("b", lambda: torch.zeros(D))
+        with pyro.plate("data", len(x)):
+            x = flat(x)
+            h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+            pyro.sample("y", dist.Bernoulli(logits=x @ b + h.sum(-1)), obs=y)
+
+    bism = BiSM(conditional, lambda x, y: guide(x), pyro.optim.Adam({}), LOSSES["denoising"], visible=["x"])
+    x = torch.randn(N, D)
+    bism.step(x, torch.ones(N))
+    with pytest.raises(ValueError, match="support"):
+        bism.step(x, torch.full((N,), 2.0))
+    assert pyro.infer.is_validation_enabled()
 
 
 @pytest.mark.parametrize("optim", OPTIMS)

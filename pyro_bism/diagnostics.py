@@ -1,0 +1,437 @@
+"""From a trained BiSM to ArviZ: draws of the guide, their importance weights, and how far to trust them."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import visible
+from .bism import BiSM
+from .densities import Pair, Site, per_example, record
+
+__all__ = ["psis_khat", "to_arviz"]
+
+MIN_DRAWS = 25  # a fifth of the draws is the tail, and fewer than five points fix no tail
+MAX_CELLS = 2**20  # numbers of v and h that are worked on at once
+
+
+def psis_khat(log_weight: Any) -> Any:
+    r"""Pareto k̂ of importance weights: the shape of a generalised Pareto law fitted to their largest values.
+
+    The weights :math:`\tilde p(v, h) / q(h|v)` have finite moments of all orders below 1/k. Where k̂ > 0.7 the guide is
+    too far from the posterior for its draws to be mended by weighting. Vehtari, Simpson, Gelman, Yao, Gabry
+    2024 (JMLR 25(72)), the tail being the largest :math:`\lceil \min(S/5, 3\sqrt{S}) \rceil` of S draws; fitted as in
+    Zhang and Stephens 2009, with the former's prior on k.
+
+    -inf stands for weights that have no tail: all the same (the guide is exact), or bounded by a value that several
+    draws attain, as with discrete latents. inf means that a few draws outweigh all others. Log weights are
+    told apart down to the square root of their precision. ArviZ's own ``psislw`` answers these cases, and
+    takes the sign of its argument, differently from version to version.
+
+    :param log_weight: log p̃(v, h) - log q(h|v): an array whose leading axis runs over the draws, or an
+        ``xarray.DataArray`` with the dimensions ``chain`` and ``draw``. -inf is a weight of zero.
+    :returns: k̂, of the shape left when the draws are taken away; a ``DataArray`` if it was given one.
+    :raises ValueError: with fewer than 25 draws, or on NaN, on +inf, or where all weights are zero.
+    """
+    if hasattr(log_weight, "dims"):
+        ordered = log_weight.transpose("chain", "draw", ...)
+        k = psis_khat(ordered.values.reshape(-1, *ordered.shape[2:]))
+        return ordered.isel(chain=0, draw=0, drop=True).copy(data=k).rename("pareto_k")
+    weights = np.asarray(log_weight)
+    if weights.ndim < 1 or len(weights) < MIN_DRAWS:
+        raise ValueError(f"k̂ needs at least {MIN_DRAWS} draws along the leading axis; the shape is {weights.shape}.")
+    if np.isnan(weights).any() or np.isposinf(weights).any():
+        bad = np.argwhere(np.isnan(weights) | np.isposinf(weights))[0]
+        raise ValueError(f"The log weights have NaN or +inf in them, the first at index {tuple(map(int, bad))}.")
+    if np.isneginf(weights.max(0)).any():
+        bad = np.argwhere(np.isneginf(weights.max(0)))[:1].ravel()
+        raise ValueError(f"All log weights are -inf at index {tuple(map(int, bad))}: no draw has a density there.")
+    eps = float(np.finfo(weights.dtype).eps) if weights.dtype.kind == "f" else 2.0**-52
+    columns = weights.reshape(len(weights), -1).T.astype(float)
+    return np.array([_khat(column, eps) for column in columns]).reshape(weights.shape[1:])
+
+
+def _khat(log_weight: np.ndarray, eps: float) -> float:
+    finite = np.abs(log_weight[np.isfinite(log_weight)])
+    # below this, differences are rounding: they would be fitted as a tail where there is none
+    quantum = max(math.sqrt(eps), 8 * eps * float(finite.max()))
+    x = np.sort(np.round((log_weight - log_weight.max()) / quantum) * quantum)
+    num_tail = math.ceil(min(len(x) / 5, 3 * math.sqrt(len(x))))
+    # weights smaller than a rounding error of the largest are nothing
+    cutoff = max(x[-num_tail - 1], math.log(2.0**-52))
+    tail = x[x > cutoff]
+    if len(np.unique(tail)) < 5:
+        attained = int((x == x[-1]).sum())
+        return -math.inf if attained > 1 else math.inf
+    return _tail_index(np.exp(tail) - math.exp(cutoff))
+
+
+def _tail_index(x: np.ndarray) -> float:
+    """Shape of a generalised Pareto law from sorted positive values (Zhang and Stephens 2009)."""
+    n = len(x)
+    num = 30 + int(math.sqrt(n))
+    b = 1 / x[-1] + (1 - np.sqrt(num / (np.arange(1, num + 1) - 0.5))) / (3 * x[int(n / 4 + 0.5) - 1])
+    k = np.log1p(-b[:, None] * x).mean(1)
+    profile = n * (np.log(-b / k) - k - 1)
+    weight = np.exp(profile - profile.max())
+    b_mean = (weight * b).sum() / weight.sum()
+    # ten prior observations at k = 1/2 (Vehtari et al. 2024, appendix)
+    return float((n * np.log1p(-b_mean * x).mean() + 10 * 0.5) / (n + 10))
+
+
+def to_arviz(
+    bism: BiSM,
+    *args: Any,
+    num_draws: int = 1000,
+    coords: Mapping[str, Sequence] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    **kwargs: Any,
+) -> Any:
+    r"""Draws of the guide at these data, as ArviZ reads them.
+
+    h ~ q(h|v; φ) at the clean v and the present parameters: no noise is added and nothing is updated. Relaxed sites
+    (``ConcreteBernoulli``, ``ConcreteOneHot``) are drawn and scored as the discrete distributions that they stand
+    for, and so are sites marked for enumeration.
+
+    ================ ============================================================ =============================
+    group            variable                                                     dimensions
+    ================ ============================================================ =============================
+    posterior        each latent site; not the guide's auxiliary sites            chain, draw, obs, ...
+    sample_stats     ``model_energy`` = -log p̃(v, h)                              chain, draw, obs
+    \                ``log_weight`` = log p̃(v, h) - log q(h|v)                    chain, draw, obs
+    \                ``lp``: log p̃ summed over the datapoints                     chain, draw
+    \                ``pareto_k``: :func:`psis_khat`, from 25 draws on            obs
+    observed_data    each visible site                                            obs, ...
+    constant_data    other observed sites; the outer loss's noise scales          obs, ... ; none
+    ================ ============================================================ =============================
+
+    There is one chain, of independent draws, so R̂ and the effective sample size say nothing about the guide;
+    ``pareto_k`` does. The user's ``scale`` and ``mask`` are part of the densities, a subsampling plate's N/B is not;
+    where such a plate picks the rows, the coordinates of ``obs`` are their numbers. If a site is itself called
+    ``obs``, the dimension is called ``obs_id``. A ``/`` in a site's name becomes a dot. p̃ is not normalised: ``lp``
+    and ``log_weight`` are known up to a constant, and there is no ``log_likelihood`` for ``az.loo`` to read.
+
+    Groups and root carry the attributes inference_library and its version, created_at, sampling_method ("guide"),
+    normalized (0) and configuration (BiSM's settings, JSON).
+
+    :param bism: trained or not.
+    :param args: arguments of model and guide, the data among them, as for ``bism.step``.
+    :param num_draws: draws of h, a keyword as are the next two: a model with a keyword of one of these names is given
+        it by position, or wrapped in ``functools.partial``.
+    :param coords: coordinate values by dimension, ``obs`` among them; the default counts from 0.
+    :param dims: by site, names of the dimensions that follow ``obs`` (``h_dim_0``, ... by default).
+    :returns: an ``xarray.DataTree``; under ArviZ 0.x the ``InferenceData`` made of it. Both have ``to_netcdf``.
+    :raises ValueError: on misuse, NaN in the data, a latent without the batch as its leading dimension, a guide that is
+        a point mass.
+    :raises FloatingPointError: if log p̃ or log q comes out as NaN or +inf.
+    :raises ImportError: without ArviZ: ``pip install 'bism[arviz]'``.
+    """
+    try:
+        import arviz as az
+        import xarray as xr
+    except ImportError as error:
+        raise ImportError("to_arviz needs ArviZ and xarray: pip install 'bism[arviz]'.") from error
+    if not isinstance(bism, BiSM):
+        raise ValueError(f"to_arviz reads a BiSM, got {type(bism).__name__}.")
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    pair, leaves, spec = bism._prepare(args, kwargs)
+    batch = pair.batch(leaves, spec)
+    run = _run(pair, batch, num_draws)
+    layout = _Layout.of(pair, batch, run, coords or {}, dims or {})
+
+    draws = ("chain", "draw")
+    log_p, log_q = (_numpy(x)[None] for x in (run.log_p, run.log_q))
+    log_weight = log_p - log_q
+    stats = {
+        "model_energy": ((*draws, layout.obs), -log_p),
+        "log_weight": ((*draws, layout.obs), log_weight),
+        "lp": (draws, log_p.sum(-1, dtype=float)),
+    }
+    if num_draws >= MIN_DRAWS:
+        stats["pareto_k"] = ((layout.obs,), psis_khat(log_weight[0]))
+    scales = {f.name: np.asarray(getattr(bism.loss, f.name)) for f in _fields(bism.loss) if "sigma" in f.name}
+    groups = {
+        "posterior": {name: layout.place(name, x[None], draws) for name, x in run.latents.items()},
+        "sample_stats": stats,
+        "observed_data": {name: layout.place(name, x) for name, x in run.visible.items()},
+        "constant_data": {
+            **{name: layout.place(name, x) for name, x in run.covariates.items()},
+            **{name: ((), x) for name, x in scales.items() if name not in run.covariates},
+        },
+    }
+    attrs = _attributes(bism, [site.name for site in pair.sites])
+    datasets = {"/": xr.Dataset(attrs=attrs)}
+    for group, variables in groups.items():
+        if variables:
+            named = {name.replace("/", "."): value for name, value in variables.items()}
+            datasets[group] = xr.Dataset(named, layout.coordinates(named.values()), attrs)
+    tree = xr.DataTree.from_dict(datasets)
+    # ArviZ 1.0 took the DataTree for its own, and from_datatree went
+    return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
+
+
+class _Run(NamedTuple):
+    """What num_draws runs of guide and model gave; the draws lead where there are any."""
+
+    latents: dict[str, np.ndarray]
+    visible: dict[str, np.ndarray]
+    covariates: dict[str, np.ndarray]
+    log_p: Tensor
+    log_q: Tensor
+
+
+def _run(pair: Pair, batch: visible.Batch, num_draws: int) -> _Run:
+    buffers = [b.clone() for b in pair.buffers]
+    try:
+        with torch.no_grad():
+            first, model_sites = _draw(pair, batch)
+            _check_latents(first, len(batch.v))
+            shapes = {name: s.value.shape for name, s in first.items()}
+            size = MAX_CELLS // (batch.v.numel() + sum(shape.numel() for shape in shapes.values()))
+            chunks: list[_Chunk] = []
+            # each chunk is checked at the price of one draw
+            if min(num_draws, size) >= 4 and _broadcasts(pair, batch, shapes):
+                chunks = _collect(pair, batch, shapes, num_draws, size)
+            if not chunks:
+                chunks = _collect(pair, batch, shapes, num_draws, None)
+    finally:
+        # batch-norm statistics move in training, not in looking
+        for buffer, value in zip(pair.buffers, buffers, strict=True):
+            buffer.copy_(value)
+    data = {name: _numpy(s.value) for name, s in model_sites.items() if s.is_data}
+    latents = [name for name, s in first.items() if not s.infer.get("is_auxiliary", False)]
+    return _Run(
+        {name: _numpy(torch.cat([chunk.values[name] for chunk in chunks])) for name in latents},
+        {site.name: data.pop(site.name) for site in pair.sites},
+        data,
+        torch.cat([chunk.log_p for chunk in chunks]),
+        torch.cat([chunk.log_q for chunk in chunks]),
+    )
+
+
+class _Chunk(NamedTuple):
+    """Some draws, which lead, of all the guide's sites; and their log densities, of shape (draws, n)."""
+
+    values: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+
+
+def _draw(
+    pair: Pair, batch: visible.Batch, size: int | None = None, given: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Site], dict[str, Site]]:
+    """One run of guide and model: the guide's drawn sites, the model's sites. ``size`` draws stand in a plate."""
+    args, kwargs = batch.arguments(batch.v)
+
+    def plate():
+        if size is None:
+            return contextlib.nullcontext()
+        return pyro.plate("_draws", size, dim=-(pair.num_plate_dims + 1))  # left of all others
+
+    with plate(), record({**batch.indices, **(given or {})}, harden=True) as q:
+        pair.guide(*args, **kwargs)
+    drawn = {name: s for name, s in q.sites.items() if not s.is_observed}
+    with plate(), record({**batch.indices, **{name: s.value for name, s in drawn.items()}}, harden=True) as p:
+        pair.model(*args, **kwargs)
+    return drawn, p.sites
+
+
+def _chunk(
+    pair: Pair,
+    batch: visible.Batch,
+    shapes: Mapping[str, torch.Size],
+    size: int | None,
+    given: Mapping[str, Tensor] | None = None,
+) -> _Chunk:
+    drawn, model_sites = _draw(pair, batch, size, given)
+    n = len(batch.v)
+    return _Chunk(
+        {name: s.value.reshape(size or 1, *shapes[name]) for name, s in drawn.items()},
+        _total("model", model_sites, n, size, pair.num_plate_dims),
+        _total("guide", drawn, n, size, pair.num_plate_dims),
+    )
+
+
+def _collect(
+    pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Size], num_draws: int, size: int | None
+) -> list[_Chunk]:
+    """num_draws draws, ``size`` at a time; empty if they turn out to differ from draws one at a time."""
+    chunks = []
+    step = size or 1
+    # no bar where nobody looks, nor for what is soon over
+    for start in tqdm(range(0, num_draws, step), desc="guide draws", delay=3, leave=False, disable=None):
+        chunk = _chunk(pair, batch, shapes, size and min(size, num_draws - start))
+        if size and not _agrees(pair, batch, shapes, chunk, -1):
+            return []
+        chunks.append(chunk)
+    return chunks
+
+
+def _broadcasts(pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether several draws at once give what single ones give: some programs index or reshape from the left."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial = _chunk(pair, batch, shapes, 3)
+            return all(_agrees(pair, batch, shapes, trial, i) for i in range(3))
+    except Exception:  # whatever such a program trips over; single draws are right for every program
+        return False
+
+
+def _agrees(pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Size], chunk: _Chunk, i: int) -> bool:
+    """Whether a draw has the same log densities when it is scored alone."""
+    alone = _chunk(pair, batch, shapes, None, {name: value[i] for name, value in chunk.values.items()})
+
+    def close(x, y):
+        tolerance = math.sqrt(torch.finfo(x.dtype).eps)
+        return torch.allclose(x, y, rtol=tolerance, atol=tolerance * float(y[y.isfinite()].abs().sum() / len(y)))
+
+    return close(chunk.log_p[i], alone.log_p[0]) and close(chunk.log_q[i], alone.log_q[0])
+
+
+def _total(role: str, sites: Mapping[str, Site], n: int, size: int | None, num_plate_dims: int) -> Tensor:
+    """A program's log density by draw and datapoint, of shape (size, n)."""
+    terms = {}
+    for name, site in sites.items():
+        if size is None:
+            terms[name] = per_example(site, n)[None]
+            continue
+        log_prob = site.log_prob()
+        if log_prob.dim() != num_plate_dims + 1 or log_prob.shape[0] != size:
+            raise ValueError(f"Site '{name}' does not stand in the plate of draws.")
+        terms[name] = log_prob.reshape(size, n, -1).sum(-1)
+    total: Any = sum(terms.values())
+    if _is_bad(total).any():
+        name, term = next((name, term) for name, term in terms.items() if _is_bad(term).any())
+        draw, row = _is_bad(term).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"The {role}'s site '{name}' has a log density of {term[draw, row].item()} at datapoint {row}. The "
+            "parameters have diverged, or the energy has no value there."
+        )
+    return total
+
+
+def _is_bad(x: Tensor) -> Tensor:
+    """-inf is no fault: a draw that the model rules out has a weight of zero."""
+    return torch.isnan(x) | torch.isposinf(x)
+
+
+def _check_latents(sites: Mapping[str, Site], n: int) -> None:
+    latents = {name: s for name, s in sites.items() if not s.infer.get("is_auxiliary", False)}
+    if not latents:
+        raise ValueError("The guide has no latent site, so there is nothing to draw.")
+    # an autoguide's Delta sites carry the density of its auxiliary ones
+    auxiliary = any(name not in latents and not s.is_delta for name, s in sites.items())
+    for name, site in latents.items():
+        if site.is_delta and not auxiliary:
+            raise ValueError(
+                f"Guide site '{name}' is a point mass (Delta): log q(h|v) is not a density there, so the draws have no "
+                "weights. Use a guide with a spread."
+            )
+        shape = tuple(site.value.shape)
+        if not shape or shape[0] != n:
+            raise ValueError(
+                f"Latent site '{name}' has shape {shape}, without the batch of {n} as its leading dimension: all "
+                "datapoints share it, so their weights can't be told apart. Put it inside the data plate, or make it "
+                "a parameter."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Names of the dimensions, and their coordinates."""
+
+    obs: str
+    rows: np.ndarray
+    coords: Mapping[str, Sequence]
+    dims: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, pair: Pair, batch: visible.Batch, run: _Run, coords: Mapping, dims: Mapping) -> "_Layout":
+        sites = {**run.latents, **run.visible, **run.covariates}
+        obs = "obs_id" if "obs" in sites else "obs"
+        plate = pair.sites[0].plate
+        rows = np.arange(len(batch.v)) if plate is None else _numpy(batch.indices[plate])
+        layout = cls(obs, rows, coords, dims)
+        for name in dims:
+            if name not in sites:
+                raise ValueError(f"dims names '{name}'; the latent and observed sites are {sorted(sites)}.")
+        known = {obs, "chain", "draw"}
+        for name, x in sites.items():
+            known.update(layout.place(name, x, ("draw",) if name in run.latents else ())[0])
+        for name in coords:
+            if name not in known:
+                raise ValueError(f"coords names '{name}'; the dimensions are {sorted(known)}.")
+        for name in sites:
+            if name in known:
+                raise ValueError(
+                    f"Site '{name}' has the name of a dimension; the dimensions are {sorted(known)}. Rename one."
+                )
+        return layout
+
+    def place(self, name: str, value: np.ndarray, draws: tuple[str, ...] = ()) -> tuple[tuple[str, ...], np.ndarray]:
+        """A site's dimensions beside its value, whose leading axes are the draws."""
+        shape = value.shape[len(draws) :]
+        # a covariate may be shared by all datapoints
+        lead = (*draws, self.obs) if shape[:1] == self.rows.shape else draws
+        rest = value.shape[len(lead) :]
+        named = self.dims.get(name)
+        if named is None:
+            named = [f"{name.replace('/', '.')}_dim_{i}" for i in range(len(rest))]
+        if isinstance(named, str) or len(named) != len(rest):
+            raise ValueError(
+                f"dims[{name!r}] = {named!r} should be a list of {len(rest)} names: the site's dimensions after "
+                f"'{self.obs}' have the shape {rest}."
+            )
+        return (*lead, *named), value
+
+    def coordinates(self, variables: Any) -> dict[str, Any]:
+        sizes = {dim: size for names, value in variables for dim, size in zip(names, np.shape(value), strict=True)}
+        default = {dim: self.rows if dim == self.obs else np.arange(size) for dim, size in sizes.items()}
+        return {dim: self.coords.get(dim, counted) for dim, counted in default.items()}
+
+
+def _attributes(bism: BiSM, visible_names: Sequence[str]) -> dict[str, Any]:
+    """Strings and numbers only: netCDF takes nothing else."""
+    configuration = {
+        "loss": _settings(bism.loss),
+        "inner_loss": _settings(bism.inner_loss),
+        "hypergradient": _settings(bism.hypergradient),
+        "num_inner_steps": bism.num_inner_steps,
+        "visible": list(visible_names),
+    }
+    return {
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+        "sampling_method": "guide",
+        "normalized": 0,
+        "configuration": json.dumps(configuration, default=repr),
+    }
+
+
+def _settings(thing: Any) -> dict[str, Any]:
+    """A loss or a strategy as its class's name and its numbers."""
+    settings = {f.name: getattr(thing, f.name) for f in _fields(thing)}
+    if not settings and hasattr(thing, "num_particles"):  # a host ELBO
+        settings = {"num_particles": thing.num_particles}
+    return {"name": type(thing).__name__, **settings}
+
+
+def _fields(thing: Any) -> Sequence[dataclasses.Field]:
+    return dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
