@@ -1,6 +1,7 @@
 """Bi-level score matching for NumPyro: learn energy-based latent-variable models by swapping SVI for BiSM."""
 
 from .bism import BiSM, BiSMInfo, BiSMRunResult, BiSMState
+from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence
 from .hypergradients import Detached, Unrolled
@@ -27,4 +28,6 @@ __all__ = [
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
+    "psis_khat",
+    "to_arviz",
 ]

@@ -290,10 +290,10 @@ class BiSM:
 
     def _loop(self, leaves: Sequence[Any], spec: Any, stable: bool) -> tuple[Callable, list[Array]]:
         """The compiled loop for arguments of this structure, kept between calls of ``run``; and its arrays."""
-        key = (*self._key(leaves, spec), stable)
         is_array = [isinstance(leaf, Array) for leaf in leaves]
+        static = tuple(None if yes else leaf for yes, leaf in zip(is_array, leaves, strict=True))
+        key = (*self._key(leaves, spec), static, stable)
         if key not in self._loops:
-            static = [None if yes else leaf for yes, leaf in zip(is_array, leaves, strict=True)]
 
             def loop(state, losses, start, stop, arrays):
                 rest = iter(arrays)
@@ -343,7 +343,11 @@ class BiSM:
         return self._pairs[key]
 
     def _key(self, leaves: Sequence[Any], spec: Any) -> tuple:
-        return spec, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Array) else leaf for leaf in leaves)
+        # a float is no structure: one that changes from step to step would be analysed anew each time
+        return spec, tuple(
+            (leaf.shape, leaf.dtype) if isinstance(leaf, Array) else type(leaf) if isinstance(leaf, float) else leaf
+            for leaf in leaves
+        )
 
     def _unpack(self, pair: densities.Pair, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:
         theta = self.optim.get_params(state.optim_state)

@@ -480,7 +480,8 @@ def analyse(
         _check_sites(p.sites, latents)
         theta, phi = collect(p.params), collect(q.params)
         reject_shared(theta, phi)
-        if not theta:
+        # a module with priors on all its weights leaves a parameter without numbers
+        if not jax.tree.leaves({name: p.params[name]["value"] for name in theta}):
             raise ValueError("The model has no parameter to train: no numpyro.param and no module.")
         unknown = sorted(set(given) - set(theta) - set(phi))
         if unknown:

@@ -34,9 +34,10 @@ def as_optim(optim: Any, name: str) -> _NumPyroOptim:
 
 
 def differentiable_update(optim: Any, gradient: Any, state: Any, value: Array) -> Any:
-    """``optim.update``, in which √0 has derivative 0; the new state is the same number for number.
+    """``optim.update``, in which √0 and x/0 have derivative 0; the new state is the same number for number.
 
-    Adam divides by √(mean g²): at a gradient of exactly 0 its derivative would be 0·∞ = NaN.
+    Adam divides by √(mean g²): at a gradient of exactly 0 its derivative would be 0·∞ = NaN. Clipping by the
+    norm divides by it in a branch that is not taken then.
     """
     flat, tree = jax.tree.flatten((gradient, state, value))
 
@@ -51,6 +52,23 @@ def differentiable_update(optim: Any, gradient: Any, state: Any, value: Array) -
 def _root(x: Array) -> Array:
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), jnp.where(x < 0, jnp.nan, 0.0))
+
+
+def _quotient(x: Array, y: Array) -> Array:
+    zero = y == 0
+    return jnp.where(zero, jax.lax.stop_gradient(x / y), x / jnp.where(zero, jnp.ones_like(y), y))
+
+
+def _inverse_root(x: Array) -> Array:
+    positive = x > 0
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, x, 1.0)), jax.lax.stop_gradient(jax.lax.rsqrt(x)))
+
+
+_SAFE = {"sqrt": _root, "rsqrt": _inverse_root, "div": _quotient}
+
+
+def _branch(branch: Any) -> Any:
+    return lambda *operands: _evaluate(branch.jaxpr, branch.consts, operands)
 
 
 def _bind(eqn: Any, inputs: Any) -> Any:
@@ -71,9 +89,12 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         inner = eqn.params.get("jaxpr")
-        if eqn.primitive.name == "sqrt":
-            outputs = [_root(*inputs)]
-        elif eqn.primitive.name in ("pjit", "jit") and inner is not None:
+        name = eqn.primitive.name
+        if name in _SAFE and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+            outputs = [_SAFE[name](*inputs)]
+        elif name == "cond":  # optax's every-k-steps and if-finite wrappers keep the optimiser in a branch
+            outputs = jax.lax.switch(inputs[0], [_branch(b) for b in eqn.params["branches"]], *inputs[1:])
+        elif name in ("pjit", "jit") and inner is not None:
             outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
         else:
             outputs = _bind(eqn, inputs)

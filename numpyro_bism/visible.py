@@ -58,11 +58,13 @@ class Batch:
             value = v[:, start : start + size].reshape(site.shape)
             start += size
             for i in site.leaves:
+                # side by side in v the sites share a type, the widest; each argument keeps its own
+                own = value.astype(leaves[i].dtype)
                 if site.plate is None:
-                    leaves[i] = value
+                    leaves[i] = own
                 else:
                     rows = (..., self.indices[site.plate]) + (slice(None),) * (-site.axis - 1)
-                    leaves[i] = leaves[i].at[rows].set(value)
+                    leaves[i] = leaves[i].at[rows].set(own)
         return jax.tree.unflatten(self.spec, leaves)
 
 
@@ -108,6 +110,13 @@ def find(model_sites: Mapping[str, Any], leaves: Sequence[Any], names: Sequence[
             "x to init() and update()."
         )
     found = tuple(_locate(name, site, leaves) for name, site in observed.items())
+    for i, site in enumerate(found):
+        for other in found[:i]:
+            if set(site.leaves) & set(other.leaves):
+                raise ValueError(
+                    f"Visible sites '{other.name}' and '{site.name}' observe the same argument, which is one variable. "
+                    f"Name one of them, visible=['{other.name}']: the other's density still counts."
+                )
     sizes = {site.name: site.shape[0] for site in found}
     if len(set(sizes.values())) > 1:
         raise ValueError(

@@ -298,7 +298,8 @@ def _norm(gradient: Sequence[Tensor | None]) -> float:
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape), leaf.dtype, leaf.device)
-    return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
+    # a float is no structure: one that changes from step to step would be analysed anew each time
+    return leaf if isinstance(leaf, int | str | bool | None) else type(leaf)
 
 
 def _modes(*programs: Any) -> tuple[bool, ...]:

@@ -30,13 +30,11 @@ def psis_khat(log_weight: Any) -> Any:
 
     The weights :math:`\tilde p(v, h) / q(h|v)` have finite moments of all orders below 1/k. Where k̂ > 0.7 the guide is
     too far from the posterior for its draws to be mended by weighting. Vehtari, Simpson, Gelman, Yao, Gabry
-    2024 (JMLR 25(72)), the tail being the largest :math:`\lceil \min(S/5, 3\sqrt{S}) \rceil` of S draws; fitted as in
-    Zhang and Stephens 2009, with the former's prior on k.
+    2024 (JMLR 25(72)); the fit is ArviZ's own, of either version, with the sign that this version wants.
 
-    -inf stands for weights that have no tail: all the same (the guide is exact), or bounded by a value that several
-    draws attain, as with discrete latents. inf means that a few draws outweigh all others. Log weights are
-    told apart down to the square root of their precision. ArviZ's own ``psislw`` answers these cases, and
-    takes the sign of its argument, differently from version to version.
+    Two answers are ours. -inf stands for weights that have no tail: all the same (the guide is exact), or bounded by
+    a value that several draws attain, as with discrete latents. inf means that a few draws outweigh all
+    others. Log weights are told apart down to the square root of their precision.
 
     :param log_weight: log p̃(v, h) - log q(h|v): an array whose leading axis runs over the draws, or an
         ``xarray.DataArray`` with the dimensions ``chain`` and ``draw``. -inf is a weight of zero.
@@ -58,35 +56,36 @@ def psis_khat(log_weight: Any) -> Any:
         raise ValueError(f"All log weights are -inf at index {tuple(map(int, bad))}: no draw has a density there.")
     eps = float(np.finfo(weights.dtype).eps) if weights.dtype.kind == "f" else 2.0**-52
     columns = weights.reshape(len(weights), -1).T.astype(float)
-    return np.array([_khat(column, eps) for column in columns]).reshape(weights.shape[1:])
+    k = np.array([_without_tail(column, eps) for column in columns])
+    if np.isnan(k).any():
+        k[np.isnan(k)] = _arviz_khat(columns[np.isnan(k)])
+    return k.reshape(weights.shape[1:])
 
 
-def _khat(log_weight: np.ndarray, eps: float) -> float:
+def _without_tail(log_weight: np.ndarray, eps: float) -> float:
+    """±inf where the largest weights take fewer than five values, to which no law can be fitted; else NaN."""
     finite = np.abs(log_weight[np.isfinite(log_weight)])
     # below this, differences are rounding: they would be fitted as a tail where there is none
     quantum = max(math.sqrt(eps), 8 * eps * float(finite.max()))
     x = np.sort(np.round((log_weight - log_weight.max()) / quantum) * quantum)
     num_tail = math.ceil(min(len(x) / 5, 3 * math.sqrt(len(x))))
     # weights smaller than a rounding error of the largest are nothing
-    cutoff = max(x[-num_tail - 1], math.log(2.0**-52))
-    tail = x[x > cutoff]
-    if len(np.unique(tail)) < 5:
-        attained = int((x == x[-1]).sum())
-        return -math.inf if attained > 1 else math.inf
-    return _tail_index(np.exp(tail) - math.exp(cutoff))
+    tail = x[x > max(x[-num_tail - 1], math.log(2.0**-52))]
+    if len(np.unique(tail)) >= 5:
+        return math.nan
+    return -math.inf if (x == x[-1]).sum() > 1 else math.inf
 
 
-def _tail_index(x: np.ndarray) -> float:
-    """Shape of a generalised Pareto law from sorted positive values (Zhang and Stephens 2009)."""
-    n = len(x)
-    num = 30 + int(math.sqrt(n))
-    b = 1 / x[-1] + (1 - np.sqrt(num / (np.arange(1, num + 1) - 0.5))) / (3 * x[int(n / 4 + 0.5) - 1])
-    k = np.log1p(-b[:, None] * x).mean(1)
-    profile = n * (np.log(-b / k) - k - 1)
-    weight = np.exp(profile - profile.max())
-    b_mean = (weight * b).sum() / weight.sum()
-    # ten prior observations at k = 1/2 (Vehtari et al. 2024, appendix)
-    return float((n * np.log1p(-b_mean * x).mean() + 10 * 0.5) / (n + 10))
+def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:
+    """ArviZ's k̂, draws last."""
+    import arviz as az
+
+    if hasattr(az, "psislw"):  # 0.x takes log weights
+        return az.psislw(log_weight)[1]
+    from arviz_stats.base import array_stats
+
+    # 1.x takes the log likelihood of a point left out, whose weight is its inverse
+    return array_stats.psislw(-log_weight, axis=-1)[1]
 
 
 def to_arviz(

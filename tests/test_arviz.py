@@ -6,13 +6,19 @@ The tests see a package only through its ``Backend``: NumPy arrays in, what Arvi
 import json
 
 import arviz as az
+import jax
+import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as ndist
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from numpyro.infer import TraceEnum_ELBO as NumpyroTraceEnum_ELBO
 from pyro.infer import TraceEnum_ELBO
 
+import numpyro_bism
 import pyro_bism
 from oracles import GaussianBernoulliRBM, GaussianGuide, LinearGaussian
 
@@ -166,7 +172,149 @@ class PyroBackend:
         return self.bism(model, guide)
 
 
-@pytest.fixture(params=[PyroBackend], ids=lambda backend: backend.name)
+class NumpyroBackend:
+    """Programs of ``numpyro_bism``, in float64."""
+
+    name = "numpyro"
+    psis_khat = staticmethod(numpyro_bism.psis_khat)
+
+    def __enter__(self):
+        self.double = jax.enable_x64(True)
+        self.double.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self.double.__exit__(None, None, None)
+
+    def to_arviz(self, bism, *args, **options):
+        """Of a BiSM that has not been trained: its parameters are the initial ones."""
+        state = bism.init(jax.random.key(0), *args)
+        return numpyro_bism.to_arviz(bism, state, *args, rng_key=jax.random.key(1), **options)
+
+    def parameters(self, bism):
+        return {}  # states are values: nothing could change
+
+    def bism(self, model, guide, **options):
+        loss = numpyro_bism.DenoisingScoreMatching(sigma=0.3)
+        return numpyro_bism.BiSM(model, guide, numpyro.optim.Adam(1e-2), loss, **options)
+
+    def flat(self, size):
+        return ndist.Normal(0.0, 1.0).expand([size]).to_event(1).mask(False)
+
+    def linear(self, guide, visible="v", latent="h", scale=1.0, rows=None, keep=None, **options):
+        """LINEAR with a Gaussian guide. ``scale`` and ``keep`` scale and mask everything; ``rows`` are subsampled."""
+        A, B, W, b, c = (jnp.asarray(x) for x in (LINEAR.A, LINEAR.B, LINEAR.W, LINEAR.b, LINEAR.c))
+        M, m, cov = map(jnp.asarray, guide)
+
+        def model(x):
+            bias = numpyro.param("bias", b)
+            with numpyro.plate("data", len(x), subsample_size=rows) as i, numpyro.handlers.scale(scale=scale):
+                x = x if rows is None else x[i]
+                v = numpyro.sample(visible, self.flat(D), obs=x)
+                h = numpyro.sample(latent, self.flat(K))
+                quadratic = 0.5 * ((v @ A) * v).sum(-1) + 0.5 * ((h @ B) * h).sum(-1)
+                with numpyro.handlers.mask(mask=jnp.asarray(True if keep is None else keep)):
+                    numpyro.factor("energy", ((v @ W) * h).sum(-1) + v @ bias + h @ c - quadratic)
+
+        def q(x):
+            shift = numpyro.param("shift", m)
+            with numpyro.plate("data", len(x), subsample_size=rows) as i:
+                x = x if rows is None else x[i]
+                numpyro.sample(latent, ndist.MultivariateNormal(x @ M.T + shift, cov))
+
+        return self.bism(model, q, **options)
+
+    def rbm(self, enumerate):
+        """RBM with the exact guide: relaxed, or its units in a plate and summed out. Takes data of shape (n, 1, D)."""
+        W, b, c = (jnp.asarray(x) for x in (RBM.W, RBM.b, RBM.c))
+
+        def model(x):
+            bias = numpyro.param("bias", c)
+            with numpyro.plate("data", len(x), dim=-2):
+                v = numpyro.sample("v", self.flat(D), obs=x)
+                with numpyro.plate("units", K, dim=-1):
+                    h = numpyro.sample("h", ndist.Bernoulli(0.5).mask(False))
+                    numpyro.factor("unit", ((v @ W).squeeze(-2) + bias) * h)
+                numpyro.factor("gauss", -0.5 * (((v - b) / RBM.s) ** 2).sum(-1))
+
+        def guide(x):
+            bias = numpyro.param("guide_bias", c)
+            with numpyro.plate("data", len(x), dim=-2), numpyro.plate("units", K, dim=-1):
+                logits = (x @ W).squeeze(-2) + bias
+                if enumerate:
+                    numpyro.sample("h", ndist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+                else:
+                    numpyro.sample("h", numpyro_bism.ConcreteBernoulli(0.1, logits))
+
+        return self.bism(model, guide, inner_loss=NumpyroTraceEnum_ELBO(max_plate_nesting=2) if enumerate else None)
+
+    def exponential(self, rate):
+        """p(h|v) exponential of this rate and q of rate 1: the weights' tail index is 1 - rate exactly."""
+
+        def model(x):
+            bias = numpyro.param("bias", jnp.zeros(1))
+            with numpyro.plate("data", len(x)):
+                v = numpyro.sample("v", self.flat(1), obs=x)
+                h = numpyro.sample("h", ndist.Exponential(1.0).mask(False))
+                numpyro.factor("energy", -0.5 * ((v - bias) ** 2).sum(-1) - rate * h)
+
+        def guide(x):
+            log_rate = numpyro.param("log_rate", jnp.zeros(()))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("h", ndist.Exponential(jnp.exp(log_rate) + 1e-9 * x[:, 0]))
+
+        return self.bism(model, guide)
+
+    def covariates(self):
+        """A visible site called obs, beside a discrete and a continuous covariate, and a latent without an event."""
+
+        def model(x, y, z):
+            slope = numpyro.param("slope", jnp.ones(()))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("y", ndist.Bernoulli(0.5), obs=y)
+                numpyro.sample("scope/z", ndist.Normal(0.0, 1.0), obs=z)
+                h = numpyro.sample("h", ndist.Normal(0.0, 1.0))
+                numpyro.sample("obs", ndist.Normal(slope * h + y + z, 1.0), obs=x)
+
+        def guide(x, y, z):
+            loc = numpyro.param("loc", jnp.zeros(()))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("h", ndist.Normal(loc + 0.5 * x, 1.0))
+
+        return self.bism(model, guide, visible=["obs"])
+
+    def shared_latent(self):
+        """A latent outside the data plate."""
+
+        def model(x):
+            s = numpyro.sample("shared", ndist.Normal(numpyro.param("loc", jnp.zeros(())), 1.0))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("v", ndist.Normal(s, 1.0).expand([D]).to_event(1), obs=x)
+
+        def guide(x):
+            numpyro.sample("shared", ndist.Normal(x.mean() + numpyro.param("q_loc", jnp.zeros(())), 1.0))
+
+        return self.bism(model, guide)
+
+    def diverging(self):
+        """An energy of -inf where h is negative."""
+
+        def model(x):
+            bias = numpyro.param("bias", jnp.zeros(D))
+            with numpyro.plate("data", len(x)):
+                v = numpyro.sample("v", self.flat(D), obs=x)
+                h = numpyro.sample("h", ndist.Normal(0.0, 1.0))
+                numpyro.factor("energy", 1 / jnp.clip(h, 0) - ((v - bias) ** 2).sum(-1))
+
+        def guide(x):
+            loc = numpyro.param("loc", jnp.zeros(()))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("h", ndist.Normal(loc + x[:, 0], 1.0))
+
+        return self.bism(model, guide)
+
+
+@pytest.fixture(params=[PyroBackend, NumpyroBackend], ids=lambda backend: backend.name)
 def backend(request):
     with request.param() as entered:
         yield entered

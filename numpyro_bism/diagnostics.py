@@ -1,0 +1,376 @@
+"""From a trained BiSM to ArviZ: draws of the guide, their importance weights, and how far to trust them."""
+
+import dataclasses
+import datetime
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jax import Array
+from numpyro.handlers import seed
+from tqdm import tqdm
+
+from . import visible
+from .bism import BiSM, BiSMState
+from .densities import Pair, Site, per_example, record
+
+__all__ = ["psis_khat", "to_arviz"]
+
+MIN_DRAWS = 25  # a fifth of the draws is the tail, and fewer than five points fix no tail
+MAX_CELLS = 2**20  # numbers of v and h that are worked on at once
+
+
+def psis_khat(log_weight: Any) -> Any:
+    r"""Pareto k̂ of importance weights: the shape of a generalised Pareto law fitted to their largest values.
+
+    The weights :math:`\tilde p(v, h) / q(h|v)` have finite moments of all orders below 1/k. Where k̂ > 0.7 the guide is
+    too far from the posterior for its draws to be mended by weighting. Vehtari, Simpson, Gelman, Yao, Gabry
+    2024 (JMLR 25(72)); the fit is ArviZ's own, of either version, with the sign that this version wants.
+
+    Two answers are ours. -inf stands for weights that have no tail: all the same (the guide is exact), or bounded by
+    a value that several draws attain, as with discrete latents. inf means that a few draws outweigh all
+    others. Log weights are told apart down to the square root of their precision.
+
+    :param log_weight: log p̃(v, h) - log q(h|v): an array whose leading axis runs over the draws, or an
+        ``xarray.DataArray`` with the dimensions ``chain`` and ``draw``. -inf is a weight of zero.
+    :returns: k̂, of the shape left when the draws are taken away; a ``DataArray`` if it was given one.
+    :raises ValueError: with fewer than 25 draws, or on NaN, on +inf, or where all weights are zero.
+    """
+    if hasattr(log_weight, "dims"):
+        ordered = log_weight.transpose("chain", "draw", ...)
+        k = psis_khat(ordered.values.reshape(-1, *ordered.shape[2:]))
+        return ordered.isel(chain=0, draw=0, drop=True).copy(data=k).rename("pareto_k")
+    weights = np.asarray(log_weight)
+    if weights.ndim < 1 or len(weights) < MIN_DRAWS:
+        raise ValueError(f"k̂ needs at least {MIN_DRAWS} draws along the leading axis; the shape is {weights.shape}.")
+    if np.isnan(weights).any() or np.isposinf(weights).any():
+        bad = np.argwhere(np.isnan(weights) | np.isposinf(weights))[0]
+        raise ValueError(f"The log weights have NaN or +inf in them, the first at index {tuple(map(int, bad))}.")
+    if np.isneginf(weights.max(0)).any():
+        bad = np.argwhere(np.isneginf(weights.max(0)))[:1].ravel()
+        raise ValueError(f"All log weights are -inf at index {tuple(map(int, bad))}: no draw has a density there.")
+    eps = float(np.finfo(weights.dtype).eps) if weights.dtype.kind == "f" else 2.0**-52
+    columns = weights.reshape(len(weights), -1).T.astype(float)
+    k = np.array([_without_tail(column, eps) for column in columns])
+    if np.isnan(k).any():
+        k[np.isnan(k)] = _arviz_khat(columns[np.isnan(k)])
+    return k.reshape(weights.shape[1:])
+
+
+def _without_tail(log_weight: np.ndarray, eps: float) -> float:
+    """±inf where the largest weights take fewer than five values, to which no law can be fitted; else NaN."""
+    finite = np.abs(log_weight[np.isfinite(log_weight)])
+    # below this, differences are rounding: they would be fitted as a tail where there is none
+    quantum = max(math.sqrt(eps), 8 * eps * float(finite.max()))
+    x = np.sort(np.round((log_weight - log_weight.max()) / quantum) * quantum)
+    num_tail = math.ceil(min(len(x) / 5, 3 * math.sqrt(len(x))))
+    # weights smaller than a rounding error of the largest are nothing
+    tail = x[x > max(x[-num_tail - 1], math.log(2.0**-52))]
+    if len(np.unique(tail)) >= 5:
+        return math.nan
+    return -math.inf if (x == x[-1]).sum() > 1 else math.inf
+
+
+def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:
+    """ArviZ's k̂, draws last."""
+    import arviz as az
+
+    if hasattr(az, "psislw"):  # 0.x takes log weights
+        return az.psislw(log_weight)[1]
+    from arviz_stats.base import array_stats
+
+    # 1.x takes the log likelihood of a point left out, whose weight is its inverse
+    return array_stats.psislw(-log_weight, axis=-1)[1]
+
+
+def to_arviz(
+    bism: BiSM,
+    state: BiSMState,
+    *args: Any,
+    rng_key: Array,
+    num_draws: int = 1000,
+    coords: Mapping[str, Sequence] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    **kwargs: Any,
+) -> Any:
+    r"""Draws of the guide at these data, as ArviZ reads them.
+
+    h ~ q(h|v; φ) at the clean v and the present parameters: no noise is added and nothing is updated. Relaxed sites
+    (``ConcreteBernoulli``, ``ConcreteOneHot``) are drawn and scored as the discrete distributions that they stand
+    for, and so are sites marked for enumeration.
+
+    ================ ============================================================ =============================
+    group            variable                                                     dimensions
+    ================ ============================================================ =============================
+    posterior        each latent site; not the guide's auxiliary sites            chain, draw, obs, ...
+    sample_stats     ``model_energy`` = -log p̃(v, h)                              chain, draw, obs
+    \                ``log_weight`` = log p̃(v, h) - log q(h|v)                    chain, draw, obs
+    \                ``lp``: log p̃ summed over the datapoints                     chain, draw
+    \                ``pareto_k``: :func:`psis_khat`, from 25 draws on            obs
+    observed_data    each visible site                                            obs, ...
+    constant_data    other observed sites; the outer loss's noise scales          obs, ... ; none
+    ================ ============================================================ =============================
+
+    There is one chain, of independent draws, so R̂ and the effective sample size say nothing about the guide;
+    ``pareto_k`` does. The user's ``scale`` and ``mask`` are part of the densities, a subsampling plate's N/B is not;
+    where such a plate picks the rows, the coordinates of ``obs`` are their numbers. If a site is itself called
+    ``obs``, the dimension is called ``obs_id``. A ``/`` in a site's name becomes a dot. p̃ is not normalised: ``lp``
+    and ``log_weight`` are known up to a constant, and there is no ``log_likelihood`` for ``az.loo`` to read.
+
+    Groups and root carry the attributes inference_library and its version, created_at, sampling_method ("guide"),
+    normalized (0) and configuration (BiSM's settings, JSON).
+
+    :param state: a state of this ``bism``, trained or not.
+    :param args: arguments of model and guide, the data among them, as for ``bism.update``.
+    :param rng_key: a JAX random key.
+    :param num_draws: draws of h, a keyword as are the next two: a model with a keyword of one of these names is given
+        it by position, or wrapped in ``functools.partial``.
+    :param coords: coordinate values by dimension, ``obs`` among them; the default counts from 0.
+    :param dims: by site, names of the dimensions that follow ``obs`` (``h_dim_0``, ... by default).
+    :returns: an ``xarray.DataTree``; under ArviZ 0.x the ``InferenceData`` made of it. Both have ``to_netcdf``.
+    :raises ValueError: on misuse, NaN in the data, a latent without the batch as its leading dimension, a guide that is
+        a point mass.
+    :raises FloatingPointError: if log p̃ or log q comes out as NaN or +inf.
+    :raises ImportError: without ArviZ: ``pip install 'bism[arviz]'``.
+    """
+    try:
+        import arviz as az
+        import xarray as xr
+    except ImportError as error:
+        raise ImportError("to_arviz needs ArviZ and xarray: pip install 'bism[arviz]'.") from error
+    if not isinstance(bism, BiSM):
+        raise ValueError(f"to_arviz reads a BiSM, got {type(bism).__name__}.")
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    leaves, spec = bism._checked(args, kwargs)
+    pair = bism.pair(leaves, spec)
+    key_batch, key_draws = jax.random.split(rng_key)
+    batch = pair.batch(key_batch, leaves, spec)
+    run = _run(key_draws, pair, pair.params(*bism._unpack(pair, state), state.mutable_state), batch, num_draws)
+    layout = _Layout.of(pair, batch, run, coords or {}, dims or {})
+
+    draws = ("chain", "draw")
+    log_p, log_q = run.log_p[None], run.log_q[None]
+    log_weight = log_p - log_q
+    stats = {
+        "model_energy": ((*draws, layout.obs), -log_p),
+        "log_weight": ((*draws, layout.obs), log_weight),
+        "lp": (draws, log_p.sum(-1, dtype=float)),
+    }
+    if num_draws >= MIN_DRAWS:
+        stats["pareto_k"] = ((layout.obs,), psis_khat(log_weight[0]))
+    scales = {f.name: np.asarray(getattr(bism.loss, f.name)) for f in _fields(bism.loss) if "sigma" in f.name}
+    groups = {
+        "posterior": {name: layout.place(name, x[None], draws) for name, x in run.latents.items()},
+        "sample_stats": stats,
+        "observed_data": {name: layout.place(name, x) for name, x in run.visible.items()},
+        "constant_data": {
+            **{name: layout.place(name, x) for name, x in run.covariates.items()},
+            **{name: ((), x) for name, x in scales.items() if name not in run.covariates},
+        },
+    }
+    attrs = _attributes(bism, [site.name for site in pair.sites])
+    datasets = {"/": xr.Dataset(attrs=attrs)}
+    for group, variables in groups.items():
+        if variables:
+            named = {name.replace("/", "."): value for name, value in variables.items()}
+            datasets[group] = xr.Dataset(named, layout.coordinates(named.values()), attrs)
+    tree = xr.DataTree.from_dict(datasets)
+    # ArviZ 1.0 took the DataTree for its own, and from_datatree went
+    return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
+
+
+class _Run(NamedTuple):
+    """What num_draws runs of guide and model gave; the draws lead where there are any."""
+
+    latents: dict[str, np.ndarray]
+    visible: dict[str, np.ndarray]
+    covariates: dict[str, np.ndarray]
+    log_p: np.ndarray
+    log_q: np.ndarray
+
+
+def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch, num_draws: int) -> _Run:
+    n = len(batch.v)
+    first, model_sites = _draw(rng_key, pair, params, batch)
+    _check_latents(first, n)
+
+    @jax.jit
+    def chunk(keys):
+        def one(key):
+            drawn, sites = _draw(key, pair, params, batch)
+            values = {name: s.value for name, s in drawn.items()}
+            return values, sum(_terms(sites, n).values()), sum(_terms(drawn, n).values())
+
+        return jax.vmap(one)(keys)
+
+    size = min(num_draws, max(1, MAX_CELLS // (batch.v.size + sum(jnp.size(s.value) for s in first.values()))))
+    chunks = []
+    # no bar where nobody looks, nor for what is soon over
+    for start in tqdm(range(0, num_draws, size), desc="guide draws", delay=3, leave=False, disable=None):
+        keys = jax.random.split(jax.random.fold_in(rng_key, start), size)
+        values, log_p, log_q = chunk(keys)
+        for role, total in (("model", log_p), ("guide", log_q)):
+            if _is_bad(total).any():
+                draw = int(_is_bad(total).any(1).argmax())
+                _raise_bad(role, *_draw(keys[draw], pair, params, batch), n)
+        # the last chunk is as large as the others, so that nothing is compiled twice, and cut
+        chunks.append(jax.tree.map(lambda x, most=num_draws - start: np.asarray(x)[:most], (values, log_p, log_q)))
+    values, log_p, log_q = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    data = {name: np.asarray(s.value) for name, s in model_sites.items() if s.is_data}
+    latents = [name for name, s in first.items() if not s.infer.get("is_auxiliary", False)]
+    return _Run(
+        {name: values[name] for name in latents},
+        {site.name: data.pop(site.name) for site in pair.sites},
+        data,
+        log_p,
+        log_q,
+    )
+
+
+def _draw(
+    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch
+) -> tuple[dict[str, Site], dict[str, Site]]:
+    """One run of guide and model: the guide's drawn sites, the model's sites."""
+    args, kwargs = batch.arguments(batch.v)
+    key_model, key_guide = jax.random.split(rng_key)
+    with seed(rng_seed=key_guide), record(params, batch.indices, harden=True) as q:
+        pair.guide(*args, **kwargs)
+    drawn = {name: s for name, s in q.sites.items() if not s.is_observed}
+    given = {**batch.indices, **{name: s.value for name, s in drawn.items()}}
+    with seed(rng_seed=key_model), record(params, given, harden=True) as p:
+        pair.model(*args, **kwargs)
+    return drawn, p.sites
+
+
+def _terms(sites: Mapping[str, Site], n: int) -> dict[str, Any]:
+    """A program's log density by site and datapoint, each of shape (n,)."""
+    return {name: per_example(site, n) for name, site in sites.items()}
+
+
+def _raise_bad(role: str, drawn: Mapping[str, Site], model_sites: Mapping[str, Site], n: int) -> None:
+    terms = _terms(model_sites if role == "model" else drawn, n)
+    # a sum of +inf and -inf is bad though neither need be
+    terms["all sites together"] = sum(terms.values())
+    name, term = next((name, term) for name, term in terms.items() if _is_bad(term).any())
+    row = int(_is_bad(term).argmax())
+    raise FloatingPointError(
+        f"The {role}'s site '{name}' has a log density of {float(term[row])} at datapoint {row}. The "
+        "parameters have diverged, or the energy has no value there."
+    )
+
+
+def _is_bad(x: Array) -> Array:
+    """-inf is no fault: a draw that the model rules out has a weight of zero."""
+    return jnp.isnan(x) | jnp.isposinf(x)
+
+
+def _check_latents(sites: Mapping[str, Site], n: int) -> None:
+    latents = {name: s for name, s in sites.items() if not s.infer.get("is_auxiliary", False)}
+    if not latents:
+        raise ValueError("The guide has no latent site, so there is nothing to draw.")
+    # an autoguide's Delta sites carry the density of its auxiliary ones
+    auxiliary = any(name not in latents and not s.is_delta for name, s in sites.items())
+    for name, site in latents.items():
+        if site.is_delta and not auxiliary:
+            raise ValueError(
+                f"Guide site '{name}' is a point mass (Delta): log q(h|v) is not a density there, so the draws have no "
+                "weights. Use a guide with a spread."
+            )
+        shape = jnp.shape(site.value)
+        if not shape or shape[0] != n:
+            raise ValueError(
+                f"Latent site '{name}' has shape {shape}, without the batch of {n} as its leading dimension: all "
+                "datapoints share it, so their weights can't be told apart. Put it inside the data plate, or make it "
+                "a parameter."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Names of the dimensions, and their coordinates."""
+
+    obs: str
+    rows: np.ndarray
+    coords: Mapping[str, Sequence]
+    dims: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, pair: Pair, batch: visible.Batch, run: _Run, coords: Mapping, dims: Mapping) -> "_Layout":
+        sites = {**run.latents, **run.visible, **run.covariates}
+        obs = "obs_id" if "obs" in sites else "obs"
+        plate = pair.sites[0].plate
+        rows = np.arange(len(batch.v)) if plate is None else np.asarray(batch.indices[plate])
+        layout = cls(obs, rows, coords, dims)
+        for name in dims:
+            if name not in sites:
+                raise ValueError(f"dims names '{name}'; the latent and observed sites are {sorted(sites)}.")
+        known = {obs, "chain", "draw"}
+        for name, x in sites.items():
+            known.update(layout.place(name, x, ("draw",) if name in run.latents else ())[0])
+        for name in coords:
+            if name not in known:
+                raise ValueError(f"coords names '{name}'; the dimensions are {sorted(known)}.")
+        for name in sites:
+            if name in known:
+                raise ValueError(
+                    f"Site '{name}' has the name of a dimension; the dimensions are {sorted(known)}. Rename one."
+                )
+        return layout
+
+    def place(self, name: str, value: np.ndarray, draws: tuple[str, ...] = ()) -> tuple[tuple[str, ...], np.ndarray]:
+        """A site's dimensions beside its value, whose leading axes are the draws."""
+        shape = value.shape[len(draws) :]
+        # a covariate may be shared by all datapoints
+        lead = (*draws, self.obs) if shape[:1] == self.rows.shape else draws
+        rest = value.shape[len(lead) :]
+        named = self.dims.get(name)
+        if named is None:
+            named = [f"{name.replace('/', '.')}_dim_{i}" for i in range(len(rest))]
+        if isinstance(named, str) or len(named) != len(rest):
+            raise ValueError(
+                f"dims[{name!r}] = {named!r} should be a list of {len(rest)} names: the site's dimensions after "
+                f"'{self.obs}' have the shape {rest}."
+            )
+        return (*lead, *named), value
+
+    def coordinates(self, variables: Any) -> dict[str, Any]:
+        sizes = {dim: size for names, value in variables for dim, size in zip(names, np.shape(value), strict=True)}
+        default = {dim: self.rows if dim == self.obs else np.arange(size) for dim, size in sizes.items()}
+        return {dim: self.coords.get(dim, counted) for dim, counted in default.items()}
+
+
+def _attributes(bism: BiSM, visible_names: Sequence[str]) -> dict[str, Any]:
+    """Strings and numbers only: netCDF takes nothing else."""
+    configuration = {
+        "loss": _settings(bism.loss),
+        "inner_loss": _settings(bism.inner_loss),
+        "hypergradient": _settings(bism.hypergradient),
+        "num_inner_steps": bism.num_inner_steps,
+        "visible": list(visible_names),
+    }
+    return {
+        "inference_library": "numpyro",
+        "inference_library_version": numpyro.__version__,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+        "sampling_method": "guide",
+        "normalized": 0,
+        "configuration": json.dumps(configuration, default=repr),
+    }
+
+
+def _settings(thing: Any) -> dict[str, Any]:
+    """A loss or a strategy as its class's name and its numbers."""
+    settings = {f.name: getattr(thing, f.name) for f in _fields(thing)}
+    if not settings and hasattr(thing, "num_particles"):  # a host ELBO
+        settings = {"num_particles": thing.num_particles}
+    return {"name": type(thing).__name__, **settings}
+
+
+def _fields(thing: Any) -> Sequence[dataclasses.Field]:
+    return dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
