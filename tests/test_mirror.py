@@ -1,0 +1,62 @@
+"""One floor plan, twice: the two packages have the same files, the same public names, the same settings."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import numpyro_bism
+import pyro_bism
+
+ROOT = Path(__file__).resolve().parents[1]
+# NumPyro's face has states and run results, which Pyro keeps in the param store; see design.md section 2
+NUMPYRO_ALONE = {"BiSMRunResult", "BiSMState"}
+
+
+def test_same_files():
+    ours, theirs = ({p.name for p in (ROOT / name).glob("*.py")} for name in ("pyro_bism", "numpyro_bism"))
+    assert ours == theirs
+
+
+def test_same_public_names():
+    assert set(numpyro_bism.__all__) - set(pyro_bism.__all__) == NUMPYRO_ALONE
+    assert set(pyro_bism.__all__) <= set(numpyro_bism.__all__)
+    assert pyro_bism.__version__ == numpyro_bism.__version__
+
+
+def settings(thing):
+    if dataclasses.is_dataclass(thing):
+        return [(f.name, f.default) for f in dataclasses.fields(thing)]
+    parameters = inspect.signature(thing).parameters.values()
+    return [(p.name, p.default, p.kind) for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+
+def test_same_settings():
+    """Same names, same order, same defaults; a default that is a strategy is compared by its own settings."""
+    for name in pyro_bism.__all__:
+        ours, theirs = getattr(pyro_bism, name), getattr(numpyro_bism, name)
+        if name in ("ConcreteBernoulli", "ConcreteOneHot", "to_arviz"):  # as the host has it: checked below
+            continue
+        assert repr(settings(ours)) == repr(settings(theirs)), name
+
+
+def test_to_arviz_takes_a_state_and_a_key_besides():
+    ours, theirs = (list(inspect.signature(p.to_arviz).parameters) for p in (pyro_bism, numpyro_bism))
+    assert [name for name in theirs if name not in ("state", "rng_key")] == ours
+
+
+def test_concrete_distributions_take_the_same_arguments():
+    for name in ("ConcreteBernoulli", "ConcreteOneHot"):
+        ours, theirs = (list(inspect.signature(getattr(p, name)).parameters) for p in (pyro_bism, numpyro_bism))
+        assert ours == theirs == ["temperature", "logits", "validate_args"]
+
+
+def test_neither_imports_the_other():
+    for package, foreign in (("pyro_bism", ("numpyro", "jax")), ("numpyro_bism", ("torch", "pyro"))):
+        for path in (ROOT / package).glob("*.py"):
+            for line in path.read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["import"], ["from"]):
+                    assert words[1].split(".")[0].rstrip(",") not in (*foreign, *(f"{f}_bism" for f in foreign)), (
+                        path,
+                        line,
+                    )
