@@ -1,5 +1,6 @@
 """Optimisers: what SVI takes, and their own step as a differentiable function of parameters and gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def _inverse_root(x: Array) -> Array:
     return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, x, 1.0)), jax.lax.stop_gradient(jax.lax.rsqrt(x)))
 
 
-_SAFE = {"sqrt": _root, "rsqrt": _inverse_root, "div": _quotient}
+_SAFE: dict[str, Callable[..., Array]] = {"sqrt": _root, "rsqrt": _inverse_root, "div": _quotient}
 
 
 def _branch(branch: Any) -> Any:

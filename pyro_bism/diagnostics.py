@@ -32,9 +32,10 @@ def psis_khat(log_weight: Any) -> Any:
     too far from the posterior for its draws to be mended by weighting. Vehtari, Simpson, Gelman, Yao, Gabry
     2024 (JMLR 25(72)); the fit is ArviZ's own, of either version, with the sign that this version wants.
 
-    Two answers are ours. -inf stands for weights that have no tail: all the same (the guide is exact), or bounded by
-    a value that several draws attain, as with discrete latents. inf means that a few draws outweigh all
-    others. Log weights are told apart down to the square root of their precision.
+    Two answers are ours, for largest weights that take fewer than five values. -inf stands for weights that have no
+    tail: all much the same (the guide is exact or nearly so), or bounded by a value that several draws attain, as with
+    discrete latents. inf means that a few draws outweigh all others. Log weights are told apart down to the
+    square root of their precision.
 
     :param log_weight: log p̃(v, h) - log q(h|v): an array whose leading axis runs over the draws, or an
         ``xarray.DataArray`` with the dimensions ``chain`` and ``draw``. -inf is a weight of zero.
@@ -73,7 +74,9 @@ def _without_tail(log_weight: np.ndarray, eps: float) -> float:
     tail = x[x > max(x[-num_tail - 1], math.log(2.0**-52))]
     if len(np.unique(tail)) >= 5:
         return math.nan
-    return -math.inf if (x == x[-1]).sum() > 1 else math.inf
+    weight = np.exp(x)
+    effective = weight.sum() ** 2 / (weight**2).sum()
+    return -math.inf if (x == x[-1]).sum() > 1 or effective > len(x) / 2 else math.inf
 
 
 def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:

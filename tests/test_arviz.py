@@ -438,10 +438,11 @@ def test_khat_is_free_of_scale_order_and_zero_weights(backend):
         (np.full(100, 0.3), -np.inf),
         (np.exp(1e-12 * rng.normal(size=100)), -np.inf),  # one value, but for rounding
         (np.where(np.arange(100) < 3, 1.0, 0.3), -np.inf),  # a bound that several draws attain
+        (np.where(np.arange(100) < 1, 1.05, 1.0), -np.inf),  # the highest of weights much the same
         (np.where(np.arange(100) < 1, 1.0, 1e-9), np.inf),  # one draw outweighs all
         (np.append(1e-30 * rng.exponential(size=97), [1, 2, 3]), np.inf),
     ],
-    ids=["equal", "rounding", "atom", "single", "few"],
+    ids=["equal", "rounding", "atom", "nearly", "single", "few"],
 )
 def test_khat_of_weights_without_a_tail(backend, weights, k):
     assert backend.psis_khat(np.log(weights)) == k

@@ -20,6 +20,7 @@ from numpyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
+from numpyro_bism.densities import _subsample
 from numpyro_bism.divergences import of
 from numpyro_bism.hypergradients import Bilevel
 from numpyro_bism.visible import flatten
@@ -408,3 +409,12 @@ def test_get_params_before_any_run_says_so():
     fresh.evaluate(state, X)
     for name, value in bism.get_params(state).items():
         np.testing.assert_array_equal(value, fresh.get_params(state)[name])
+
+
+def test_rows_are_drawn_without_replacement_and_every_set_is_as_likely():
+    num = 20_000
+    draws = np.sort(jax.vmap(lambda key: _subsample(key, 5, 3))(jax.random.split(KEY, num)), -1)
+    sets, counts = np.unique(draws, axis=0, return_counts=True)
+    assert len(sets) == 10
+    assert all(len(set(s)) == 3 for s in sets.tolist())
+    assert np.square(counts - num / 10).sum() / (num / 10) < 27.9  # the 99.9 % point of χ² with 9 degrees of freedom

@@ -1,0 +1,47 @@
+"""The quickstart in a small setting, as its users run it: from a shell, in a directory of theirs."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+
+
+def requires(backend):
+    """Skips where the backend, or what the quickstart needs of it, is not there."""
+    package = pytest.importorskip(f"{backend}_bism")
+    for name in ("BiSM", "to_arviz"):
+        if not hasattr(package, name):
+            pytest.skip(f"{backend}_bism has no {name}")
+    assert import_module(backend)
+
+
+@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+def test_quickstart(backend, tmp_path):
+    """SVI's loss and likelihood fall; BiSM's likelihood rises, or the script itself would end with an error."""
+    requires(backend)
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    command = [sys.executable, str(QUICKSTART), "--smoke", "--backend", backend, "--output", "figures/smoke.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(rf"^{backend} +(SVI|BiSM) +(\S+) +(\S+) +\S+$", done.stdout, re.MULTILINE)
+    svi, bism = (float(log_likelihood) for _, _, log_likelihood in rows)
+    assert [method for method, _, _ in rows] == ["SVI", "BiSM"]
+    before = float(re.search(r"Before training: (\S+);", done.stdout)[1])
+    assert svi < before < bism
+    assert "k-hat of 5 images" in done.stdout
+    assert (tmp_path / "figures" / "smoke.png").stat().st_size > 10_000
+
+
+def test_quickstart_that_learns_nothing_is_an_error(tmp_path):
+    """20 steps do not overtake a Gaussian: the script says so and fails."""
+    requires("pyro")
+    command = [sys.executable, str(QUICKSTART), "--backend", "pyro", "--steps", "20", "--hidden", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert re.search(r"pyro: BiSM ended at -\S+, not above -\S+\. More --steps\?", done.stderr)
