@@ -660,23 +660,43 @@ def _undifferentiable(start: Analysis, name: str, batch: visible.Batch, rng_key:
 
 def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: OuterLoss) -> None:
     pair = start.pair
-    key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
-    # off the initial values: at weights of zero a score may vanish though the energy reads v
-    leaves, tree = jax.tree.flatten((start.theta, start.phi))
-    keys = jax.random.split(key_params, len(leaves))
-    moved = [
-        x + 0.1 * jax.random.normal(k, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    theta, phi = jax.tree.unflatten(tree, moved)
-    params = pair.params(theta, phi, start.mutable)
-    v = batch.v + 0.1 * jax.random.normal(key_v, batch.v.shape, batch.v.dtype)
-    draw, _ = pair.draw(key_draw, params, batch, v)
-    gradient = jax.grad(lambda u: pair.log_weight(key_score, params, batch, u, draw, guide=False))(v)
+
+    @jax.jit  # one compilation instead of one for every operation
+    def scores(rng_key):
+        """The gradient in v of log p̃, of log p̃ - log q, and of the latter when the first example alone has moved."""
+        key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
+        # off the initial values: at weights of zero a score may vanish though the energy reads v
+        leaves, tree = jax.tree.flatten((start.theta, start.phi))
+        keys = jax.random.split(key_params, len(leaves))
+        moved = [
+            x + 0.1 * jax.random.normal(k, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            for k, x in zip(keys, leaves, strict=True)
+        ]
+        theta, phi = jax.tree.unflatten(tree, moved)
+        params = pair.params(theta, phi, start.mutable)
+        v = batch.v + 0.1 * jax.random.normal(key_v, batch.v.shape, batch.v.dtype)
+        draw, _ = pair.draw(key_draw, params, batch, v)
+
+        def log_weight(u, guide):
+            return pair.log_weight(key_score, params, batch, u, draw, guide)
+
+        model_score = jax.grad(log_weight)(v, False)
+        try:
+            score = jax.grad(log_weight)(v, True)
+        except NotImplementedError as error:
+            raise ValueError(
+                "The guide can't score a value of h that it has not just drawn: one of the sites "
+                f"{list(pair.sampled)} uses a flow without an inverse. Use one with an inverse (a "
+                "coupling or spline flow has one)."
+            ) from error
+        after = jax.grad(log_weight)(v.at[0].set(v[0][::-1] + 1.0), True) if loss.needs_uncoupled_examples else score
+        return model_score, score, after
+
+    model_score, score, after = scores(rng_key)
     start_column = 0
     for site in pair.sites:
         size = math.prod(site.shape[1:])
-        columns = gradient[:, start_column : start_column + size]
+        columns = model_score[:, start_column : start_column + size]
         start_column += size
         if not bool(columns.any()):
             raise ValueError(
@@ -684,15 +704,7 @@ def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: O
                 "value. Use the site's value (the argument, or what numpyro.sample returns) in the energy, and do "
                 "not stop its gradient."
             )
-    try:
-        both = jax.grad(lambda u: pair.log_weight(key_score, params, batch, u, draw))(v)
-    except NotImplementedError as error:
-        raise ValueError(
-            "The guide can't score a value of h that it has not just drawn: one of the sites "
-            f"{list(pair.sampled)} uses a flow without an inverse. Use one with an inverse (a "
-            "coupling or spline flow has one)."
-        ) from error
-    if pair.sampled and loss.average == "loss" and bool((both == gradient).all()):
+    if pair.sampled and loss.average == "loss" and bool((score == model_score).all()):
         warnings.warn(
             "The guide does not look at the visible values, so ∇_v log q = 0 and the squared score of "
             "single draws is biased. Let the guide depend on v, or use average='score' with several "
@@ -700,13 +712,10 @@ def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: O
             UserWarning,
             stacklevel=6,
         )
-    if loss.needs_uncoupled_examples and len(v) > 1:
-        score = jax.grad(lambda u: pair.log_weight(key_score, params, batch, u, draw))
-        before, after = score(v)[1:], score(v.at[0].set(v[0][::-1] + 1.0))[1:]
-        if not jnp.allclose(before, after, rtol=1e-4, atol=1e-6 * float(jnp.abs(before).max())):
-            raise ValueError(
-                "The score of one example depends on another example (batch normalisation in training "
-                "mode, or an interaction along the batch). ScoreMatching() takes the trace example by "
-                "example and would be wrong. Uncouple them (use_running_average=True), or use "
-                "SlicedScoreMatching or DenoisingScoreMatching."
-            )
+    if not jnp.allclose(score[1:], after[1:], rtol=1e-4, atol=1e-6 * float(jnp.abs(score).max())):
+        raise ValueError(
+            "The score of one example depends on another example (batch normalisation in training "
+            "mode, or an interaction along the batch). ScoreMatching() takes the trace example by "
+            "example and would be wrong. Uncouple them (use_running_average=True), or use "
+            "SlicedScoreMatching or DenoisingScoreMatching."
+        )

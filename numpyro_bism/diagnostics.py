@@ -200,8 +200,14 @@ class _Run(NamedTuple):
 
 def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch, num_draws: int) -> _Run:
     n = len(batch.v)
-    first, model_sites = _draw(rng_key, pair, params, batch)
-    _check_latents(first, n)
+    seen: dict[str, dict[str, Site]] = {}
+
+    @jax.jit
+    def first():
+        """Checks and describes the sites as it is traced; what they observed comes back in numbers."""
+        seen["guide"], seen["model"] = _draw(rng_key, pair, params, batch)
+        _check_latents(seen["guide"], n)
+        return {name: jnp.asarray(s.value) for name, s in seen["model"].items() if s.is_data}
 
     @jax.jit
     def chunk(keys):
@@ -212,7 +218,8 @@ def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.B
 
         return jax.vmap(one)(keys)
 
-    size = min(num_draws, max(1, MAX_CELLS // (batch.v.size + sum(jnp.size(s.value) for s in first.values()))))
+    data = {name: np.asarray(value) for name, value in first().items()}
+    size = min(num_draws, max(1, MAX_CELLS // (batch.v.size + sum(jnp.size(s.value) for s in seen["guide"].values()))))
     chunks = []
     # no bar where nobody looks, nor for what is soon over
     for start in tqdm(range(0, num_draws, size), desc="guide draws", delay=3, leave=False, disable=None):
@@ -225,8 +232,7 @@ def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.B
         # the last chunk is as large as the others, so that nothing is compiled twice, and cut
         chunks.append(jax.tree.map(lambda x, most=num_draws - start: np.asarray(x)[:most], (values, log_p, log_q)))
     values, log_p, log_q = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
-    data = {name: np.asarray(s.value) for name, s in model_sites.items() if s.is_data}
-    latents = [name for name, s in first.items() if not s.infer.get("is_auxiliary", False)]
+    latents = [name for name, s in seen["guide"].items() if not s.infer.get("is_auxiliary", False)]
     return _Run(
         {name: values[name] for name in latents},
         {site.name: data.pop(site.name) for site in pair.sites},
