@@ -136,6 +136,7 @@ class BiSM:
         rng_key, key_start = jax.random.split(rng_key)
         start = self._analyse(leaves, spec, key_start, init_params)
         self._pairs[self._key(leaves, spec)] = start.pair
+        self._check_optims(start.theta, start.phi)
         unknown = jnp.full((), jnp.inf, jnp.result_type(float))
         return BiSMState(
             self.optim.init(start.theta),
@@ -294,7 +295,7 @@ class BiSM:
         """The compiled loop for arguments of this structure, kept between calls of ``run``; and its arrays."""
         is_array = [isinstance(leaf, Array) for leaf in leaves]
         static = tuple(None if yes else leaf for yes, leaf in zip(is_array, leaves, strict=True))
-        key = (*self._key(leaves, spec), static, stable)
+        key = (*self._key(leaves, spec), *(id(x) if x.__hash__ is None else x for x in static), stable)
         if key not in self._loops:
 
             def loop(state, losses, start, stop, arrays):
@@ -340,16 +341,25 @@ class BiSM:
         """Model and guide as they run on arguments of this structure; analysed once for each structure."""
         key = self._key(leaves, spec)
         if key not in self._pairs:
+            like = next((pair for known, pair in self._pairs.items() if _ranks(known) == _ranks(key)), None)
+            pair = None if like is None else densities.resized(like, leaves, spec)
             # a key of its own: what is drawn here is only looked at
-            self._pairs[key] = self._analyse(leaves, spec, jax.random.key(0), None).pair
+            self._pairs[key] = pair or self._analyse(leaves, spec, jax.random.key(0), None).pair
         return self._pairs[key]
 
+    def _check_optims(self, theta: Any, phi: Any) -> None:
+        """:raises ValueError: for an optimiser that wants more than gradients and the loss (line searches, L-BFGS)."""
+        for name, optim, params in (("optim", self.optim, theta), ("inner_optim", self.inner_optim, phi)):
+            try:
+                jax.eval_shape(lambda p, optim=optim: optim.update(p, optim.init(p), value=jnp.zeros(())), params)
+            except TypeError as error:
+                raise ValueError(
+                    f"{name} can't be stepped with a gradient and a loss alone ({error}). Line searches and L-BFGS "
+                    "evaluate the loss again and again, on other noise each time; use a stochastic optimiser."
+                ) from error
+
     def _key(self, leaves: Sequence[Any], spec: Any) -> tuple:
-        # a float is no structure: one that changes from step to step would be analysed anew each time
-        return spec, tuple(
-            (leaf.shape, leaf.dtype) if isinstance(leaf, Array) else type(leaf) if isinstance(leaf, float) else leaf
-            for leaf in leaves
-        )
+        return spec, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Array) else _static(leaf) for leaf in leaves)
 
     def _unpack(self, pair: densities.Pair, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:
         theta = self.optim.get_params(state.optim_state)
@@ -361,6 +371,17 @@ class BiSM:
                     "made with another model, or by init() on arguments of another structure?"
                 )
         return theta, phi
+
+
+def _static(leaf: Any) -> Any:
+    # a float is no structure: one that changes from step to step would be analysed anew each time
+    return type(leaf) if isinstance(leaf, float) or leaf.__hash__ is None else leaf
+
+
+def _ranks(key: tuple) -> tuple:
+    """A structure without the sizes of its arrays."""
+    spec, leaves = key
+    return spec, tuple((len(x[0]), x[1]) if isinstance(x, tuple) else x for x in leaves)
 
 
 def _norm(gradient: Any) -> Array:

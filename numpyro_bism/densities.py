@@ -15,7 +15,7 @@ state (batch-norm statistics), which is read as it stands and never written back
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -529,6 +529,34 @@ def analyse(
         p, q, _ = _first_run(model, guide, rng_key, init_params or {}, leaves, spec)
         start = _start(pair, p, q)
     return start
+
+
+def resized(pair: Pair, leaves: Sequence[Any], spec: Any) -> Pair | None:
+    """The same programs on arguments that differ in size alone, described without running or compiling anything.
+
+    :returns: None if they turn out to have other sites, parameters or subsampling plates there.
+    """
+
+    def run(arrays):
+        rest = iter(arrays)
+        filled = [next(rest) if isinstance(leaf, Array) else leaf for leaf in leaves]
+        seen.extend(_first_run(pair.model, pair.guide, jax.random.key(0), {}, filled, spec)[:2])
+
+    seen: list[record] = []
+    jax.eval_shape(run, [leaf for leaf in leaves if isinstance(leaf, Array)])
+    p, q = seen
+    subsampled = {name: sizes for name, sizes in {**q.plates, **p.plates}.items() if sizes[0] != sizes[1]}
+    latents = [name for name, s in q.sites.items() if not (s.is_observed or s.is_delta)]
+    same = (
+        set(subsampled) == set(pair.subsampled)
+        and set(latents) == {*pair.enumerated, *pair.sampled}
+        and (set(p.params), set(q.params)) == (set(pair.theta), set(pair.phi))
+        and all(site.name in p.sites for site in pair.sites)
+    )
+    if not same:
+        return None
+    sites = tuple(replace(site, shape=jnp.shape(p.sites[site.name].value)) for site in pair.sites)
+    return replace(pair, sites=sites, subsampled=subsampled, num_data=_num_data(p.sites, sites))
 
 
 def _first_run(

@@ -153,9 +153,7 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
     for frame in site.frames:
         axis = frame.dim - site.fn.event_dim
         full_size, size = site.plates[frame.name]
-        if full_size == size:
-            continue
-        picked = site.subsamples[frame.name]
+        picked = site.subsamples.get(frame.name, np.arange(size))
         rows = tuple(
             i
             for i, leaf in enumerate(leaves)
@@ -166,7 +164,8 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
             and np.array_equal(jnp.take(leaf, picked, axis), value)
         )
         if rows:
-            return VisibleSite(name, rows, frame.name, axis, shape)
+            # a plate that takes all rows takes them in order
+            return VisibleSite(name, rows, frame.name if size != full_size else None, axis, shape)
     raise ValueError(
         f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments, "
         "nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "

@@ -151,7 +151,8 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
             and torch.equal(leaf.index_select(axis, picked), value)
         )
         if rows:
-            return VisibleSite(name, rows, frame.name, axis, shape)
+            # a plate that takes all rows takes them in order
+            return VisibleSite(name, rows, frame.name if frame.size != frame.full_size else None, axis, shape)
     raise ValueError(
         f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments "
         "of step(), nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "

@@ -418,3 +418,43 @@ def test_rows_are_drawn_without_replacement_and_every_set_is_as_likely():
     assert len(sets) == 10
     assert all(len(set(s)) == 3 for s in sets.tolist())
     assert np.square(counts - num / 10).sum() / (num / 10) < 27.9  # the 99.9 % point of χ² with 9 degrees of freedom
+
+
+def subsampling(size):
+    def model(x):
+        b = numpyro.param("b", 0.1 * jnp.ones(D))
+        with numpyro.plate("data", len(x), subsample_size=min(size, len(x))) as rows:
+            x = flat(x[rows])
+            h = numpyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+            numpyro.factor("energy", -0.5 * ((x - b) ** 2).sum(-1) + (x[:, :H] * h).sum(-1))
+
+    def guide(x):
+        shift = numpyro.param("shift", jnp.zeros(H))
+        with numpyro.plate("data", len(x), subsample_size=min(size, len(x))) as rows:
+            numpyro.sample("h", dist.Normal(jnp.tanh(x[rows][:, :H] + shift), 0.5).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("programs", [(model, guide), subsampling(4), subsampling(12)])
+def test_other_sizes_are_described_without_a_second_analysis(programs, monkeypatch):
+    """What is found on arguments of another size is what a fresh analysis finds there."""
+    bism, other = (BiSM(*programs, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3)) for _ in range(2))
+    more = np.random.default_rng(1).normal(size=(2 * N, D))
+    state = bism.init(KEY, X)
+    for x in (more, more[:5]):
+        leaves, spec = flatten((x,), {})
+        other.init(KEY, x)
+        pair, fresh = bism.pair(leaves, spec), other.pair(leaves, spec)
+        for name in ("sites", "subsampled", "num_data", "num_plate_dims", "enumerated", "sampled", "softened"):
+            assert getattr(pair, name) == getattr(fresh, name)
+        assert np.isfinite(bism.evaluate(state, x))
+    if programs[0] is model:  # the rest leave and enter subsampling, which takes a new look
+        monkeypatch.setattr(bism, "_analyse", None)
+        bism.evaluate(state, more[:3])
+
+
+def test_optimisers_that_search_along_a_line_are_refused():
+    bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), inner_optim=optax.lbfgs())
+    with pytest.raises(ValueError, match="inner_optim can't be stepped"):
+        bism.init(KEY, X)
