@@ -12,7 +12,7 @@ from numpyro.infer import Trace_ELBO
 
 from . import densities, divergences
 from . import visible as visibles
-from .hypergradients import FUSED_STEPS, Bilevel, Unrolled
+from .hypergradients import Bilevel, Unrolled, fused
 from .losses import OuterLoss
 from .optim import as_optim
 
@@ -273,7 +273,7 @@ class BiSM:
         if self.num_inner_steps:
             keys = jax.random.split(key_inner, self.num_inner_steps)
             inner_state, (inner_losses, inner_norms) = jax.lax.scan(
-                fit, inner_state, keys, unroll=min(FUSED_STEPS, self.num_inner_steps)
+                fit, inner_state, keys, unroll=fused(self.num_inner_steps)
             )
         else:  # the losses are for info alone
             _, (loss, norm) = fit(inner_state, key_inner)

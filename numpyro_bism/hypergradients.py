@@ -17,9 +17,15 @@ from .optim import differentiable_update
 
 __all__ = ["Detached", "Unrolled"]
 
-# Inner steps in one body of the compiled loop. XLA fuses across them, and a small model's step takes 0.7 times as
-# long; more would only compile longer.
 FUSED_STEPS = 5
+
+
+def fused(num_steps: int) -> int:
+    """How many inner steps stand in one body of the compiled loop.
+
+    XLA fuses across them, and a small model's step takes 0.7 times as long; more would only compile longer.
+    """
+    return min(FUSED_STEPS, num_steps)
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,7 @@ class Unrolled:
                 loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
                 return differentiable_update(problem.optim, gradient, fast, loss), None
 
-            fast = (
-                jax.lax.scan(step, state, keys, unroll=min(FUSED_STEPS, self.num_steps))[0] if self.num_steps else state
-            )
+            fast = jax.lax.scan(step, state, keys, unroll=fused(self.num_steps))[0] if self.num_steps else state
             return problem.outer(key_outer, theta, problem.optim.get_params(fast))
 
         return jax.value_and_grad(whole)(theta)

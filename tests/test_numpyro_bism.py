@@ -458,3 +458,16 @@ def test_optimisers_that_search_along_a_line_are_refused():
     bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), inner_optim=optax.lbfgs())
     with pytest.raises(ValueError, match="inner_optim can't be stepped"):
         bism.init(KEY, X)
+
+
+def test_fused_steps_are_the_same_steps(monkeypatch):
+    """Seven steps in bodies of five, and one by one."""
+    settings = {"num_inner_steps": 7, "hypergradient": Unrolled(7)}
+
+    def losses():
+        bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), **settings)
+        return bism.run(KEY, 3, X, progress_bar=False).losses
+
+    alone = losses()
+    monkeypatch.setattr("numpyro_bism.hypergradients.FUSED_STEPS", 5)
+    np.testing.assert_allclose(losses(), alone, rtol=1e-10)
