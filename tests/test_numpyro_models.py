@@ -1019,7 +1019,6 @@ def auto_iaf(model):
 AUTO = {
     "AutoNormal": auto.AutoNormal,
     "AutoMultivariateNormal": auto.AutoMultivariateNormal,
-    "AutoLowRankMultivariateNormal": auto.AutoLowRankMultivariateNormal,
     "AutoIAFNormal": auto_iaf,
     "AutoDelta": auto.AutoDelta,
 }

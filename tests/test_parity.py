@@ -171,7 +171,7 @@ CASES = [
     (gaussian, "denoising", "mean-field", 2),
     (gaussian, "denoising", "fisher", 2),
     (gaussian, "exact", "fisher", 1),
-    *[(relaxed, loss, "elbo", 2) for loss in ("exact", "denoising")],
+    (relaxed, "denoising", "elbo", 2),
     *[(summed, loss, "enum", 2) for loss in ("exact", "denoising", "denoising-score")],
     (gaussian, "denoising", "elbo", 0),
     (gaussian, "denoising", "elbo", 5),
@@ -182,7 +182,7 @@ CASES = [
 def test_same_noise_same_trajectory(tapes, program, loss, inner, num_unrolled):
     x = X[:, None] if program is summed else X
     name, settings = LOSSES[loss]
-    steps, rate = 2, 0.01
+    steps, rate = 1 if loss == "exact" else 2, 0.01  # exact score matching costs D passes, operation by operation
     theirs = numpyro_bism.BiSM(
         *program(Jax),
         optax.adam(rate, eps=1e-8),
