@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from jax.example_libraries import optimizers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from numpyro_bism import (
@@ -79,8 +80,12 @@ def prepared(bism, *args):
     return pair, pair.batch(KEY, leaves, spec), state
 
 
-def check_hypergradient(bism, *args):
-    pair, batch, state = prepared(bism, *args)
+def prepared_phi(state):
+    return OPTIMS["numpyro"].get_params(state.inner_optim_state)
+
+
+def check_hypergradient(bism, *args, seen=None):
+    pair, batch, state = prepared(bism, *args) if seen is None else seen
 
     def outer(key, theta, phi):
         return pair.outer_loss(key, pair.params(theta, phi, state.mutable_state), batch, bism.loss)
@@ -88,7 +93,7 @@ def check_hypergradient(bism, *args):
     def inner(key, theta, phi):
         return of(key, bism.loss, bism._inner, pair, pair.params(theta, phi, state.mutable_state), batch)
 
-    theta = bism.optim.get_params(state.optim_state)
+    theta = (OPTIMS["numpyro"] if seen else bism.optim).get_params(state.optim_state)
     rng = np.random.default_rng(3)
     phi = bism.inner_optim.get_params(state.inner_optim_state)
     # off the first step, which in Adam is the sign of the gradient and has no derivative
@@ -123,6 +128,32 @@ def test_hypergradient_is_the_derivative_of_the_whole_map(loss, inner, num_steps
     strategy = Unrolled(num_steps) if num_steps else Detached()
     optim = optax.adam(1e-2, b2=0.95)
     check_hypergradient(BiSM(model, guide, optim, LOSSES[loss], inner_loss=INNER[inner], hypergradient=strategy), X)
+
+
+OPTIMS = {
+    "numpyro": numpyro.optim.Adam(1e-2, b2=0.95),
+    "momentum": numpyro.optim.Momentum(1e-2, 0.9),
+    "optax": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.rmsprop(optax.exponential_decay(1e-2, 1, 0.9), eps=1e-4)
+    ),
+    "jax": optimizers.nesterov(1e-2, 0.9),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_hypergradient_in_every_combination(loss, inner):
+    seen = None
+    for optim in OPTIMS.values():
+        for num_steps in (1, 3, 10):
+            strategy = Unrolled(num_steps)
+            bism = BiSM(model, guide, optim, LOSSES[loss], inner_loss=INNER[inner], hypergradient=strategy)
+            if seen is None:  # the pair is the same for all
+                seen = prepared(bism, X)
+            pair, batch, state = seen
+            phi = bism.inner_optim.init(prepared_phi(state))
+            check_hypergradient(bism, X, seen=(pair, batch, state._replace(inner_optim_state=phi)))
 
 
 def rbm(x):
