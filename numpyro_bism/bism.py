@@ -131,8 +131,9 @@ class BiSM:
         :param init_params: values for ``param`` sites by name, instead of the programs' own.
         :raises ValueError: on misuse, naming the site and the cure, or on NaN or infinity in the data.
         """
-        leaves, spec = visibles.flatten(args, kwargs)
-        visibles.require_finite(leaves, spec)
+        return self._init(rng_key, *self._checked(args, kwargs), init_params)
+
+    def _init(self, rng_key: Array, leaves: Sequence[Any], spec: Any, init_params: Any) -> BiSMState:
         rng_key, key_start = jax.random.split(rng_key)
         start = self._analyse(leaves, spec, key_start, init_params)
         self._pairs[self._key(leaves, spec)] = start.pair
@@ -207,7 +208,7 @@ class BiSM:
         if num_steps < 1:
             raise ValueError(f"num_steps must be a positive integer, got {num_steps}.")
         leaves, spec = self._checked(args, kwargs)
-        state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
+        state = self._init(rng_key, leaves, spec, init_params) if init_state is None else init_state
         loop, arrays = self._loop(leaves, spec, stable_update)
         # copied: the loop works in place, and init_state stays the caller's
         state = jax.tree.map(jnp.copy, state)

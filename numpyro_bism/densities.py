@@ -153,7 +153,7 @@ class record(Messenger):
             if self.plates[name][1] != size:
                 self.subsamples[name] = msg["value"]
         elif kind == "param" and msg["value"] is not None:  # flax_module asks for its value first
-            self.params[name] = {"name": name, "kwargs": msg["kwargs"], "value": msg["value"]}
+            self.params[name] = {"kwargs": msg["kwargs"], "value": msg["value"]}
         elif kind == "prng_key" and msg["value"] is not None:
             self.keys.append(msg["value"])
         elif kind == "mutable" and msg["value"] is not None:
@@ -197,7 +197,6 @@ class Pair:
     :ivar phi: the guide's.
     :ivar subsampled: (full size, size) of each subsampling plate.
     :ivar num_plate_dims: how many dimensions the plates take.
-    :ivar mutable: names of the mutable sites.
     """
 
     model: Callable
@@ -211,7 +210,6 @@ class Pair:
     subsampled: Mapping[str, tuple[int, int]]
     num_data: int
     num_plate_dims: int
-    mutable: tuple[str, ...]
 
     def params(self, theta: Mapping[str, Any], phi: Mapping[str, Any], mutable: Any) -> dict[str, Any]:
         """What the programs are given, from unconstrained parameters and mutable state."""
@@ -518,7 +516,6 @@ def analyse(
             {name: sizes for name, sizes in {**q.plates, **p.plates}.items() if sizes[0] != sizes[1]},
             _num_data(p.sites, sites),
             max(dims),
-            tuple({**q.mutable, **p.mutable}),
         )
         start = _start(pair, p, q)
         batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)

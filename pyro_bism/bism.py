@@ -145,7 +145,7 @@ class BiSM:
 
     def _fit(self, pair, batch, phi, buffers) -> tuple[float, float]:
         """The K kept inner steps."""
-        value, norm = 0.0, 0.0
+        norm = 0.0
         for k in range(max(self.num_inner_steps, 1)):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
             # in their noise, and a guide that goes astray between them is caught by its gradient.
@@ -165,8 +165,7 @@ class BiSM:
                     )
                 if self.num_inner_steps:
                     _descend(self.inner_optim, phi, gradient)
-            value = loss.item()
-        return value, norm
+        return loss.item(), norm
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The outer loss at the present parameters, with fresh noise; nothing is updated."""

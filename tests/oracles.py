@@ -7,8 +7,8 @@ sampling or finite differences.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.linalg import inv, slogdet
@@ -16,6 +16,11 @@ from numpy.linalg import inv, slogdet
 Array = np.ndarray
 
 LOG_2PI = np.log(2 * np.pi)
+
+
+def central_difference(at: Callable[[float], Any], step: float) -> Any:
+    """The derivative of ``at`` at 0, of fourth order in ``step``."""
+    return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
 
 
 def _sym(x: Array) -> Array:

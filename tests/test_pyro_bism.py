@@ -11,6 +11,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch.utils import _pytree as pytree
 
+from oracles import central_difference
 from pyro_bism import (
     BiSM,
     ConcreteBernoulli,
@@ -22,8 +23,6 @@ from pyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
-from pyro_bism.divergences import of
-from pyro_bism.hypergradients import Bilevel
 from pyro_bism.optim import DifferentiableOptim, torch_optimizer
 from pyro_bism.params import swapped
 
@@ -88,15 +87,7 @@ def problem_of(bism, x):
     leaves, spec = pytree.tree_flatten(((x,), {}))
     pair = bism.pair(x)
     batch = pair.batch(leaves, spec)
-    theta, phi = list(pair.theta.values()), list(pair.phi.values())
-    return Bilevel(
-        outer=lambda: pair.outer_loss(batch, bism.loss),
-        inner=lambda: of(bism.loss, bism._inner, pair, batch),
-        theta=theta,
-        phi=phi,
-        at=pair.at,
-        unrolled=lambda: DifferentiableOptim(bism.inner_optim, phi),
-    )
+    return bism._problem(pair, batch, list(pair.theta.values()), list(pair.phi.values()))
 
 
 def finite_difference(value, theta, direction, step=1e-5):
@@ -112,8 +103,7 @@ def finite_difference(value, theta, direction, step=1e-5):
                 leaf.sub_(t * d)
         return result
 
-    h = step * 100
-    return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+    return central_difference(at, step * 100)
 
 
 def check_hypergradient(bism, x, step=1e-5):
