@@ -679,7 +679,7 @@ def _undifferentiable(start: Analysis, name: str, batch: visible.Batch, rng_key:
     try:
         jax.eval_shape(jax.grad(first), start.phi)
     except (NotImplementedError, ValueError) as error:
-        return str(error).splitlines()[0]
+        return str(error).splitlines()[0].split(". ")[0]  # JAX's own cures are not for users of a distribution
     return None
 
 

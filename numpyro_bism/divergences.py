@@ -86,7 +86,12 @@ def as_inner_loss(inner_loss: Any) -> InnerLoss:
 
 
 def check(inner_loss: Any, pair: Pair) -> None:
-    """:raises ValueError: where the inner loss does not fit the guide's discrete sites."""
+    """:raises ValueError: where the inner loss does not fit the guide's sites."""
+    if isinstance(inner_loss, FisherDivergence) and pair.phi and not (pair.sampled or pair.enumerated):
+        raise ValueError(
+            "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
+            "(Delta). Use inner_loss=Trace_ELBO()."
+        )
     if not pair.enumerated:
         return
     if isinstance(inner_loss, FisherDivergence):

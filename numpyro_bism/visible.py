@@ -17,6 +17,8 @@ import numpy as np
 from jax import Array
 from numpyro.distributions import constraints
 
+from .distributions import base_of
+
 
 @dataclass(frozen=True)
 class VisibleSite:
@@ -135,11 +137,15 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
         )
     support = site.fn.support
     if not _is_real(support):
-        kind = "discrete" if support.is_discrete else "of bounded support"
+        kind, cure = (
+            "of bounded support",
+            "Transform the data to the reals first (and add the log Jacobian to the energy)",
+        )
+        if support.is_discrete:
+            kind, cure = "discrete", "Give the data as continuous ones, say with noise added"
         raise ValueError(
-            f"Visible site '{name}' ({type(site.fn).__name__}) is {kind}: {support}. Score matching "
-            "needs a density on all of R^D. Transform the data to the reals first (and add the log "
-            "Jacobian to the energy), or leave the site out with visible=[...]."
+            f"Visible site '{name}' ({type(base_of(site.fn)).__name__}) is {kind}: {support}. Score matching "
+            f"needs a density on all of R^D. {cure}, or leave the site out with visible=[...]."
         )
     if jnp.ndim(value) < 1:
         raise ValueError(
@@ -147,6 +153,14 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
             "pass data of shape (n, ...)."
         )
     shape = jnp.shape(value)
+    declared = tuple(site.fn.batch_shape + site.fn.event_shape)
+    # the declaration may be broadcast over the value, never the value over the declaration
+    fits = all(d in (1, n) for d, n in zip(reversed(declared), reversed(shape), strict=False))
+    if len(declared) > len(shape) or not fits:
+        raise ValueError(
+            f"Visible site '{name}' has a value of shape {shape} where the model declares {declared}. Pass data of "
+            "the declared shape, the leading dimension the batch: data are not broadcast."
+        )
     same = tuple(i for i, leaf in enumerate(leaves) if leaf is value)
     if same:
         return VisibleSite(name, same, None, 0, shape)

@@ -422,6 +422,12 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss, differentiates
             raise
     sites = visible.find(p.sites, leaves, names)
     _check_sites(p.sites, latents)
+    for name, site in q.sites.items():
+        if isinstance(base_of(site.fn), dist.Unit):
+            raise ValueError(
+                f"The guide has a factor, '{name}': its log density is not that of its draws then, and the score needs "
+                "it. Use a guide of sample statements alone."
+            )
     theta, phi = params.collect(p.params, "model"), params.collect(q.params, "guide")
     params.reject_shared(theta, phi)
     _check_registered(ran, {**theta, **phi})

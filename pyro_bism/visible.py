@@ -15,6 +15,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .distributions import base_of
+
 
 @dataclass(frozen=True)
 class VisibleSite:
@@ -101,6 +103,13 @@ def find(
             "x to step()."
         )
     found = tuple(_locate(name, site, leaves) for name, site in observed.items())
+    for i, site in enumerate(found):
+        for other in found[:i]:
+            if set(site.leaves) & set(other.leaves):
+                raise ValueError(
+                    f"Visible sites '{other.name}' and '{site.name}' observe the same argument, which is one variable. "
+                    f"Name one of them, visible=['{other.name}']: the other's density still counts."
+                )
     sizes = {site.name: site.shape[0] for site in found}
     if len(set(sizes.values())) > 1:
         raise ValueError(
@@ -121,11 +130,15 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
         )
     support = site.fn.support
     if not _is_real(support):
-        kind = "discrete" if support.is_discrete else "of bounded support"
+        kind, cure = (
+            "of bounded support",
+            "Transform the data to the reals first (and add the log Jacobian to the energy)",
+        )
+        if support.is_discrete:
+            kind, cure = "discrete", "Give the data as continuous ones, say with noise added"
         raise ValueError(
-            f"Visible site '{name}' ({type(site.fn).__name__}) is {kind}: {support}. Score matching "
-            "needs a density on all of R^D. Transform the data to the reals first (and add the log "
-            "Jacobian to the energy), or leave the site out with visible=[...]."
+            f"Visible site '{name}' ({type(base_of(site.fn)).__name__}) is {kind}: {support}. Score matching "
+            f"needs a density on all of R^D. {cure}, or leave the site out with visible=[...]."
         )
     if value.dim() < 1:
         raise ValueError(
@@ -133,6 +146,14 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
             "pass data of shape (n, ...)."
         )
     shape = tuple(value.shape)
+    declared = tuple(site.fn.batch_shape + site.fn.event_shape)
+    # the declaration may be broadcast over the value, never the value over the declaration
+    fits = all(d in (1, n) for d, n in zip(reversed(declared), reversed(shape), strict=False))
+    if len(declared) > len(shape) or not fits:
+        raise ValueError(
+            f"Visible site '{name}' has a value of shape {shape} where the model declares {declared}. Pass data of "
+            "the declared shape, the leading dimension the batch: data are not broadcast."
+        )
     same = tuple(i for i, leaf in enumerate(leaves) if _is_same(leaf, value))
     if same:
         return VisibleSite(name, same, None, 0, shape)

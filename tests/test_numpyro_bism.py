@@ -353,6 +353,17 @@ def enumerated_event(x):
             "floating-point",
         ),
         (no_parameters, guide, "no parameter to train"),
+        (energy_of(lambda x: x[0]), guide, r"shape \(3,\) where the model declares \(7, 3\)"),
+        (
+            energy_of(lambda x: x, dist.Normal(0.0, 1.0).expand([D + 1]).to_event(1).mask(False)),
+            guide,
+            r"shape \(7, 3\) where the model declares \(7, 4\)",
+        ),
+        (
+            energy_of(lambda x: 1.0 * (x > 0), dist.Bernoulli(0.5).expand([D]).to_event(1)),
+            guide,
+            r"\(BernoulliProbs\) is discrete.*noise added",
+        ),
         (model, shared, "'w' is used by both"),
         (model, guide_of(lambda a: dist.Normal(a, 1.0), "z"), "'h' is missing from the guide"),
         (model, guide_of(lambda a: dist.Poisson(a)), "can't be reparameterised"),
@@ -400,6 +411,13 @@ def test_enumerated_sites_need_the_enumerating_elbo(inner):
     bism = BiSM(rbm, posterior_guide, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3), inner_loss=inner)
     with pytest.raises(ValueError, match="TraceEnum_ELBO"):
         bism.init(KEY, X[:, None])
+
+
+def test_fisher_divergence_needs_draws():
+    points = guide_of(lambda a: dist.Delta(a, event_dim=1))
+    bism = BiSM(model, points, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3), inner_loss=FisherDivergence())
+    with pytest.raises(ValueError, match=r"gives points \(Delta\)"):
+        bism.init(KEY, X)
 
 
 def test_a_blind_guide_is_warned_of():

@@ -402,6 +402,37 @@ def bounded(x):
         pyro.factor("energy", (x * w).sum(-1))
 
 
+def one_row(x):
+    w = pyro.param("w", lambda: torch.ones(D))
+    with pyro.plate("data", len(x)):
+        flat(x[0])
+        pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+        pyro.factor("energy", (x * w).sum(-1))
+
+
+def observed_twice(x):
+    w = pyro.param("w", lambda: torch.ones(D))
+    with pyro.plate("data", len(x)):
+        x = flat(x)
+        pyro.sample("y", dist.Normal(w, 1.0).to_event(1), obs=x)
+        pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+        pyro.factor("energy", -(x**2).sum(-1))
+
+
+def discrete(x):
+    w = pyro.param("w", lambda: torch.ones(D))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(0.5).expand([D]).to_event(1), obs=1.0 * (x > 0))
+        pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
+        pyro.factor("energy", (x * w).sum(-1))
+
+
+def guide_with_a_factor(x):
+    guide(x)
+    with pyro.plate("data", len(x)):
+        pyro.factor("tilt", x.sum(-1), has_rsample=True)
+
+
 def guide_of(make, name="h"):
     def run(x):
         a = pyro.param("a", lambda: torch.ones(H))
@@ -425,6 +456,10 @@ def shared(x):
         (unobserved, guide, "no visible site"),
         (cast, guide, "is none of the arguments"),
         (bounded, guide, "of bounded support"),
+        (discrete, guide, r"\(Bernoulli\) is discrete.*noise added"),
+        (one_row, guide, r"shape \(3,\) where the model declares \(7, 3\)"),
+        (observed_twice, guide, "observe the same argument"),
+        (model, guide_with_a_factor, "guide has a factor, 'tilt'"),
         (model, shared, "'w' is used by both"),
         (model, guide_of(lambda a: dist.Normal(a, 1.0), "z"), "'h' is missing from the guide"),
         (model, guide_of(lambda a: dist.Poisson(a)), "can't be reparameterised"),
