@@ -4,7 +4,7 @@ from .bism import BiSM, BiSMInfo, BiSMRunResult, BiSMState
 from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence
-from .hypergradients import Detached, Unrolled
+from .hypergradients import Amortized, Covariance, Detached, Exact, Implicit, Penalty, Unrolled
 from .losses import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
@@ -15,16 +15,21 @@ from .losses import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Amortized",
     "BiSM",
     "BiSMInfo",
     "BiSMRunResult",
     "BiSMState",
     "ConcreteBernoulli",
     "ConcreteOneHot",
+    "Covariance",
     "DenoisingScoreMatching",
     "Detached",
+    "Exact",
     "FisherDivergence",
+    "Implicit",
     "MultiscaleDenoisingScoreMatching",
+    "Penalty",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",

@@ -12,7 +12,7 @@ from numpyro.infer import Trace_ELBO
 
 from . import densities, divergences
 from . import visible as visibles
-from .hypergradients import Bilevel, Unrolled, fused
+from .hypergradients import Bilevel, Hypergradient, Unrolled, fused
 from .losses import OuterLoss
 from .optim import as_optim
 
@@ -26,12 +26,17 @@ class BiSMInfo(NamedTuple):
     :ivar inner_loss: G at the last kept inner step, before its update; a mean over the data.
     :ivar inner_grad_norm: ‖∇_φ G‖ there: small and steady if the guide is fitted.
     :ivar hypergradient_norm: ‖dJ/dθ‖: a run of growing values says that the unroll is about to explode.
+    :ivar residual: relative residual of the hypergradient's linear system: near 0 it is solved; 0 if there is none.
+    :ivar curvature: the least curvature of G that its solver met; at or below 0 φ is at no minimum. Infinite if it
+        looks at none.
     """
 
     outer_loss: Array
     inner_loss: Array
     inner_grad_norm: Array
     hypergradient_norm: Array
+    residual: Array
+    curvature: Array
 
 
 class BiSMState(NamedTuple):
@@ -40,11 +45,13 @@ class BiSMState(NamedTuple):
     :ivar optim_state: θ and the state of its optimiser.
     :ivar inner_optim_state: φ and the state of its optimiser.
     :ivar mutable_state: mutable sites (batch-norm statistics), or None.
+    :ivar hypergradient_state: what the hypergradient strategy carries from step to step, or None.
     """
 
     optim_state: Any
     inner_optim_state: Any
     mutable_state: Any
+    hypergradient_state: Any
     rng_key: Array
     info: BiSMInfo
 
@@ -92,7 +99,7 @@ class BiSM:
         inner_optim: Any = None,
         inner_loss: Any = None,
         num_inner_steps: int = 5,
-        hypergradient: Any = Unrolled(5),  # noqa: B008  (frozen)
+        hypergradient: Hypergradient = Unrolled(5),  # noqa: B008  (frozen)
         visible: Sequence[str] | None = None,
         **static_kwargs: Any,
     ):
@@ -138,13 +145,15 @@ class BiSM:
         start = self._analyse(leaves, spec, key_start, init_params)
         self._pairs[self._key(leaves, spec)] = start.pair
         self._check_optims(start.theta, start.phi)
+        inner_state = self.inner_optim.init(start.phi)
         unknown = jnp.full((), jnp.inf, jnp.result_type(float))
         return BiSMState(
             self.optim.init(start.theta),
-            self.inner_optim.init(start.phi),
+            inner_state,
             start.mutable or None,
+            self.hypergradient.init(self.inner_optim, inner_state),
             rng_key,
-            BiSMInfo(unknown, unknown, unknown, unknown),
+            BiSMInfo(*[unknown] * len(BiSMInfo._fields)),
         )
 
     def get_params(self, state: BiSMState) -> dict[str, Any]:
@@ -227,7 +236,7 @@ class BiSM:
                     raise FloatingPointError(
                         f"The outer loss is not finite from step {done + int(finite.argmin())} of {num_steps} on "
                         f"({state.info}). If inner_grad_norm grows from step to step, the inner learning rate is too "
-                        "high: lower it in inner_optim, unroll fewer steps, or use Detached(). "
+                        f"high: lower it in inner_optim. Otherwise {self.hypergradient.cure}. "
                         "stable_update=True skips such steps."
                     )
                 bar.update(stop - done)
@@ -270,27 +279,37 @@ class BiSM:
             loss, gradient = jax.value_and_grad(inner, argnums=2)(key, theta, phi)
             return self.inner_optim.update(gradient, inner_state, value=loss), (loss, _norm(gradient))
 
+        def surrogate(estimate):
+            """A loss that needs θ a second time, as numbers: what it does not differentiate."""
+
+            def value(key, theta, phi, *settings):
+                fixed = pair.params(jax.lax.stop_gradient(theta), phi, mutable)
+                return estimate(key, pair.params(theta, phi, mutable), fixed, batch, self.loss, *settings)
+
+            return value
+
         inner_state = state.inner_optim_state
+        keys = jax.random.split(key_inner, self.num_inner_steps)
         if self.num_inner_steps:
-            keys = jax.random.split(key_inner, self.num_inner_steps)
             inner_state, (inner_losses, inner_norms) = jax.lax.scan(
                 fit, inner_state, keys, unroll=fused(self.num_inner_steps)
             )
         else:  # the losses are for info alone
             _, (loss, norm) = fit(inner_state, key_inner)
             inner_losses, inner_norms = loss[None], norm[None]
-        problem = Bilevel(outer, inner, self.inner_optim)
-        loss, gradient = self.hypergradient(key_outer, problem, theta, inner_state)
-        norm = _norm(gradient)
+        problem = Bilevel(
+            outer, inner, surrogate(pair.posterior_loss), surrogate(pair.covariance_loss), self.inner_optim, keys
+        )
+        found = self.hypergradient(key_outer, problem, theta, inner_state, state.hypergradient_state)
+        loss, gradient, norm = found.loss, found.gradient, _norm(found.gradient)
         if mutable is not None:
             v = self.loss.perturb(batch.v, self.loss.draw(key_moved, batch.v))
             mutable = pair.moved(key_moved, pair.params(theta, phi, mutable), batch, v)
-        dtype = jnp.result_type(float)
-        loss = loss.astype(dtype)
-        info = BiSMInfo(loss, inner_losses[-1].astype(dtype), inner_norms[-1].astype(dtype), norm.astype(dtype))
+        seen = (loss, inner_losses[-1], inner_norms[-1], norm, found.residual, found.curvature)
+        info = BiSMInfo(*[jnp.asarray(x, jnp.result_type(float)) for x in seen])
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(inner_norms).all()
         optim_state = self.optim.update(gradient, state.optim_state, value=loss)
-        return BiSMState(optim_state, inner_state, mutable, rng_key, info), loss, finite
+        return BiSMState(optim_state, inner_state, mutable, found.state, rng_key, info), info.outer_loss, finite
 
     def _loop(self, leaves: Sequence[Any], spec: Any, stable: bool) -> tuple[Callable, list[Array]]:
         """The compiled loop for arguments of this structure, kept between calls of ``run``; and its arrays."""
@@ -322,7 +341,6 @@ class BiSM:
         return leaves, spec
 
     def _analyse(self, leaves, spec, rng_key, init_params) -> densities.Analysis:
-        unrolls = getattr(self.hypergradient, "differentiates_inner", True)
         start = densities.analyse(
             self.model,
             self.guide,
@@ -332,7 +350,7 @@ class BiSM:
             init_params,
             self.visible,
             self.loss,
-            unrolls,
+            self.hypergradient,
             self.static_kwargs,
         )
         divergences.check(self.inner_loss, start.pair)

@@ -14,7 +14,7 @@ state (batch-norm statistics), which is read as it stands and never written back
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -197,6 +197,7 @@ class Pair:
     :ivar phi: the guide's.
     :ivar subsampled: (full size, size) of each subsampling plate.
     :ivar num_plate_dims: how many dimensions the plates take.
+    :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     """
 
     model: Callable
@@ -210,6 +211,7 @@ class Pair:
     subsampled: Mapping[str, tuple[int, int]]
     num_data: int
     num_plate_dims: int
+    unreparameterised: tuple[str, ...]
 
     def params(self, theta: Mapping[str, Any], phi: Mapping[str, Any], mutable: Any) -> dict[str, Any]:
         """What the programs are given, from unconstrained parameters and mutable state."""
@@ -379,6 +381,107 @@ class Pair:
             return value(jax.vmap(drawn)(keys), num).mean()
         return jax.vmap(one)(keys).mean()
 
+    def posterior_loss(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        fixed: Mapping[str, Any],
+        batch: visible.Batch,
+        loss: OuterLoss,
+    ) -> Array:
+        """J, with the derivative in θ that it has where q(h|v) is the posterior p(h|v; θ).
+
+        There ∂_θ log p̃(v) = E_{q(h|v)}[∂_θ log p̃(v, h)] at every v (Fisher's identity), so its gradient in v, taken
+        through q too, is ∂_θ of the marginal's score.
+
+        :param fixed: ``params`` without a path to θ.
+        """
+        key_noise, key_draw, key_score = jax.random.split(rng_key, 3)
+        noise = loss.draw(key_noise, batch.v)
+        num = loss.num_particles
+        keys = jax.random.split(key_draw, num)
+        draws = jax.vmap(lambda key: self.draw(key, fixed, batch, loss.perturb(batch.v, noise))[0])(keys)
+        value = self.score(key_score, fixed, batch, draws, loss, num)
+
+        def log_joint(u, given):
+            def one(key):
+                draw, _ = self.draw(key, fixed, batch, u)  # at u: h moves with it
+                return self.log_weight(key_score, given, batch, u, draw, guide=False)
+
+            return jax.vmap(one)(keys).mean()
+
+        def score(u):
+            # the difference is 0; its derivative in θ is the score's
+            return value(u) + jax.grad(log_joint)(u, params) - jax.grad(log_joint)(u, fixed)
+
+        return loss(score, batch.v, noise).mean()
+
+    def hard_draw(
+        self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array
+    ) -> tuple[dict[str, Array], tuple[Array, ...]]:
+        """One draw of every site of the guide, and the rows; relaxed and summed-out sites drawn as discrete ones.
+
+        The guide's own random keys come with it.
+        """
+        args, kwargs = batch.arguments(v)
+        with seed(rng_seed=rng_key), record(params, batch.indices, harden=True) as run:
+            self.guide(*args, **kwargs)
+        values = {name: site.value for name, site in run.sites.items() if not site.is_observed}
+        return jax.lax.stop_gradient({**values, **batch.indices}), tuple(run.keys)
+
+    def covariance_loss(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        fixed: Mapping[str, Any],
+        batch: visible.Batch,
+        loss: OuterLoss,
+        num_particles: int,
+    ) -> Array:
+        """J, with the derivative in θ that VaGES estimates (Bao et al. 2021): see ``Covariance``.
+
+        :param fixed: ``params`` without a path to θ.
+        """
+        key_noise, key_draw, key_score = jax.random.split(rng_key, 3)
+        key_model, key_guide = jax.random.split(key_score)
+        noise = loss.draw(key_noise, batch.v)
+        v = loss.perturb(batch.v, noise)
+
+        def log_model(u, given, values):
+            """log p̃(u, h; θ) of every example."""
+            args, kwargs = batch.arguments(u)
+            with seed(rng_seed=key_model), record(given, values) as run:
+                self.model(*args, **kwargs)
+            return joint_per_example(run.sites.values(), len(v))
+
+        def log_guide(u, values, keys):
+            args, kwargs = batch.arguments(u)
+            with seed(rng_seed=key_guide), record(fixed, values, harden=True, keys=keys) as run:
+                self.guide(*args, **kwargs)
+            return sum(site.log_prob().sum() for site in run.sites.values() if not site.is_observed)
+
+        def one(drawn):
+            values, keys = drawn
+
+            def model_score(u):
+                return jax.grad(lambda u: log_model(u, params, values).sum())(u)
+
+            return model_score(v), log_model(v, params, values), jax.grad(log_guide)(v, values, keys)
+
+        keys = jax.random.split(key_draw, num_particles)
+        model_scores, log_joints, guide_scores = jax.vmap(lambda key: one(self.hard_draw(key, fixed, batch, v)))(keys)
+        fixed_scores = jax.lax.stop_gradient(model_scores)
+        centred = fixed_scores - fixed_scores.mean(0)
+
+        def score(u):
+            # ... of which only the derivative in θ is at stake: the values of the other two add up to 0
+            value = (fixed_scores - jax.lax.stop_gradient(guide_scores)).mean(0)
+            varying = log_joints - jax.lax.stop_gradient(log_joints)
+            covariance = (centred * varying[..., None]).sum(0) / (num_particles - 1)
+            return value + (model_scores - fixed_scores).mean(0) + covariance
+
+        return loss(score, batch.v, noise).mean()
+
     def moved(self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array) -> dict[str, Any]:
         """The mutable state after one pass over v, as SVI's one pass a step leaves it."""
         args, kwargs = batch.arguments(v)
@@ -441,6 +544,16 @@ def per_example(site: Site, n: int) -> Array:
     return log_prob.reshape(n, -1).sum(-1)
 
 
+def joint_per_example(sites: Iterable[Site], n: int) -> Array:
+    """The sites' joint log density of every example, shape (n,).
+
+    What stands outside the batch and is one number for all of it (a penalty on the weights) is left out: it is the
+    same for every draw of h; :func:`analyse` has made sure of that.
+    """
+    total: Any = sum(per_example(site, n) for site in sites if jnp.ndim(site.log_prob()) > 0)
+    return total
+
+
 class Analysis(NamedTuple):
     """What the first run gave: the pair, and initial values (unconstrained parameters, mutable state)."""
 
@@ -459,7 +572,7 @@ def analyse(
     init_params: Mapping[str, Any] | None,
     names: Sequence[str] | None,
     loss: OuterLoss,
-    differentiates_guide: bool,
+    strategy: Any,
     static_kwargs: Mapping[str, Any],
 ) -> Analysis:
     """Run guide and model once on these arguments, check all that can be checked, and describe them.
@@ -467,7 +580,7 @@ def analyse(
     It always runs on concrete numbers: inside a compiled function, where the arguments have none, on stand-ins
     of the same shapes.
 
-    :param differentiates_guide: whether the inner problem will be differentiated a second time.
+    :param strategy: the hypergradient: it says what it needs of the guide.
     :raises ValueError: for every misuse, naming the site and the cure.
     """
     with jax.ensure_compile_time_eval():
@@ -516,11 +629,15 @@ def analyse(
             {name: sizes for name, sizes in {**q.plates, **p.plates}.items() if sizes[0] != sizes[1]},
             _num_data(p.sites, sites),
             max(dims),
+            tuple(name for name in sampled if not latents[name].fn.has_rsample),
         )
+        strategy.check(loss, pair)
         start = _start(pair, p, q)
         batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)
-        _check_guide(start, latents, batch, key_guide, differentiates_guide)
+        _check_guide(start, latents, batch, key_guide, strategy)
         _check_scores(start, batch, key_scores, loss)
+        if not strategy.reparameterises:
+            _check_examples(start, batch, key_scores)
     if traced:  # initial values may depend on the key and on the data: these come from the ones asked for
         rng_key, leaves, init_params = asked
         p, q, _ = _first_run(model, guide, rng_key, init_params or {}, leaves, spec)
@@ -627,7 +744,7 @@ def _check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site]) -
 
 
 def _check_guide(
-    start: Analysis, latents: Mapping[str, Site], batch: visible.Batch, rng_key: Array, differentiates_guide: bool
+    start: Analysis, latents: Mapping[str, Site], batch: visible.Batch, rng_key: Array, strategy: Any
 ) -> None:
     pair = start.pair
     for name, site in latents.items():
@@ -644,6 +761,8 @@ def _check_guide(
                 ) from error
             continue
         if not fn.has_rsample:
+            if not strategy.reparameterises:
+                continue
             raise ValueError(
                 f"Guide site '{name}' ({type(base).__name__}) can't be reparameterised: its draws carry "
                 "no gradient. Relax it (ConcreteBernoulli, ConcreteOneHot), or sum it out: "
@@ -656,7 +775,7 @@ def _check_guide(
                 "ConcreteBernoulli(temperature, logits): the same draws, scored by the discrete "
                 "cross-entropy."
             )
-        if differentiates_guide and start.phi:
+        if strategy.differentiates_inner and start.phi:
             culprit = _undifferentiable(start, name, batch, rng_key)
             if culprit:
                 raise ValueError(
@@ -681,6 +800,27 @@ def _undifferentiable(start: Analysis, name: str, batch: visible.Batch, rng_key:
     except (NotImplementedError, ValueError) as error:
         return str(error).splitlines()[0].split(". ")[0]  # JAX's own cures are not for users of a distribution
     return None
+
+
+def _check_examples(start: Analysis, batch: visible.Batch, rng_key: Array) -> None:
+    """:raises ValueError: where the model's log density does not fall apart into those of the examples."""
+    pair = start.pair
+    params = pair.params(start.theta, start.phi, start.mutable)
+    args, kwargs = batch.arguments(batch.v)
+    seen: dict[str, Array] = {}
+    for key in jax.random.split(rng_key):
+        values, _ = pair.hard_draw(key, params, batch, batch.v)
+        with seed(rng_seed=rng_key), record(params, values) as run:
+            pair.model(*args, **kwargs)
+        joint_per_example(run.sites.values(), len(batch.v))
+        for name, site in run.sites.items():
+            log_prob = site.log_prob()
+            if jnp.ndim(log_prob) == 0 and bool(seen.setdefault(name, log_prob) != log_prob):
+                raise ValueError(
+                    f"Site '{name}' has one log density for the whole batch, and it depends on the latents: a "
+                    "covariance is taken example by example. Put the statement inside the data plate, one entry an "
+                    "example."
+                )
 
 
 def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: OuterLoss) -> None:

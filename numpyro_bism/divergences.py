@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from numpyro.infer.elbo import ELBO, TraceEnum_ELBO
+from numpyro.infer.elbo import ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 from .densities import Draw, Pair
 from .losses import OuterLoss
@@ -91,6 +91,12 @@ def check(inner_loss: Any, pair: Pair) -> None:
         raise ValueError(
             "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
             "(Delta). Use inner_loss=Trace_ELBO()."
+        )
+    if pair.unreparameterised and not isinstance(inner_loss, TraceGraph_ELBO):
+        raise ValueError(
+            f"The draws of guide sites {list(pair.unreparameterised)} carry no gradient, which "
+            f"{type(inner_loss).__name__} would take for zero. Use inner_loss=TraceGraph_ELBO(), which takes the "
+            "score-function gradient."
         )
     if not pair.enumerated:
         return

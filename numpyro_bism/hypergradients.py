@@ -1,23 +1,30 @@
 r"""Hypergradients: how the outer gradient sees the inner fit.
 
 .. math:: \frac{dJ}{dθ} = \frac{∂J}{∂θ} + \Big(\frac{dφ^*}{dθ}\Big)^\top \frac{∂J}{∂φ}
+          = \frac{∂J}{∂θ} - \frac{∂^2 G}{∂θ\,∂φ}\, x, \qquad \frac{∂^2 G}{∂φ^2}\, x = \frac{∂J}{∂φ}
 
-A strategy is a frozen dataclass of numbers, called with a :class:`Bilevel` problem; it returns the outer
-loss and its gradient in θ. It reads φ and the inner optimiser's state and changes neither.
+A strategy is a frozen dataclass of numbers, called with a :class:`Bilevel` problem; it returns a :class:`Result`.
+It reads φ and the inner optimiser's state and changes neither. What it carries from step to step is its own state,
+made by ``init`` and handed back in the result.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
 from .optim import differentiable_update
 
-__all__ = ["Detached", "Unrolled"]
+__all__ = ["Amortized", "Covariance", "Detached", "Exact", "Implicit", "Penalty", "Unrolled"]
 
 FUSED_STEPS = 5
+MEMORY = 0.99  # of Amortized's running sums, a step
+FRACTION = 0.1  # Amortized's rate, of the greatest stable one's half: noise averages out over some ten steps
 
 
 def fused(num_steps: int) -> int:
@@ -34,16 +41,64 @@ class Bilevel:
 
     :ivar outer: J.
     :ivar inner: G.
+    :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
+    :ivar covariance: the same, from a sample covariance; it takes the number of draws besides.
     :ivar optim: the inner optimiser, in NumPyro's form.
+    :ivar inner_keys: the keys of the K inner steps just taken.
     """
 
     outer: Callable[[Array, Any, Any], Array]
     inner: Callable[[Array, Any, Any], Array]
+    posterior: Callable[[Array, Any, Any], Array]
+    covariance: Callable[[Array, Any, Any, int], Array]
     optim: Any
+    inner_keys: Array
+
+
+class Result(NamedTuple):
+    """What a strategy found.
+
+    :ivar loss: J.
+    :ivar gradient: dJ/dθ.
+    :ivar state: what it carries to the next step.
+    :ivar residual: ‖∂²G x - ∂J/∂φ‖ / ‖∂J/∂φ‖ of the linear system; 0 if there is none.
+    :ivar curvature: the least curvature of G that the solver met; infinite if it looks at none.
+    """
+
+    loss: Array
+    gradient: Any
+    state: Any = None
+    residual: Array | float = 0.0
+    curvature: Array | float = math.inf
+
+
+class Hypergradient(Protocol):
+    """What BiSM asks of a strategy.
+
+    :cvar differentiates_inner: whether it needs second derivatives of G in φ.
+    :cvar unrolls: whether it differentiates the inner optimiser's steps.
+    :cvar reparameterises: whether the outer loss's draws of h must carry a path to φ.
+    :cvar cure: what to try where the gradient overflows.
+    """
+
+    differentiates_inner: ClassVar[bool] = True
+    unrolls: ClassVar[bool] = False
+    reparameterises: ClassVar[bool] = True
+    cure: ClassVar[str] = "use Detached()"
+
+    def check(self, loss: Any, pair: Any) -> None:
+        """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
+        return
+
+    def init(self, optim: Any, inner_state: Any) -> Any:
+        """The state before the first step, from the inner optimiser and its state; None if there is none."""
+        return None
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result: ...
 
 
 @dataclass(frozen=True)
-class Detached:
+class Detached(Hypergradient):
     """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0).
 
     Biased unless the guide can reach the posterior *and* the loss is stationary in φ there; the linear-Gaussian
@@ -52,33 +107,45 @@ class Detached:
 
     differentiates_inner = False
 
-    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, state: Any) -> Any:
-        phi = problem.optim.get_params(state)
-        return jax.value_and_grad(problem.outer, argnums=1)(rng_key, theta, phi)
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        phi = problem.optim.get_params(inner_state)
+        return Result(*jax.value_and_grad(problem.outer, argnums=1)(rng_key, theta, phi))
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Hypergradient):
     """Differentiates through N steps of the inner optimiser (Bao et al. 2020, Algorithm 1).
 
     From the fitted φ⁰ = φ: φⁿ⁺¹ = φⁿ - step(∇_φ G(θ, φⁿ)), each step with fresh noise; the gradient is that
     of θ ↦ J(θ, φᴺ(θ)). The N steps are then thrown away. ``Unrolled(0)`` is ``Detached()``.
 
-    :param num_steps: N. Memory grows with it; past the inner loop's stability limit (a learning
-        rate too high for the curvature) the gradient explodes.
+    :param num_steps: N. Past the inner loop's stability limit (a learning rate too high for the curvature) the
+        gradient explodes.
+    :param memory: ``"store"`` keeps what every step computed: memory grows with N. ``"recompute"`` keeps about 2√N
+        states of φ and the optimiser and takes each step again on the way back: the same gradient for about a third
+        more time (Griewank and Walther 2000).
     """
 
+    cure = "unroll fewer steps, or use Detached()"
+
     num_steps: int = 5
+    memory: Literal["store", "recompute"] = "store"
 
     def __post_init__(self):
         if self.num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {self.num_steps}.")
+        if self.memory not in ("store", "recompute"):
+            raise ValueError(f"memory must be 'store' or 'recompute', got {self.memory!r}.")
 
     @property
-    def differentiates_inner(self) -> bool:
+    def differentiates_inner(self) -> bool:  # type: ignore[override]
         return self.num_steps > 0
 
-    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, state: Any) -> Any:
+    @property
+    def unrolls(self) -> bool:  # type: ignore[override]
+        return self.num_steps > 0
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
         key_outer, key_inner = jax.random.split(rng_key)
         keys = jax.random.split(key_inner, self.num_steps)
 
@@ -88,7 +155,363 @@ class Unrolled:
                 loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
                 return differentiable_update(problem.optim, gradient, fast, loss), None
 
-            fast = jax.lax.scan(step, state, keys, unroll=fused(self.num_steps))[0] if self.num_steps else state
+            def steps(fast, keys):
+                return jax.lax.scan(step, fast, keys, unroll=fused(len(keys)))
+
+            fast = inner_state
+            if self.memory == "store" and self.num_steps:
+                fast, _ = steps(fast, keys)
+            elif self.num_steps:
+                step = jax.checkpoint(step)
+                rows = math.isqrt(self.num_steps)
+                columns, rest = divmod(self.num_steps, rows)
+                whole_rows = keys[: rows * columns].reshape(rows, columns, *keys.shape[1:])
+                fast, _ = jax.lax.scan(jax.checkpoint(lambda f, k: jax.lax.scan(step, f, k)), fast, whole_rows)
+                if rest:
+                    fast, _ = jax.lax.scan(step, fast, keys[rows * columns :])
             return problem.outer(key_outer, theta, problem.optim.get_params(fast))
 
-        return jax.value_and_grad(whole)(theta)
+        return Result(*jax.value_and_grad(whole)(theta))
+
+
+class _Linear(NamedTuple):
+    """The linear system at the present φ, all of it with the same random numbers.
+
+    :ivar loss: J.
+    :ivar direct: ∂J/∂θ.
+    :ivar rhs: ∂J/∂φ as one flat vector.
+    :ivar products: x ↦ (∂²G/∂θ∂φ x, ∂²G/∂φ² x), the latter flat.
+    """
+
+    loss: Array
+    direct: Any
+    rhs: Array
+    products: Callable[[Array], tuple[Any, Array]]
+
+
+def _linearized(rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any) -> _Linear:
+    key_outer, key_inner = jax.random.split(rng_key)
+    phi = problem.optim.get_params(inner_state)
+    loss, (direct, right) = jax.value_and_grad(problem.outer, argnums=(1, 2))(key_outer, theta, phi)
+    rhs, unravel = ravel_pytree(right)
+    # G and its gradient are evaluated once; every product is a pullback through them
+    _, pullback = jax.vjp(lambda t, p: jax.grad(problem.inner, argnums=2)(key_inner, t, p), theta, phi)
+
+    def products(x):
+        cross, product = pullback(unravel(x))
+        return cross, ravel_pytree(product)[0]
+
+    return _Linear(loss, direct, rhs, products)
+
+
+def _ratio(x: Array, y: Array) -> Array:
+    """x / y, and 0 where y is 0."""
+    return jnp.where(y == 0, 0.0, x / jnp.where(y == 0, 1.0, y))
+
+
+Product = Callable[[Array], Array]
+Solution = tuple[Array, Array, Array]
+
+
+def _conjugate_gradients(product: Product, rhs: Array, num_steps: int) -> Solution:
+    """Stops where the curvature is not positive, as Newton-CG does (Nocedal and Wright 2006, section 7.1)."""
+    tiny = jnp.square(jnp.finfo(rhs.dtype).eps) * rhs.dot(rhs)
+
+    def goes_on(carry):
+        i, _, r, _, least = carry
+        return (i < num_steps) & (r.dot(r) > tiny) & (least > 0)
+
+    def step(carry):
+        i, x, r, p, least = carry
+        image = product(p)
+        curvature = p.dot(image) / p.dot(p)
+        length = jnp.where(curvature > 0, r.dot(r) / p.dot(image), 0.0)
+        rest = r - length * image
+        p_next = rest + rest.dot(rest) / r.dot(r) * p
+        return i + 1, x + length * p, rest, p_next, jnp.minimum(least, curvature)
+
+    start = (0, jnp.zeros_like(rhs), rhs, rhs, jnp.full((), jnp.inf, rhs.dtype))
+    _, x, r, _, least = jax.lax.while_loop(goes_on, step, start)
+    return x, r, least
+
+
+def _neumann(product: Product, rhs: Array, num_steps: int) -> Solution:
+    """x ← x + α (b - A x); α is the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds."""
+    tiny = jnp.square(jnp.finfo(rhs.dtype).eps) * rhs.dot(rhs)
+
+    def goes_on(carry):
+        i, _, r, _, least = carry
+        return (i < num_steps) & (r.dot(r) > tiny) & (least > 0)
+
+    def step(carry):
+        i, x, r, largest, least = carry
+        image = product(r)
+        curvature = r.dot(image) / r.dot(r)
+        largest = jnp.maximum(largest, jnp.sqrt(image.dot(image) / r.dot(r)))
+        length = jnp.where(curvature > 0, 1 / largest, 0.0)
+        return i + 1, x + length * r, r - length * image, largest, jnp.minimum(least, curvature)
+
+    start = (0, jnp.zeros_like(rhs), rhs, jnp.zeros((), rhs.dtype), jnp.full((), jnp.inf, rhs.dtype))
+    _, x, r, _, least = jax.lax.while_loop(goes_on, step, start)
+    return x, r, least
+
+
+def _nystrom(rng_key: Array, product: Product, rhs: Array, num_steps: int, damping: float) -> Solution:
+    """(Â + damping I)⁻¹ b with  of rank ``num_steps``, from A's action on a random subspace.
+
+    Hataya and Yamada 2023 (arXiv:2302.09726), with a Gaussian sketch instead of columns (Frangella, Tropp and Udell
+    2023). Directions of the sketch without positive curvature are left out.
+    """
+    rank = min(num_steps, rhs.size)
+    basis = jnp.linalg.qr(jax.random.normal(rng_key, (rhs.size, rank), rhs.dtype))[0].T
+    images = jax.lax.map(product, basis)
+    core = images @ basis.T
+    values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
+    kept = values > jnp.sqrt(jnp.finfo(rhs.dtype).eps) * jnp.abs(values).max()
+    # Â = BᵀB
+    root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)[:, None] * (vectors.T @ images)
+    _, singular, directions = jnp.linalg.svd(root, full_matrices=False)
+    known = singular > 0 if damping == 0 else jnp.ones_like(kept)
+    along = directions @ rhs
+    x = jnp.where(known, along / jnp.where(known, jnp.square(singular) + damping, 1.0), 0.0) @ directions
+    if damping > 0:
+        x = x + (rhs - along @ directions) / damping
+    return x, rhs - product(x) - damping * x, values.min()
+
+
+@dataclass(frozen=True)
+class Implicit(Hypergradient):
+    """The implicit function theorem at the present φ: dJ/dθ = ∂J/∂θ - ∂²G/∂θ∂φ (∂²G/∂φ² + damping I)⁻¹ ∂J/∂φ.
+
+    Exact where φ minimises G and the system is solved (Lorraine, Vicol, Duvenaud 2020, arXiv:1911.02590). All
+    Hessian products of a step share one draw of noise, so that they belong to one symmetric matrix. ``info`` says how
+    well the system was solved: ``residual`` is relative to the right-hand side, and a ``curvature`` at or below
+    zero says that G has no minimum along a line that the solver took; there it stopped.
+
+    A relaxed latent's Hessian on one draw of noise is far from its mean, and not positive: sum the latents out, or
+    take :class:`Amortized`, which averages over the steps.
+
+    :param solver: ``"cg"`` conjugate gradients; ``"neumann"`` the Neumann series, its rate found from the products;
+        ``"nystrom"`` a low-rank inverse, best with a ``damping``.
+    :param num_steps: Hessian products at most (for ``"nystrom"`` the rank).
+    :param damping: added to the Hessian's diagonal.
+    """
+
+    cure = "add damping"
+
+    solver: Literal["cg", "neumann", "nystrom"] = "cg"
+    num_steps: int = 10
+    damping: float = 0.0
+
+    def __post_init__(self):
+        if self.solver not in ("cg", "neumann", "nystrom"):
+            raise ValueError(f"solver must be 'cg', 'neumann' or 'nystrom', got {self.solver!r}.")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ValueError(f"damping must not be negative or infinite, got {self.damping}.")
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        key_linear, key_sketch = jax.random.split(rng_key)
+        system = _linearized(key_linear, problem, theta, inner_state)
+
+        def hessian(x):
+            return system.products(x)[1]
+
+        def damped(x):
+            return hessian(x) + self.damping * x
+
+        if self.solver == "nystrom":
+            x, rest, least = _nystrom(key_sketch, hessian, system.rhs, self.num_steps, self.damping)
+        else:
+            solve = _conjugate_gradients if self.solver == "cg" else _neumann
+            x, rest, least = solve(damped, system.rhs, self.num_steps)
+            least = least - self.damping
+        gradient = jax.tree.map(jnp.subtract, system.direct, system.products(x)[0])
+        residual = _ratio(jnp.linalg.norm(rest), jnp.linalg.norm(system.rhs))
+        return Result(system.loss, gradient, None, residual, least)
+
+
+class AmortizedState(NamedTuple):
+    """
+    :ivar solution: x, in the shapes of φ.
+    :ivar direction: a unit vector in the shapes of φ, by power iteration that of the greatest curvature.
+    :ivar moments: running sums of dᵀHd and ‖Hd‖² along the direction d.
+    """
+
+    solution: Any
+    direction: Any
+    moments: Array
+
+
+@dataclass(frozen=True)
+class Amortized(Hypergradient):
+    """The linear system's solution x is kept from step to step and improved by one Hessian product at each.
+
+    x ← x - ρ (∂²G/∂φ² x - ∂J/∂φ), dJ/dθ ≈ ∂J/∂θ - ∂²G/∂θ∂φ x: SOBA (Dagréou, Ablin, Vaiter, Moreau 2022,
+    arXiv:2201.13409). The noise of single Hessians averages out in x, and so does the minibatches'.
+
+    :param step_size: ρ. None finds it: with d the direction of greatest curvature, carried along by power iteration
+        at the price of one more product, ρ is a tenth of E[dᵀHd] / E[‖Hd‖²]. The ratio is 1/λ_max where H is the
+        same at every step, and less by as much as it is noisy, as stability in the mean square asks for.
+    :param num_steps: Hessian products a step.
+    """
+
+    cure = "give a smaller step_size"
+
+    step_size: float | None = None
+    num_steps: int = 1
+
+    def __post_init__(self):
+        if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
+            raise ValueError(f"step_size must be positive and finite, or None, got {self.step_size}.")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+
+    def init(self, optim: Any, inner_state: Any) -> AmortizedState:
+        def zeros():  # two of them: the loop donates its buffers, and none can be given twice
+            return jax.tree.map(jnp.zeros_like, optim.get_params(inner_state))
+
+        return AmortizedState(zeros(), zeros(), jnp.zeros(2))
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: AmortizedState) -> Result:
+        system = _linearized(rng_key, problem, theta, inner_state)
+        norm, moments = jnp.linalg.norm(system.rhs), state.moments
+        x, unravel = ravel_pytree(state.solution)
+        d, _ = ravel_pytree(state.direction)
+        if self.step_size is None:
+            # until there is a direction: that of the right-hand side
+            d = jnp.where((d == 0).all(), _ratio(system.rhs, norm), d)
+            image = system.products(d)[1]
+            curvature = d.dot(image)
+            moments = MEMORY * moments + jnp.stack([curvature, image.dot(image)]).astype(moments.dtype)
+            rate = FRACTION * _ratio(*moments)
+            d = _ratio(image, jnp.linalg.norm(image))
+        else:
+            rate, curvature = jnp.asarray(self.step_size, x.dtype), jnp.inf  # type: ignore[assignment]
+        for _ in range(self.num_steps):
+            cross, image = system.products(x)
+            rest = image - system.rhs
+            x = (x - rate * rest).astype(x.dtype)
+        gradient = jax.tree.map(jnp.subtract, system.direct, cross)
+        residual = _ratio(jnp.linalg.norm(rest), norm)
+        return Result(system.loss, gradient, AmortizedState(unravel(x), unravel(d), moments), residual, curvature)
+
+
+class PenaltyState(NamedTuple):
+    """
+    :ivar inner_state: the second guide's parameters and the state of their optimiser.
+    :ivar num_steps: taken so far.
+    """
+
+    inner_state: Any
+    num_steps: Array
+
+
+@dataclass(frozen=True)
+class Penalty(Hypergradient):
+    """First derivatives alone: the inner problem becomes a penalty (F2SA; Kwon, Kwon, Wright, Nowak 2023).
+
+    A second guide ψ is fitted to G + J/λ by K steps of the inner optimiser, beside φ and with φ's noise; then
+    dJ/dθ ≈ ∂_θ J(θ, ψ) + λ [∂_θ G(θ, ψ) - ∂_θ G(θ, φ)], both G with the same noise (arXiv:2301.10945). The bias is
+    O(1/λ). The loss reported is J(θ, ψ).
+
+    :param strength: λ: a number, or a function of the step (from 0), such as an optax schedule. ψ - φ is small as
+        1/λ, and the noise in it is multiplied by λ.
+    """
+
+    cure = "lower the strength"
+
+    strength: float | Callable[[Array], Array] = 100.0
+
+    differentiates_inner = False
+
+    def __post_init__(self):
+        if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
+            raise ValueError(f"strength must be positive and finite, or a function of the step, got {self.strength}.")
+
+    def init(self, optim: Any, inner_state: Any) -> PenaltyState:
+        # copied: the loop donates its buffers, and none can be given twice
+        return PenaltyState(jax.tree.map(jnp.copy, inner_state), jnp.zeros((), int))
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: PenaltyState) -> Result:
+        second, count = state
+        strength = self.strength(count) if callable(self.strength) else self.strength
+        key_fit, key_outer, key_inner = jax.random.split(rng_key, 3)
+        phi = problem.optim.get_params(inner_state)
+
+        def penalized(psi, keys):
+            key_inner, key_outer = keys
+            return problem.inner(key_inner, theta, psi) + problem.outer(key_outer, theta, psi) / strength
+
+        def fit(second, keys):
+            loss, gradient = jax.value_and_grad(penalized)(problem.optim.get_params(second), keys)
+            return problem.optim.update(gradient, second, value=loss), None
+
+        num = len(problem.inner_keys)
+        if num:
+            keys = (problem.inner_keys, jax.random.split(key_fit, num))
+            second, _ = jax.lax.scan(fit, second, keys, unroll=fused(num))
+        psi = problem.optim.get_params(second)
+        loss, direct = jax.value_and_grad(problem.outer, argnums=1)(key_outer, theta, psi)
+        rise = jax.grad(lambda t: problem.inner(key_inner, t, psi) - problem.inner(key_inner, t, phi))(theta)
+        gradient = jax.tree.map(lambda a, b: a + strength * b, direct, rise)
+        return Result(loss, gradient, PenaltyState(second, count + 1))
+
+
+@dataclass(frozen=True)
+class Exact(Hypergradient):
+    """The gradient where q(h|v; φ) *is* the posterior p(h|v; θ): no inner problem has to be differentiated.
+
+    The marginal's score then has ∂_θ s(v) = ∇_v E_{q(h|v)}[∂_θ log p̃(v, h; θ)] (Fisher's identity), the derivative in v
+    taken through q as well: through the weights of summed-out sites, and through the draws of the others. Away from the
+    posterior it is as wrong as the guide is. The score is averaged over the draws, as under ``average="score"``.
+    """
+
+    differentiates_inner = False
+
+    def check(self, loss: Any, pair: Any) -> None:
+        if pair.softened:
+            raise ValueError(
+                f"Exact() asks for a guide that is the posterior; the relaxed sites {sorted(pair.softened)} never are. "
+                "Sum them out: infer={'enumerate': 'parallel'} and inner_loss=TraceEnum_ELBO()."
+            )
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        phi = problem.optim.get_params(inner_state)
+        return Result(*jax.value_and_grad(problem.posterior, argnums=1)(rng_key, theta, phi))
+
+
+@dataclass(frozen=True)
+class Covariance(Hypergradient):
+    """The score's gradient as a covariance under the guide (VaGES; Bao et al. 2021, arXiv:2010.08258).
+
+    ∂_θ s(v) ≈ E_q[∂_θ ∇_v log p̃(v, h)] + Cov_q(∇_v log p̃(v, h), ∂_θ log p̃(v, h)), the sample covariance of L draws with
+    its L - 1, which is the estimate with every draw's leave-one-out mean as control variate; the score itself is
+    the mean of ∇_v log (p̃/q) over the same draws. Unbiased at the posterior. No inner problem is differentiated and no
+    draw has to be reparameterised: sites may be discrete, and those that are relaxed or summed out in the inner
+    loss are drawn as discrete here. For losses that read the score at one point (denoising ones).
+
+    :param num_particles: L, at least 2.
+    """
+
+    num_particles: int = 2
+
+    differentiates_inner = False
+    reparameterises = False
+
+    def __post_init__(self):
+        if self.num_particles < 2:
+            raise ValueError(f"num_particles must be at least 2 for a covariance, got {self.num_particles}.")
+
+    def check(self, loss: Any, pair: Any) -> None:
+        if loss.differentiates_score:
+            raise ValueError(
+                f"{type(loss).__name__} differentiates the score, of which Covariance() estimates only the value. Use "
+                "DenoisingScoreMatching, MultiscaleDenoisingScoreMatching, or another hypergradient."
+            )
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        phi = problem.optim.get_params(inner_state)
+        surrogate = jax.value_and_grad(problem.covariance, argnums=1)
+        return Result(*surrogate(rng_key, theta, phi, self.num_particles))

@@ -4,7 +4,7 @@ from .bism import BiSM, BiSMInfo
 from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence
-from .hypergradients import Detached, Unrolled
+from .hypergradients import Amortized, Covariance, Detached, Exact, Implicit, Penalty, Unrolled
 from .losses import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
@@ -15,14 +15,19 @@ from .losses import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Amortized",
     "BiSM",
     "BiSMInfo",
     "ConcreteBernoulli",
     "ConcreteOneHot",
+    "Covariance",
     "DenoisingScoreMatching",
     "Detached",
+    "Exact",
     "FisherDivergence",
+    "Implicit",
     "MultiscaleDenoisingScoreMatching",
+    "Penalty",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import densities, divergences, visible
-from .hypergradients import Bilevel, Unrolled
+from .hypergradients import Bilevel, Hypergradient, Unrolled
 from .losses import OuterLoss
-from .optim import DifferentiableOptim, require_unrollable, settle, torch_optimizer
+from .optim import descend, require_unrollable, settle, torch_optimizer
+from .params import random_state, set_random_state
 
 __all__ = ["BiSM", "BiSMInfo"]
 
@@ -28,12 +29,17 @@ class BiSMInfo(NamedTuple):
     :ivar inner_loss: G at the last kept inner step, before its update; a mean over the data.
     :ivar inner_grad_norm: ‖∇_φ G‖ there: small and steady if the guide is fitted.
     :ivar hypergradient_norm: ‖dJ/dθ‖: a run of growing values says that the unroll is about to explode.
+    :ivar residual: relative residual of the hypergradient's linear system: near 0 it is solved; 0 if there is none.
+    :ivar curvature: the least curvature of G that its solver met; at or below 0 φ is at no minimum. Infinite if it
+        looks at none.
     """
 
     outer_loss: float
     inner_loss: float
     inner_grad_norm: float
     hypergradient_norm: float
+    residual: float
+    curvature: float
 
 
 class BiSM:
@@ -71,7 +77,7 @@ class BiSM:
         inner_optim: PyroOptim | None = None,
         inner_loss: Any = None,
         num_inner_steps: int = 5,
-        hypergradient: Any = Unrolled(5),  # noqa: B008  (frozen)
+        hypergradient: Hypergradient = Unrolled(5),  # noqa: B008  (frozen)
         visible: Sequence[str] | None = None,
     ):
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
@@ -103,6 +109,7 @@ class BiSM:
         self._inner = divergences.as_inner_loss(inner_loss)
         self._pairs: dict[Any, densities.Pair] = {}
         self._waiting: dict[str, Any] | None = None
+        self._hypergradient_state: Any = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One outer update.
@@ -116,39 +123,47 @@ class BiSM:
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
         batch = pair.batch(leaves, spec)
         buffers = _Buffers(pair.buffers)
+        problem = self._problem(pair, batch, theta, phi)
+        if self._hypergradient_state is None:
+            self._hypergradient_state = self.hypergradient.init(problem)
         try:
-            inner_loss, inner_norm = self._fit(pair, batch, phi, buffers)
+            inner_loss, inner_norm = self._fit(pair, batch, phi, buffers, problem)
             with pyro.validation_enabled(False):
-                loss, gradient = self.hypergradient(self._problem(pair, batch, theta, phi))
+                found = self.hypergradient(problem, self._hypergradient_state)
         finally:
             buffers.restore()
-        norm = _norm(gradient)
-        self.info = BiSMInfo(loss.item(), inner_loss, inner_norm, norm)
+        norm = _norm(found.gradient)
+        self.info = BiSMInfo(found.loss.item(), inner_loss, inner_norm, norm, found.residual, found.curvature)
         if not (math.isfinite(self.info.outer_loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"The outer loss or its gradient is not finite ({self.info}). The model was not updated. "
                 "If inner_grad_norm grows from step to step, the inner learning rate is too high: lower it in "
-                "inner_optim, unroll fewer steps, or use Detached()."
+                f"inner_optim. Otherwise {self.hypergradient.cure}."
             )
-        _descend(self.optim, theta, gradient)
+        self._hypergradient_state = found.state
+        descend(self.optim, theta, found.gradient)
         return self.info.outer_loss
 
     def _problem(self, pair, batch, theta, phi) -> Bilevel:
         return Bilevel(
             outer=lambda: pair.outer_loss(batch, self.loss),
             inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
+            posterior=lambda: pair.posterior_loss(batch, self.loss),
+            covariance=lambda num: pair.covariance_loss(batch, self.loss, num),
             theta=theta,
             phi=phi,
             at=pair.at,
-            unrolled=lambda: DifferentiableOptim(self.inner_optim, phi),
+            optim=self.inner_optim,
         )
 
-    def _fit(self, pair, batch, phi, buffers) -> tuple[float, float]:
+    def _fit(self, pair, batch, phi, buffers, problem) -> tuple[float, float]:
         """The K kept inner steps."""
         norm = 0.0
         for k in range(max(self.num_inner_steps, 1)):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
             # in their noise, and a guide that goes astray between them is caught by its gradient.
+            if self.hypergradient.repeats_noise and self.num_inner_steps:
+                problem.inner_noise.append(random_state())
             with nullcontext() if k == 0 else pyro.validation_enabled(False):
                 loss = divergences.of(self.loss, self._inner, pair, batch)
             if k == 0:
@@ -164,7 +179,7 @@ class BiSM:
                         "its gradients."
                     )
                 if self.num_inner_steps:
-                    _descend(self.inner_optim, phi, gradient)
+                    descend(self.inner_optim, phi, gradient)
         return loss.item(), norm
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -184,7 +199,8 @@ class BiSM:
             "buffers": [b.clone() for b in self._buffers()],
             "optim": copy.deepcopy(self.optim.get_state()),
             "inner_optim": copy.deepcopy(self.inner_optim.get_state()),
-            "rng": pyro.util.get_rng_state(),
+            "hypergradient": copy.deepcopy(self._hypergradient_state),
+            "rng": random_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -226,20 +242,19 @@ class BiSM:
         signature = (spec, tuple(_signature(leaf) for leaf in leaves))
         pair = self._pairs.get((*signature, _modes(self.model, self.guide)))
         if pair is None or not pair.is_current():
-            known, random_state = set(pyro.get_param_store().keys()), pyro.util.get_rng_state()
-            unrolls = getattr(self.hypergradient, "differentiates_inner", True)
-            pair = densities.analyse(self.model, self.guide, leaves, spec, self.visible, self.loss, unrolls)
+            known, before = set(pyro.get_param_store().keys()), random_state()
+            pair = densities.analyse(self.model, self.guide, leaves, spec, self.visible, self.loss, self.hypergradient)
             divergences.check(self.inner_loss, pair)
             phi = list(pair.phi.values())
             settle(self.optim, list(pair.theta.values()))
             settle(self.inner_optim, phi)
-            if unrolls:
+            if self.hypergradient.unrolls:
                 require_unrollable(self.inner_optim, phi)
             # an autoguide makes its modules at its first run
             self._pairs[(*signature, _modes(self.model, self.guide))] = pair
             if known.issuperset(pyro.get_param_store().keys()):
                 # nothing was initialised: a look that a resumed run takes at another time draws nothing
-                pyro.util.set_rng_state(random_state)
+                set_random_state(before)
         return pair
 
     def _buffers(self) -> list[Tensor]:
@@ -269,7 +284,8 @@ class BiSM:
                     obj.load_state_dict(values["scheduler"])
                 else:
                     obj.load_state_dict(values)
-        pyro.util.set_rng_state(state["rng"])
+        self._hypergradient_state = state["hypergradient"]
+        set_random_state(state["rng"])
 
 
 def _same_settings(optim: PyroOptim) -> PyroOptim:
@@ -277,16 +293,6 @@ def _same_settings(optim: PyroOptim) -> PyroOptim:
     new = copy.copy(optim)
     new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
     return new
-
-
-def _descend(optim: PyroOptim, leaves: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> None:
-    """One step of the user's optimiser. No ``.grad`` is left behind, as after ``SVI.step``."""
-    moved = [leaf for leaf, g in zip(leaves, gradient, strict=True) if g is not None]
-    for leaf, g in zip(leaves, gradient, strict=True):
-        leaf.grad = g
-    optim(moved)
-    for leaf in leaves:
-        leaf.grad = None
 
 
 def _norm(gradient: Sequence[Tensor | None]) -> float:

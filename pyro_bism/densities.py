@@ -10,7 +10,7 @@ held fixed as v moves; then the score's own derivative in v stays right as well.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -160,6 +160,10 @@ class Draw:
     probs: tuple[tuple[str, Tensor, int], ...] = ()
     weight: Tensor | None = None
 
+    def detached(self) -> "Draw":
+        values = {name: value.detach() for name, value in self.values.items()}
+        return Draw(values, tuple((name, prob.detach(), dim) for name, prob, dim in self.probs))
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -172,6 +176,7 @@ class Pair:
     :ivar buffers: module buffers that a pass changes (batch-norm statistics).
     :ivar frozen: parameters met that do not require grad.
     :ivar is_stated: whether the programs read φ through ``pyro.param`` statements alone.
+    :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     """
 
     model: Callable
@@ -188,6 +193,7 @@ class Pair:
     buffers: tuple[Tensor, ...] = field(default=())
     frozen: tuple[Tensor, ...] = field(default=())
     is_stated: bool = False
+    unreparameterised: tuple[str, ...] = ()
 
     def is_current(self) -> bool:
         """Whether the programs still train these tensors: none was replaced, cleared, frozen or unfrozen since."""
@@ -221,10 +227,13 @@ class Pair:
         return params.swapped(dict(zip(self.phi.values(), phi, strict=True)))
 
     def draw(
-        self, batch: visible.Batch, v: Tensor, given: Mapping[str, Tensor] | None = None
+        self, batch: visible.Batch, v: Tensor, given: Mapping[str, Tensor] | None = None, moves: bool = False
     ) -> tuple[Draw, dict[str, Site]]:
-        """Run the guide at v; sites marked for enumeration and not ``given`` are summed out."""
-        args, kwargs = batch.arguments(v.detach())  # h must carry no path to v
+        """Run the guide at v; sites marked for enumeration and not ``given`` are summed out.
+
+        :param moves: whether h moves with v; in a score it must not.
+        """
+        args, kwargs = batch.arguments(v if moves else v.detach())
         with record({**batch.indices, **(given or {})}, enumerate_from=self.num_plate_dims) as run:
             self.guide(*args, **kwargs)
         values: dict[str, Tensor] = {}
@@ -333,6 +342,79 @@ class Pair:
             total = total + (value if draw.weight is None else draw.weight * value).mean()
         return total / loss.num_particles
 
+    def posterior_loss(self, batch: visible.Batch, loss: OuterLoss) -> Tensor:
+        """J, with the derivative in θ that it has where q(h|v) is the posterior p(h|v; θ).
+
+        There ∂_θ log p̃(v) = E_{q(h|v)}[∂_θ log p̃(v, h)] at every v (Fisher's identity), so its gradient in v, taken
+        through q too, is ∂_θ of the marginal's score.
+        """
+        noise = loss.draw(batch.v)
+        num = loss.num_particles
+
+        def score(u: Tensor) -> Tensor:
+            if not u.requires_grad:
+                u = u.detach().requires_grad_()
+            with params.fixed(self.phi.values()):
+                # at u: h moves with it
+                moving = [self.draw(batch, u, moves=True)[0] for _ in range(num)]
+                still = [draw.detached() for draw in moving]
+                with params.fixed(self.theta.values()):
+                    value = self.score(batch, still, loss)(u)
+                log_joint: Any = sum(self.log_weight(batch, u, draw, guide=False) for draw in moving) / num
+                (varying,) = torch.autograd.grad(log_joint, u, create_graph=True)
+                if not loss.differentiates_score:
+                    return value.detach() + varying - varying.detach()
+                with params.fixed(self.theta.values()):
+                    log_joint = sum(self.log_weight(batch, u, draw, guide=False) for draw in moving) / num
+                (same,) = torch.autograd.grad(log_joint, u, create_graph=True)
+            # the difference is 0; its derivative in θ is the score's
+            return value + varying - same
+
+        return loss(score, batch.v, noise).mean()
+
+    def hard_draw(self, batch: visible.Batch, v: Tensor) -> dict[str, Tensor]:
+        """One draw of every site of the guide, and the rows; relaxed and summed-out sites drawn as discrete ones."""
+        args, kwargs = batch.arguments(v.detach())
+        with torch.no_grad(), record(batch.indices, harden=True) as run:
+            self.guide(*args, **kwargs)
+        return {**{name: s.value for name, s in run.sites.items() if not s.is_observed}, **batch.indices}
+
+    def covariance_loss(self, batch: visible.Batch, loss: OuterLoss, num_particles: int) -> Tensor:
+        """J, with the derivative in θ that VaGES estimates (Bao et al. 2021): see ``Covariance``."""
+        noise = loss.draw(batch.v)
+        v = loss.perturb(batch.v, noise).detach().requires_grad_()
+        args, kwargs = batch.arguments(v)
+        scores, log_joints, guide_scores = [], [], []
+        for _ in range(num_particles):
+            values = self.hard_draw(batch, v)
+            with record(values) as run:
+                self.model(*args, **kwargs)
+            log_joints.append(joint_per_example(run.sites.values(), len(v)))
+            scores.append(torch.autograd.grad(log_joints[-1].sum(), v, create_graph=True)[0])
+            with params.fixed(self.phi.values()), record(values, harden=True) as run:
+                self.guide(*args, **kwargs)
+            log_q: Any = sum(site.log_prob().sum() for site in run.sites.values() if not site.is_observed)
+            (guide_score,) = _gradients(log_q, [v])
+            guide_scores.append(torch.zeros_like(v) if guide_score is None else guide_score)
+        model_scores, log_joint = torch.stack(scores), torch.stack(log_joints)
+        fixed_scores = model_scores.detach()
+        centred = fixed_scores - fixed_scores.mean(0)
+        value = (fixed_scores - torch.stack(guide_scores)).mean(0)
+        # both are 0; their derivatives in θ make up the score's
+        covariance = (centred * (log_joint - log_joint.detach()).unsqueeze(-1)).sum(0) / (num_particles - 1)
+        score = value + (model_scores - fixed_scores).mean(0) + covariance
+        return loss(lambda _: score, batch.v, noise).mean()
+
+
+def joint_per_example(sites: Iterable[Site], n: int) -> Tensor:
+    """The sites' joint log density of every example, shape (n,).
+
+    What stands outside the batch and is one number for all of it (a penalty on the weights) is left out: it is the
+    same for every draw of h; :func:`analyse` has made sure of that.
+    """
+    total: Any = sum(per_example(site, n) for site in sites if site.log_prob().dim() > 0)
+    return total
+
 
 def expectation(site: Site, draw: Draw) -> Tensor:
     """Sum of a site's log density, its summed-out dimensions weighted by q."""
@@ -376,11 +458,11 @@ def analyse(
     spec: Any,
     names: Sequence[str] | None,
     loss: OuterLoss,
-    differentiates_guide: bool,
+    strategy: Any,
 ) -> Pair:
     """Run guide and model once on these arguments, check all that can be checked, and describe them.
 
-    :param differentiates_guide: whether the inner problem will be differentiated a second time.
+    :param strategy: the hypergradient: it says what it needs of the guide.
     :raises ValueError: for every misuse, naming the site and the cure.
     """
     ran: list[torch.nn.Module] = []
@@ -394,7 +476,7 @@ def analyse(
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(seen)
     try:
-        return _describe(model, guide, leaves, spec, names, loss, differentiates_guide, ran)
+        return _describe(model, guide, leaves, spec, names, loss, strategy, ran)
     finally:
         hook.remove()
         # a look at the programs is no step: batch-norm statistics stay where they were
@@ -402,7 +484,7 @@ def analyse(
             buffer.copy_(value)
 
 
-def _describe(model, guide, leaves, spec, names, loss: OuterLoss, differentiates_guide: bool, ran) -> Pair:
+def _describe(model, guide, leaves, spec, names, loss: OuterLoss, strategy: Any, ran) -> Pair:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     with pyro.poutine.block():
         with record() as q:
@@ -435,7 +517,7 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss, differentiates
         raise ValueError("The model has no parameter to train: no pyro.param, pyro.module or PyroModule.")
     enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
     sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)
-    _check_guide(latents, enumerated, phi, differentiates_guide)
+    _check_guide(latents, enumerated, phi, strategy)
     dims = [len(s.fn.batch_shape) for s in (*p.sites.values(), *q.sites.values())]
     dims += [-f.dim for s in (*p.sites.values(), *q.sites.values()) for f in s.frames if f.vectorized]
     pair = Pair(
@@ -452,10 +534,15 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss, differentiates
         max(dims),
         tuple({id(b): b for m in ran for b in m.buffers()}.values()),
         params.frozen((*p.params.values(), *q.params.values()), ran),
+        unreparameterised=tuple(name for name in sampled if not latents[name].fn.has_rsample),
     )
+    strategy.check(loss, pair)
     subsamples = {**q.subsamples, **p.subsamples}
-    _check_scores(pair, leaves, spec, subsamples, loss, differentiates_guide)
-    return replace(pair, is_stated=_is_stated(pair, visible.batch(sites, subsamples, leaves, spec)))
+    _check_scores(pair, leaves, spec, subsamples, loss, strategy)
+    batch = visible.batch(sites, subsamples, leaves, spec)
+    if not strategy.reparameterises:
+        _check_examples(pair, batch)
+    return replace(pair, is_stated=_is_stated(pair, batch))
 
 
 def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
@@ -532,7 +619,7 @@ def _check_guide(
     latents: Mapping[str, Site],
     enumerated: Sequence[str],
     phi: Mapping[str, Tensor],
-    differentiates_guide: bool,
+    strategy: Any,
 ) -> None:
     for name, site in latents.items():
         fn, base = site.fn, base_of(site.fn)
@@ -548,6 +635,8 @@ def _check_guide(
                 ) from error
             continue
         if not fn.has_rsample:
+            if not strategy.reparameterises:
+                continue
             raise ValueError(
                 f"Guide site '{name}' ({type(base).__name__}) can't be reparameterised: its draws carry "
                 "no gradient. Relax it (ConcreteBernoulli, ConcreteOneHot), or sum it out: "
@@ -562,7 +651,7 @@ def _check_guide(
                     f"Concrete{cure}(temperature, logits): the same draws, scored by the discrete "
                     "cross-entropy."
                 )
-        if differentiates_guide and phi and isinstance(site.value, Tensor):
+        if strategy.differentiates_inner and phi and isinstance(site.value, Tensor):
             culprit = _undifferentiable(site.value)
             if culprit:
                 raise ValueError(
@@ -596,7 +685,7 @@ def _check_scores(
     spec: Any,
     subsamples: Mapping[str, Tensor],
     loss: OuterLoss,
-    differentiates_guide: bool,
+    strategy: Any,
 ) -> None:
     batch = visible.batch(pair.sites, subsamples, leaves, spec)
     draw, _ = pair.draw(batch, batch.v)
@@ -634,7 +723,7 @@ def _check_scores(
     reads = zip(pair.theta.items(), _gradients(h + log_q, list(pair.theta.values())), strict=True)
     shared = dict(item for item, g in reads if g is not None)
     params.reject_shared(shared, shared)
-    if differentiates_guide and pair.phi:
+    if strategy.differentiates_inner and pair.phi:
         _require_second_derivative(h + log_q, (*pieces, *pair.phi.values()), "guide")
     if pair.sampled and loss.average == "loss":
         if all(s is None for s in _gradients(log_q, pieces)):
@@ -657,6 +746,24 @@ def _check_scores(
                 "example and would be wrong. Uncouple them (module.eval()), or use "
                 "SlicedScoreMatching or DenoisingScoreMatching."
             )
+
+
+def _check_examples(pair: Pair, batch: visible.Batch) -> None:
+    """:raises ValueError: where the model's log density does not fall apart into those of the examples."""
+    args, kwargs = batch.arguments(batch.v)
+    seen: dict[str, Tensor] = {}
+    for _ in range(2):
+        with torch.no_grad(), record(pair.hard_draw(batch, batch.v)) as run:
+            pair.model(*args, **kwargs)
+        joint_per_example(run.sites.values(), len(batch.v))
+        for name, site in run.sites.items():
+            log_prob = site.log_prob()
+            if log_prob.dim() == 0 and not torch.equal(seen.setdefault(name, log_prob), log_prob):
+                raise ValueError(
+                    f"Site '{name}' has one log density for the whole batch, and it depends on the latents: a "
+                    "covariance is taken example by example. Put the statement inside the data plate, one entry an "
+                    "example."
+                )
 
 
 def _gradients(total: Any, inputs: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:

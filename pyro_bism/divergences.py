@@ -79,6 +79,11 @@ def check(inner_loss: Any, pair: Pair) -> None:
             "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
             "(Delta). Use inner_loss=Trace_ELBO()."
         )
+    if isinstance(inner_loss, FisherDivergence) and pair.unreparameterised:
+        raise ValueError(
+            f"FisherDivergence needs draws that carry a gradient; those of {list(pair.unreparameterised)} do not. Use "
+            "inner_loss=Trace_ELBO(), which takes the score-function gradient."
+        )
     if not pair.enumerated:
         return
     if isinstance(inner_loss, FisherDivergence):

@@ -1,52 +1,109 @@
 r"""Hypergradients: how the outer gradient sees the inner fit.
 
 .. math:: \frac{dJ}{dθ} = \frac{∂J}{∂θ} + \Big(\frac{dφ^*}{dθ}\Big)^\top \frac{∂J}{∂φ}
+          = \frac{∂J}{∂θ} - \frac{∂^2 G}{∂θ\,∂φ}\, x, \qquad \frac{∂^2 G}{∂φ^2}\, x = \frac{∂J}{∂φ}
 
-A strategy is a frozen dataclass of numbers, called with a :class:`Bilevel` problem; it returns the outer
-loss and its gradient in θ. It reads φ and the inner optimiser's state and changes neither.
+A strategy is a frozen dataclass of numbers, called with a :class:`Bilevel` problem; it returns a :class:`Result`.
+It reads φ and the inner optimiser's state and changes neither. What it carries from step to step is its own state,
+made by ``init`` and handed back in the result.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
+from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .optim import DifferentiableOptim
+from .optim import DifferentiableOptim, descend, exchanged
+from .params import random_state, set_random_state
 
-__all__ = ["Detached", "Unrolled"]
+__all__ = ["Amortized", "Covariance", "Detached", "Exact", "Implicit", "Penalty", "Unrolled"]
+
+MEMORY = 0.99  # of Amortized's running sums, a step
+FRACTION = 0.1  # Amortized's rate, of the greatest stable one's half: noise averages out over some ten steps
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bilevel:
     """The two losses on one batch, each drawing its own noise, and the tensors that they depend on.
 
     :ivar outer: J at the parameters in force.
     :ivar inner: G at the parameters in force.
+    :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
+    :ivar covariance: the same, from a sample covariance of the given number of draws.
     :ivar at: the context that puts given values of φ in force.
-    :ivar unrolled: makes the inner optimiser's step differentiable, from its present state.
+    :ivar optim: the inner optimiser.
+    :ivar inner_noise: the random states before each of the K inner steps just taken, if the strategy repeats them.
     """
 
     outer: Callable[[], Tensor]
     inner: Callable[[], Tensor]
+    posterior: Callable[[], Tensor]
+    covariance: Callable[[int], Tensor]
     theta: Sequence[Tensor]
     phi: Sequence[Tensor]
     at: Callable[[Sequence[Tensor]], AbstractContextManager]
-    unrolled: Callable[[], DifferentiableOptim]
+    optim: PyroOptim
+    inner_noise: list[Any] = field(default_factory=list)
 
 
-Result = tuple[Tensor, tuple[Tensor | None, ...]]
+Gradient = Sequence[Tensor | None]
 
 
-def _outer(problem: Bilevel) -> Result:
-    loss = problem.outer()
-    gradient = torch.autograd.grad(loss, problem.theta, allow_unused=True)
-    return loss.detach(), gradient
+class Result(NamedTuple):
+    """What a strategy found.
+
+    :ivar loss: J.
+    :ivar gradient: dJ/dθ.
+    :ivar state: what it carries to the next step.
+    :ivar residual: ‖∂²G x - ∂J/∂φ‖ / ‖∂J/∂φ‖ of the linear system; 0 if there is none.
+    :ivar curvature: the least curvature of G that the solver met; infinite if it looks at none.
+    """
+
+    loss: Tensor
+    gradient: Gradient
+    state: Any = None
+    residual: float = 0.0
+    curvature: float = math.inf
+
+
+class Hypergradient(Protocol):
+    """What BiSM asks of a strategy.
+
+    :cvar differentiates_inner: whether it needs second derivatives of G in φ.
+    :cvar unrolls: whether it differentiates the inner optimiser's steps.
+    :cvar reparameterises: whether the outer loss's draws of h must carry a path to φ.
+    :cvar repeats_noise: whether it wants ``Bilevel.inner_noise``.
+    :cvar cure: what to try where the gradient overflows.
+    """
+
+    differentiates_inner: ClassVar[bool] = True
+    unrolls: ClassVar[bool] = False
+    reparameterises: ClassVar[bool] = True
+    repeats_noise: ClassVar[bool] = False
+    cure: ClassVar[str] = "use Detached()"
+
+    def check(self, loss: Any, pair: Any) -> None:
+        """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
+        return
+
+    def init(self, problem: Bilevel) -> Any:
+        """The state before the first step; None if there is none."""
+        return None
+
+    def __call__(self, problem: Bilevel, state: Any) -> Result: ...
+
+
+def _in_theta(loss: Tensor, theta: Sequence[Tensor]) -> Result:
+    return Result(loss.detach(), torch.autograd.grad(loss, theta, allow_unused=True))
 
 
 @dataclass(frozen=True)
-class Detached:
+class Detached(Hypergradient):
     """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0).
 
     Biased unless the guide can reach the posterior *and* the loss is stationary in φ there; the linear-Gaussian
@@ -55,37 +112,479 @@ class Detached:
 
     differentiates_inner = False
 
-    def __call__(self, problem: Bilevel) -> Result:
-        return _outer(problem)
+    def __call__(self, problem: Bilevel, state: Any) -> Result:
+        return _in_theta(problem.outer(), problem.theta)
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Hypergradient):
     """Differentiates through N steps of the inner optimiser (Bao et al. 2020, Algorithm 1).
 
     From the fitted φ⁰ = φ: φⁿ⁺¹ = φⁿ - step(∇_φ G(θ, φⁿ)), each step with fresh noise; the gradient is that of
     θ ↦ J(θ, φᴺ(θ)). The N steps are then thrown away. ``Unrolled(0)`` is ``Detached()``.
 
-    :param num_steps: N. Memory grows with it; past the inner loop's stability limit (a learning
-        rate too high for the curvature) the gradient explodes.
+    :param num_steps: N. Past the inner loop's stability limit (a learning rate too high for the curvature) the
+        gradient explodes.
+    :param memory: ``"store"`` keeps what every step computed: memory grows with N. ``"recompute"`` keeps about 2√N
+        states of φ and the optimiser and takes each step again on the way back: the same gradient for about a third
+        more time (Griewank and Walther 2000).
     """
 
+    cure = "unroll fewer steps, or use Detached()"
+
     num_steps: int = 5
+    memory: Literal["store", "recompute"] = "store"
 
     def __post_init__(self):
         if self.num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {self.num_steps}.")
+        if self.memory not in ("store", "recompute"):
+            raise ValueError(f"memory must be 'store' or 'recompute', got {self.memory!r}.")
 
     @property
-    def differentiates_inner(self) -> bool:
+    def differentiates_inner(self) -> bool:  # type: ignore[override]
         return self.num_steps > 0
 
-    def __call__(self, problem: Bilevel) -> Result:
-        optim, phi = problem.unrolled(), list(problem.phi)
-        for _ in range(self.num_steps if phi else 0):
-            with problem.at(phi):
-                loss = problem.inner()
-            gradients = torch.autograd.grad(loss, phi, create_graph=True, allow_unused=True)
-            phi = optim.step(phi, gradients)
+    @property
+    def unrolls(self) -> bool:  # type: ignore[override]
+        return self.num_steps > 0
+
+    def __call__(self, problem: Bilevel, state: Any) -> Result:
+        if not (problem.phi and self.num_steps):
+            return _in_theta(problem.outer(), problem.theta)
+        if self.memory == "recompute":
+            return self._recomputed(problem)
+        optim, phi = DifferentiableOptim(problem.optim, problem.phi), list(problem.phi)
+        for _ in range(self.num_steps):
+            phi = _step(problem, optim, phi)
         with problem.at(phi):
-            return _outer(problem)
+            return _in_theta(problem.outer(), problem.theta)
+
+    def _recomputed(self, problem: Bilevel) -> Result:
+        """Forward in rows of √N steps, keeping the state before each row; then back, each row and each step anew."""
+        length = math.isqrt(self.num_steps)
+        values, optim = list(problem.phi), DifferentiableOptim(problem.optim, problem.phi)
+        rows = []
+        for start in range(0, self.num_steps, length):
+            rows.append((start, values, optim, random_state()))
+            for _ in range(start, min(start + length, self.num_steps)):
+                values, optim = _forward(problem, values, optim)
+        phi = [p.detach().requires_grad_() for p in values]
+        with problem.at(phi):
+            loss = problem.outer()
+        final = random_state()
+        gradients = torch.autograd.grad(loss, [*problem.theta, *phi], allow_unused=True)
+        total: Gradient = gradients[: len(problem.theta)]
+        behind: Gradient = gradients[len(problem.theta) :]
+        behind_state: dict[Any, Tensor] = {}
+        for start, values, optim, noise in reversed(rows):
+            set_random_state(noise)
+            steps = []
+            for _ in range(start, min(start + length, self.num_steps)):
+                steps.append((values, optim, random_state()))
+                values, optim = _forward(problem, values, optim)
+            for values, optim, noise in reversed(steps):
+                set_random_state(noise)
+                found, behind, behind_state = _backward(problem, values, optim, behind, behind_state)
+                total = [_sum(a, b) for a, b in zip(total, found, strict=True)]
+        set_random_state(final)
+        return Result(loss.detach(), total)
+
+
+def _step(problem: Bilevel, optim: DifferentiableOptim, phi: Sequence[Tensor], graph: bool = True) -> list[Tensor]:
+    with problem.at(phi):
+        loss = problem.inner()
+    gradients = torch.autograd.grad(loss, phi, create_graph=graph, allow_unused=True)
+    return optim.step(phi, gradients)
+
+
+def _forward(
+    problem: Bilevel, values: Sequence[Tensor], optim: DifferentiableOptim
+) -> tuple[list[Tensor], DifferentiableOptim]:
+    optim = optim.resumed({})
+    phi = _step(problem, optim, [p.detach().requires_grad_() for p in values], graph=False)
+    return [p.detach() for p in phi], optim.resumed({key: s.detach() for key, s in optim.tensors().items()})
+
+
+def _backward(
+    problem: Bilevel,
+    values: Sequence[Tensor],
+    optim: DifferentiableOptim,
+    behind: Gradient,
+    behind_state: dict[Any, Tensor],
+) -> tuple[Gradient, Gradient, dict[Any, Tensor]]:
+    """One step back: from the gradients in its results those in θ, in φ and in the optimiser's state before it."""
+    phi = [p.detach().requires_grad_() for p in values]
+    state = {key: s.detach().requires_grad_() for key, s in optim.tensors().items()}
+    optim = optim.resumed(state)
+    new_phi = _step(problem, optim, phi)
+    new_state = optim.tensors()
+    outputs = [(y, g) for y, g in zip(new_phi, behind, strict=True) if g is not None and y.requires_grad]
+    outputs += [(new_state[key], g) for key, g in behind_state.items() if new_state[key].requires_grad]
+    inputs = [*problem.theta, *phi, *state.values()]
+    if not outputs:
+        return [None] * len(problem.theta), [None] * len(phi), {}
+    ends, weights = zip(*outputs, strict=True)
+    found = torch.autograd.grad(ends, inputs, weights, allow_unused=True)
+    first, second = len(problem.theta), len(problem.theta) + len(phi)
+    before = {key: g for key, g in zip(state, found[second:], strict=True) if g is not None}
+    return found[:first], found[first:second], before
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
+
+
+class _Linear:
+    """The linear system at the present φ, all of it with the same random numbers.
+
+    :ivar loss: J.
+    :ivar direct: ∂J/∂θ.
+    :ivar rhs: ∂J/∂φ as one flat vector.
+    """
+
+    def __init__(self, problem: Bilevel):
+        theta, self._phi = list(problem.theta), list(problem.phi)
+        outer = problem.outer()
+        gradients = torch.autograd.grad(outer, [*theta, *self._phi], allow_unused=True)
+        self.loss, self.direct = outer.detach(), gradients[: len(theta)]
+        self.rhs = _flat(gradients[len(theta) :], self._phi)
+        self._theta = theta
+        # G and its gradient are evaluated once; every product is a pass back through them
+        found = torch.autograd.grad(problem.inner(), self._phi, create_graph=True, allow_unused=True)
+        self._moving = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
+
+    def _products(self, x: Tensor, inputs: Sequence[Tensor]) -> Gradient:
+        if not self._moving:
+            return [None] * len(inputs)
+        parts = unflat(x, self._phi)
+        outputs, weights = [g for _, g in self._moving], [parts[i] for i, _ in self._moving]
+        return torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
+
+    def hessian(self, x: Tensor) -> Tensor:
+        """∂²G/∂φ² x, flat."""
+        return _flat(self._products(x, self._phi), self._phi)
+
+    def gradient(self, x: Tensor) -> Gradient:
+        """∂J/∂θ - ∂²G/∂θ∂φ x."""
+        return self._total(self._products(x, self._theta))
+
+    def both(self, x: Tensor) -> tuple[Gradient, Tensor]:
+        """:meth:`gradient` and :meth:`hessian` in one pass."""
+        found = self._products(x, [*self._theta, *self._phi])
+        return self._total(found[: len(self._theta)]), _flat(found[len(self._theta) :], self._phi)
+
+    def _total(self, cross: Gradient) -> Gradient:
+        return [_sum(a, None if b is None else -b) for a, b in zip(self.direct, cross, strict=True)]
+
+
+def _flat(values: Gradient, like: Sequence[Tensor]) -> Tensor:
+    if not like:
+        return torch.zeros(0)
+    return torch.cat([(torch.zeros_like(p) if x is None else x).reshape(-1) for x, p in zip(values, like, strict=True)])
+
+
+def unflat(x: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = x.split([p.numel() for p in like]) if like else ()
+    return [part.view_as(p) for part, p in zip(parts, like, strict=True)]
+
+
+def _ratio(x: float, y: float) -> float:
+    """x / y, and 0 where y is 0."""
+    return x / y if y != 0 else 0.0
+
+
+Product = Callable[[Tensor], Tensor]
+Solution = tuple[Tensor, Tensor, float]
+
+
+def _conjugate_gradients(product: Product, rhs: Tensor, num_steps: int) -> Solution:
+    """Stops where the curvature is not positive, as Newton-CG does (Nocedal and Wright 2006, section 7.1)."""
+    x, r, p, least = torch.zeros_like(rhs), rhs, rhs, math.inf
+    square = r.dot(r).item()
+    tiny = torch.finfo(rhs.dtype).eps ** 2 * square
+    for _ in range(num_steps):
+        if not square > tiny:
+            break
+        image = product(p)
+        bend = p.dot(image).item()
+        least = min(least, bend / p.dot(p).item())
+        if not bend > 0:
+            break
+        length = square / bend
+        x, r = x + length * p, r - length * image
+        previous, square = square, r.dot(r).item()
+        p = r + square / previous * p
+    return x, r, least
+
+
+def _neumann(product: Product, rhs: Tensor, num_steps: int) -> Solution:
+    """x ← x + α (b - A x); α is the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds."""
+    x, r, least, largest = torch.zeros_like(rhs), rhs, math.inf, 0.0
+    tiny = torch.finfo(rhs.dtype).eps ** 2 * rhs.dot(rhs).item()
+    for _ in range(num_steps):
+        square = r.dot(r).item()
+        if not square > tiny:
+            break
+        image = product(r)
+        curvature = r.dot(image).item() / square
+        least = min(least, curvature)
+        if not curvature > 0:
+            break
+        largest = max(largest, math.sqrt(image.dot(image).item() / square))
+        x, r = x + r / largest, r - image / largest
+    return x, r, least
+
+
+def _nystrom(product: Product, rhs: Tensor, num_steps: int, damping: float) -> Solution:
+    """(Â + damping I)⁻¹ b with  of rank ``num_steps``, from A's action on a random subspace.
+
+    Hataya and Yamada 2023 (arXiv:2302.09726), with a Gaussian sketch instead of columns (Frangella, Tropp and Udell
+    2023). Directions of the sketch without positive curvature are left out.
+    """
+    rank = min(num_steps, len(rhs))
+    basis = torch.linalg.qr(torch.randn(len(rhs), rank, dtype=rhs.dtype, device=rhs.device))[0].T
+    images = torch.stack([product(b) for b in basis])
+    core = images @ basis.T
+    values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
+    kept = values > math.sqrt(torch.finfo(rhs.dtype).eps) * values.abs().max()
+    root = values[kept].rsqrt()[:, None] * (vectors.T[kept] @ images)  # Â = BᵀB
+    _, singular, directions = torch.linalg.svd(root, full_matrices=False)
+    along = directions @ rhs
+    x = (along / (singular.square() + damping)) @ directions
+    if damping > 0:
+        x = x + (rhs - along @ directions) / damping
+    return x, rhs - product(x) - damping * x, values.min().item()
+
+
+@dataclass(frozen=True)
+class Implicit(Hypergradient):
+    """The implicit function theorem at the present φ: dJ/dθ = ∂J/∂θ - ∂²G/∂θ∂φ (∂²G/∂φ² + damping I)⁻¹ ∂J/∂φ.
+
+    Exact where φ minimises G and the system is solved (Lorraine, Vicol, Duvenaud 2020, arXiv:1911.02590). All
+    Hessian products of a step share one draw of noise, so that they belong to one symmetric matrix. ``info`` says how
+    well the system was solved: ``residual`` is relative to the right-hand side, and a ``curvature`` at or below
+    zero says that G has no minimum along a line that the solver took; there it stopped.
+
+    A relaxed latent's Hessian on one draw of noise is far from its mean, and not positive: sum the latents out, or
+    take :class:`Amortized`, which averages over the steps.
+
+    :param solver: ``"cg"`` conjugate gradients; ``"neumann"`` the Neumann series, its rate found from the products;
+        ``"nystrom"`` a low-rank inverse, best with a ``damping``.
+    :param num_steps: Hessian products at most (for ``"nystrom"`` the rank).
+    :param damping: added to the Hessian's diagonal.
+    """
+
+    cure = "add damping"
+
+    solver: Literal["cg", "neumann", "nystrom"] = "cg"
+    num_steps: int = 10
+    damping: float = 0.0
+
+    def __post_init__(self):
+        if self.solver not in ("cg", "neumann", "nystrom"):
+            raise ValueError(f"solver must be 'cg', 'neumann' or 'nystrom', got {self.solver!r}.")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ValueError(f"damping must not be negative or infinite, got {self.damping}.")
+
+    def __call__(self, problem: Bilevel, state: Any) -> Result:
+        if not problem.phi:
+            return _in_theta(problem.outer(), problem.theta)
+        system = _Linear(problem)
+        if self.solver == "nystrom":
+            x, rest, least = _nystrom(system.hessian, system.rhs, self.num_steps, self.damping)
+        else:
+            solve = _conjugate_gradients if self.solver == "cg" else _neumann
+            x, rest, least = solve(lambda x: system.hessian(x) + self.damping * x, system.rhs, self.num_steps)
+            least = least - self.damping
+        residual = _ratio(rest.norm().item(), system.rhs.norm().item())
+        return Result(system.loss, system.gradient(x), None, residual, least)
+
+
+class AmortizedState(NamedTuple):
+    """
+    :ivar solution: x, in the shapes of φ.
+    :ivar direction: a unit vector in the shapes of φ, by power iteration that of the greatest curvature.
+    :ivar moments: running sums of dᵀHd and ‖Hd‖² along the direction d.
+    """
+
+    solution: Sequence[Tensor]
+    direction: Sequence[Tensor]
+    moments: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Amortized(Hypergradient):
+    """The linear system's solution x is kept from step to step and improved by one Hessian product at each.
+
+    x ← x - ρ (∂²G/∂φ² x - ∂J/∂φ), dJ/dθ ≈ ∂J/∂θ - ∂²G/∂θ∂φ x: SOBA (Dagréou, Ablin, Vaiter, Moreau 2022,
+    arXiv:2201.13409). The noise of single Hessians averages out in x, and so does the minibatches'.
+
+    :param step_size: ρ. None finds it: with d the direction of greatest curvature, carried along by power iteration
+        at the price of one more product, ρ is a tenth of E[dᵀHd] / E[‖Hd‖²]. The ratio is 1/λ_max where H is the
+        same at every step, and less by as much as it is noisy, as stability in the mean square asks for.
+    :param num_steps: Hessian products a step.
+    """
+
+    cure = "give a smaller step_size"
+
+    step_size: float | None = None
+    num_steps: int = 1
+
+    def __post_init__(self):
+        if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
+            raise ValueError(f"step_size must be positive and finite, or None, got {self.step_size}.")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+
+    def init(self, problem: Bilevel) -> AmortizedState:
+        zeros = [torch.zeros_like(p) for p in problem.phi]
+        return AmortizedState(zeros, zeros, (0.0, 0.0))
+
+    def __call__(self, problem: Bilevel, state: AmortizedState) -> Result:
+        if not problem.phi:
+            return _in_theta(problem.outer(), problem.theta)._replace(state=state)
+        system = _Linear(problem)
+        norm, moments = system.rhs.norm().item(), state.moments
+        x, d = _flat(state.solution, problem.phi), _flat(state.direction, problem.phi)
+        if self.step_size is None:
+            if not d.any():  # until there is a direction: that of the right-hand side
+                d = system.rhs / norm if norm > 0 else d
+            image = system.hessian(d)
+            curvature = d.dot(image).item()
+            moments = (MEMORY * moments[0] + curvature, MEMORY * moments[1] + image.dot(image).item())
+            rate = FRACTION * _ratio(*moments)
+            length = image.norm().item()
+            d = image / length if length > 0 else image
+        else:
+            rate, curvature = self.step_size, math.inf
+        for n in range(self.num_steps):
+            if n < self.num_steps - 1:
+                image = system.hessian(x)
+            else:
+                gradient, image = system.both(x)
+            rest = image - system.rhs
+            x = x - rate * rest
+        residual = _ratio(rest.norm().item(), norm)
+        new = AmortizedState(unflat(x, problem.phi), unflat(d, problem.phi), moments)
+        return Result(system.loss, gradient, new, residual, curvature)
+
+
+class PenaltyState(NamedTuple):
+    """
+    :ivar psi: the second guide's parameters.
+    :ivar optim: the state that the inner optimiser keeps for each.
+    :ivar num_steps: taken so far.
+    """
+
+    psi: Sequence[Tensor]
+    optim: Sequence[dict]
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Penalty(Hypergradient):
+    """First derivatives alone: the inner problem becomes a penalty (F2SA; Kwon, Kwon, Wright, Nowak 2023).
+
+    A second guide ψ is fitted to G + J/λ by K steps of the inner optimiser, beside φ and with φ's noise; then
+    dJ/dθ ≈ ∂_θ J(θ, ψ) + λ [∂_θ G(θ, ψ) - ∂_θ G(θ, φ)], both G with the same noise (arXiv:2301.10945). The bias is
+    O(1/λ). The loss reported is J(θ, ψ).
+
+    :param strength: λ: a number, or a function of the step (from 0). ψ - φ is small as 1/λ, and the noise in it is
+        multiplied by λ.
+    """
+
+    cure = "lower the strength"
+
+    strength: float | Callable[[int], float] = 100.0
+
+    differentiates_inner = False
+    repeats_noise = True
+
+    def __post_init__(self):
+        if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
+            raise ValueError(f"strength must be positive and finite, or a function of the step, got {self.strength}.")
+
+    def init(self, problem: Bilevel) -> PenaltyState:
+        return PenaltyState([p.detach().clone() for p in problem.phi], [{} for _ in problem.phi], 0)
+
+    def __call__(self, problem: Bilevel, state: PenaltyState) -> Result:
+        strength = float(self.strength(state.num_steps) if callable(self.strength) else self.strength)
+        theta, phi = list(problem.theta), list(problem.phi)
+        # on copies: a step that fails leaves the state as it was
+        psi = [p.clone() for p in state.psi]
+        optim = [{k: s.clone() if isinstance(s, Tensor) else s for k, s in kept.items()} for kept in state.optim]
+        with exchanged(problem.optim, phi, psi, optim):
+            for noise in problem.inner_noise if phi else ():
+                fresh = random_state()
+                set_random_state(noise)
+                inner = problem.inner()
+                set_random_state(fresh)
+                loss = inner + problem.outer() / strength
+                descend(problem.optim, phi, torch.autograd.grad(loss, phi, allow_unused=True))
+            outer = problem.outer()
+            shared = random_state()
+            raised = torch.autograd.grad(outer + strength * problem.inner(), theta, allow_unused=True)
+        set_random_state(shared)
+        at_phi = torch.autograd.grad(problem.inner(), theta, allow_unused=True)
+        gradient = [_sum(a, None if b is None else -strength * b) for a, b in zip(raised, at_phi, strict=True)]
+        return Result(outer.detach(), gradient, PenaltyState(psi, optim, state.num_steps + 1))
+
+
+@dataclass(frozen=True)
+class Exact(Hypergradient):
+    """The gradient where q(h|v; φ) *is* the posterior p(h|v; θ): no inner problem has to be differentiated.
+
+    The marginal's score then has ∂_θ s(v) = ∇_v E_{q(h|v)}[∂_θ log p̃(v, h; θ)] (Fisher's identity), the derivative in v
+    taken through q as well: through the weights of summed-out sites, and through the draws of the others. Away from the
+    posterior it is as wrong as the guide is. The score is averaged over the draws, as under ``average="score"``.
+    """
+
+    differentiates_inner = False
+
+    def check(self, loss: Any, pair: Any) -> None:
+        if pair.softened:
+            raise ValueError(
+                f"Exact() asks for a guide that is the posterior; the relaxed sites {sorted(pair.softened)} never are. "
+                "Sum them out: infer={'enumerate': 'parallel'} and inner_loss=TraceEnum_ELBO()."
+            )
+
+    def __call__(self, problem: Bilevel, state: Any) -> Result:
+        return _in_theta(problem.posterior(), problem.theta)
+
+
+@dataclass(frozen=True)
+class Covariance(Hypergradient):
+    """The score's gradient as a covariance under the guide (VaGES; Bao et al. 2021, arXiv:2010.08258).
+
+    ∂_θ s(v) ≈ E_q[∂_θ ∇_v log p̃(v, h)] + Cov_q(∇_v log p̃(v, h), ∂_θ log p̃(v, h)), the sample covariance of L draws with
+    its L - 1, which is the estimate with every draw's leave-one-out mean as control variate; the score itself is
+    the mean of ∇_v log (p̃/q) over the same draws. Unbiased at the posterior. No inner problem is differentiated and no
+    draw has to be reparameterised: sites may be discrete, and those that are relaxed or summed out in the inner
+    loss are drawn as discrete here. For losses that read the score at one point (denoising ones).
+
+    :param num_particles: L, at least 2.
+    """
+
+    num_particles: int = 2
+
+    differentiates_inner = False
+    reparameterises = False
+
+    def __post_init__(self):
+        if self.num_particles < 2:
+            raise ValueError(f"num_particles must be at least 2 for a covariance, got {self.num_particles}.")
+
+    def check(self, loss: Any, pair: Any) -> None:
+        if loss.differentiates_score:
+            raise ValueError(
+                f"{type(loss).__name__} differentiates the score, of which Covariance() estimates only the value. Use "
+                "DenoisingScoreMatching, MultiscaleDenoisingScoreMatching, or another hypergradient."
+            )
+
+    def __call__(self, problem: Bilevel, state: Any) -> Result:
+        return _in_theta(problem.covariance(self.num_particles), problem.theta)

@@ -5,8 +5,10 @@ and current state. ``torch.optim`` can do it (``differentiable=True``); three of
 and Adam has a shorter step of its own.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +72,46 @@ def require_unrollable(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
             )
 
 
+def descend(optim: PyroOptim, leaves: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> None:
+    """One step of the user's optimiser. No ``.grad`` is left behind, as after ``SVI.step``."""
+    moved = [leaf for leaf, g in zip(leaves, gradient, strict=True) if g is not None]
+    for leaf, g in zip(leaves, gradient, strict=True):
+        leaf.grad = g
+    optim(moved)
+    for leaf in leaves:
+        leaf.grad = None
+
+
+@contextmanager
+def exchanged(
+    optim: PyroOptim, leaves: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[dict[str, Any]]
+) -> Iterator[None]:
+    """Inside, the leaves hold ``values`` and ``optim`` works on ``states``; what it does to both is kept in them."""
+    kept = [torch_optimizer(optim, leaf) for leaf in leaves]
+    # ClippedAdam lowers its rate at every step
+    rates = [[group["lr"] for group in k.param_groups if "lr" in group] for k in kept]
+
+    def exchange() -> None:
+        with torch.no_grad():
+            for leaf, value, k, state in zip(leaves, values, kept, states, strict=True):
+                mine = leaf.detach().clone()
+                leaf.copy_(value)
+                value.copy_(mine)
+                other = dict(k.state.get(leaf, {}))
+                k.state[leaf] = dict(state)
+                state.clear()
+                state.update(other)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+        for k, rate in zip(kept, rates, strict=True):
+            for group, lr in zip((g for g in k.param_groups if "lr" in g), rate, strict=True):
+                group["lr"] = lr
+
+
 class DifferentiableOptim:
     """Steps of ``optim`` from its present state, on a copy of that state.
 
@@ -77,7 +119,7 @@ class DifferentiableOptim:
     """
 
     def __init__(self, optim: PyroOptim, leaves: Sequence[Tensor]):
-        self._steps = [_differentiable(optim, leaf) for leaf in leaves]
+        self._steps = [_Clipped(optim, leaf) for leaf in leaves]
 
     def step(self, values: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
         return [
@@ -85,19 +127,37 @@ class DifferentiableOptim:
             for step, value, g in zip(self._steps, values, gradients, strict=True)
         ]
 
+    def tensors(self) -> dict[Any, Tensor]:
+        """The tensors of the state (momenta, mean squares), by parameter and name."""
+        return {(i, name): x for i, step in enumerate(self._steps) for name, x in step.inner.tensors().items()}
 
-def _differentiable(optim: PyroOptim, leaf: Tensor):
-    kept = torch_optimizer(optim, leaf)
-    clip = optim._get_grad_clip_args(leaf) or {}  # type: ignore[arg-type]
-    group = {k: v for k, v in kept.param_groups[0].items() if k != "params"}
-    state = dict(kept.state.get(leaf, {}))
-    adam = isinstance(kept, ClippedAdam) or _is_plain_adam(kept, group)
-    step = _AdamStep(leaf, group, state) if adam else _TorchStep(kept, group, state)
+    def resumed(self, tensors: Mapping[Any, Tensor]) -> "DifferentiableOptim":
+        """A copy that goes on by itself from the same state, these tensors in place of its own."""
+        new = copy.copy(self)
+        new._steps = [
+            step.resumed({name: x for (j, name), x in tensors.items() if j == i}) for i, step in enumerate(self._steps)
+        ]
+        return new
 
-    def clipped(value: Tensor, gradient: Tensor) -> Tensor:
-        return step(value, _clip(gradient, **clip))
 
-    return clipped
+class _Clipped:
+    """A parameter's step, its gradient clipped first as its ``PyroOptim`` does."""
+
+    def __init__(self, optim: PyroOptim, leaf: Tensor):
+        kept = torch_optimizer(optim, leaf)
+        self.clip = optim._get_grad_clip_args(leaf) or {}  # type: ignore[arg-type]
+        group = {k: v for k, v in kept.param_groups[0].items() if k != "params"}
+        state = dict(kept.state.get(leaf, {}))
+        adam = isinstance(kept, ClippedAdam) or _is_plain_adam(kept, group)
+        self.inner = _AdamStep(leaf, group, state) if adam else _TorchStep(kept, group, state)
+
+    def __call__(self, value: Tensor, gradient: Tensor) -> Tensor:
+        return self.inner(value, _clip(gradient, **self.clip))
+
+    def resumed(self, tensors: Mapping[str, Tensor]) -> "_Clipped":
+        new = copy.copy(self)
+        new.inner = self.inner.resumed(tensors)
+        return new
 
 
 def _clip(gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None) -> Tensor:
@@ -137,6 +197,14 @@ class _TorchStep:
         self.state = self.optim.state[fast]
         fast.grad = None
         return fast
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {k: s for k, s in self.state.items() if isinstance(s, Tensor) and s.is_floating_point() and k != "step"}
+
+    def resumed(self, tensors: Mapping[str, Tensor]) -> "_TorchStep":
+        new = copy.copy(self)
+        new.state = {**self.state, **tensors}
+        return new
 
 
 def _is_plain_adam(kept: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
@@ -181,3 +249,11 @@ class _AdamStep:
         # Adam adds eps to the corrected root, ClippedAdam to the uncorrected one
         root = _root(self.square) + (group["eps"] if clipped else group["eps"] * correction2)
         return torch.addcdiv(value, self.mean, root, value=-self.lr * correction2 / correction1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "square": self.square}
+
+    def resumed(self, tensors: Mapping[str, Tensor]) -> "_AdamStep":
+        new = copy.copy(self)
+        new.__dict__.update(tensors)
+        return new

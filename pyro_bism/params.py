@@ -1,10 +1,12 @@
 """Which tensors a program trains, and running the program with other tensors in their place."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import transform_to
@@ -65,6 +67,34 @@ class swapped(TorchFunctionMode):
             swaps.get(id(a), a) if type(a) not in (list, tuple) else type(a)(self._swapped(a))
             for a in args
         ]
+
+
+@contextmanager
+def fixed(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, these parameters are numbers: no graph is built to them."""
+    held = [leaf for leaf in leaves if leaf.requires_grad]
+    for leaf in held:
+        leaf.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for leaf in held:
+            leaf.requires_grad_(True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random number generator that a program may draw from."""
+    state = pyro.util.get_rng_state()
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Take up a state of :func:`random_state`."""
+    pyro.util.set_rng_state({k: s for k, s in state.items() if k != "cuda"})
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def collect(sites: Mapping[str, Any], role: str) -> dict[str, Tensor]:

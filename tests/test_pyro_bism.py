@@ -114,10 +114,10 @@ def check_hypergradient(bism, x, step=1e-5):
 
     def value():
         torch.manual_seed(5)
-        return bism.hypergradient(problem)[0].item()
+        return bism.hypergradient(problem, None).loss.item()
 
     torch.manual_seed(5)
-    _, gradient = bism.hypergradient(problem)
+    gradient = bism.hypergradient(problem, None).gradient
     ours = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True) if g is not None)
     theirs = finite_difference(value, problem.theta, direction, step)
     # relative to the gradient's length: a direction across it has a slope of nearly nothing
