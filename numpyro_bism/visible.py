@@ -43,6 +43,7 @@ class Batch:
 
     :ivar v: the clean visible values, all sites side by side, of shape (n, D).
     :ivar indices: the rows picked by each subsampling plate, drawn once a step.
+    :ivar reads_rows: whether the programs read of a subsampled argument nothing but the plate's rows.
     """
 
     v: Array
@@ -50,6 +51,7 @@ class Batch:
     indices: Mapping[str, Array]
     leaves: Sequence[Any]
     spec: Any
+    reads_rows: bool = False
 
     def arguments(self, v: Array) -> tuple[tuple, dict]:
         """The programs' ``(args, kwargs)`` with v, of shape (n, D), in place of the visible values."""
@@ -64,13 +66,47 @@ class Batch:
                 own = value.astype(leaves[i].dtype)
                 if site.plate is None:
                     leaves[i] = own
-                else:
+                elif self.reads_rows:
+                    leaves[i] = Rows(leaves[i], self.indices[site.plate], own)
+                else:  # a copy of all the data
                     rows = (..., self.indices[site.plate]) + (slice(None),) * (-site.axis - 1)
                     leaves[i] = leaves[i].at[rows].set(own)
         return jax.tree.unflatten(self.spec, leaves)
 
 
-def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Array], leaves: Sequence[Any], spec: Any) -> Batch:
+class Rows:
+    """Stands for an argument x of which a program reads x[rows] alone: nothing of the rest is copied.
+
+    It has x's shape and type, and no other property of an array. Whether that is enough for a program, and whether it
+    reads the plate's rows and no others, is tried on concrete numbers when the program is analysed.
+    """
+
+    def __init__(self, x: Array, rows: Array, values: Array):
+        self.shape, self.dtype, self.ndim, self.size = x.shape, x.dtype, x.ndim, x.size
+        self._rows, self._values = rows, values
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Array:
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if first is not self._rows and not self._is_rows(first):
+            raise TypeError("other rows than the plate's")
+        return self._values[(slice(None), *rest)] if rest else self._values
+
+    def _is_rows(self, index: Any) -> bool:
+        # an enumerating handler reshapes the indices, so while they are traced their shape has to do
+        same = isinstance(index, Array) and (index.shape, index.dtype) == (self._rows.shape, self._rows.dtype)
+        return same and (isinstance(index, jax.core.Tracer) or bool((index == self._rows).all()))
+
+
+def batch(
+    sites: tuple[VisibleSite, ...],
+    indices: Mapping[str, Array],
+    leaves: Sequence[Any],
+    spec: Any,
+    reads_rows: bool = False,
+) -> Batch:
     """Read the visible values out of the arguments' leaves."""
     columns = []
     for site in sites:
@@ -79,7 +115,7 @@ def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Array], leaves: 
             value = jnp.take(value, indices[site.plate], site.axis)
         columns.append(value.reshape(site.shape[0], -1))
     v = columns[0] if len(columns) == 1 else jnp.concatenate(columns, -1)
-    return Batch(v, sites, indices, leaves, spec)
+    return Batch(v, sites, indices, leaves, spec, reads_rows)
 
 
 def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:

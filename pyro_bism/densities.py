@@ -354,19 +354,23 @@ class Pair:
         def score(u: Tensor) -> Tensor:
             if not u.requires_grad:
                 u = u.detach().requires_grad_()
-            with params.fixed(self.phi.values()):
-                # at u: h moves with it
-                moving = [self.draw(batch, u, moves=True)[0] for _ in range(num)]
-                still = [draw.detached() for draw in moving]
+            # at u: h moves with it
+            moving = [self.draw(batch, u, moves=True)[0] for _ in range(num)]
+            still = [draw.detached() for draw in moving]
+
+            def slope() -> Tensor:
+                total: Any = sum(self.log_weight(batch, u, draw, guide=False) for draw in moving)
+                return torch.autograd.grad(total / num, u, create_graph=True)[0]
+
+            varying = slope()
+            if not loss.differentiates_score:
                 with params.fixed(self.theta.values()):
                     value = self.score(batch, still, loss)(u)
-                log_joint: Any = sum(self.log_weight(batch, u, draw, guide=False) for draw in moving) / num
-                (varying,) = torch.autograd.grad(log_joint, u, create_graph=True)
-                if not loss.differentiates_score:
-                    return value.detach() + varying - varying.detach()
-                with params.fixed(self.theta.values()):
-                    log_joint = sum(self.log_weight(batch, u, draw, guide=False) for draw in moving) / num
-                (same,) = torch.autograd.grad(log_joint, u, create_graph=True)
+                return value.detach() + varying - varying.detach()
+            # numbers in θ, but functions of u
+            with params.swapped({leaf: leaf.detach() for leaf in self.theta.values()}):
+                value = self.score(batch, still, loss)(u)
+                same = slope()
             # the difference is 0; its derivative in θ is the score's
             return value + varying - same
 

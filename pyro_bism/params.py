@@ -71,7 +71,10 @@ class swapped(TorchFunctionMode):
 
 @contextmanager
 def fixed(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, these parameters are numbers: no graph is built to them."""
+    """Inside, these parameters are numbers: no graph is built to them.
+
+    Only for what is used up inside: a graph that is built here and run through later finds them again.
+    """
     held = [leaf for leaf in leaves if leaf.requires_grad]
     for leaf in held:
         leaf.requires_grad_(False)

@@ -61,8 +61,53 @@ class Batch:
                 if site.plate is None:
                     leaves[i] = value
                 else:
-                    leaves[i] = torch.index_copy(leaves[i], site.axis, self.indices[site.plate], value)
+                    leaves[i] = Rows.of(leaves[i], site.axis, self.indices[site.plate], value)
         return pytree.tree_unflatten(leaves, self.spec)
+
+
+class Rows(Tensor):
+    """An argument x in which some rows have other values. Reading just those copies nothing of the rest."""
+
+    @staticmethod
+    def of(x: Tensor, axis: int, rows: Tensor, values: Tensor) -> "Rows":
+        new = x.as_subclass(Rows)
+        new._axis, new._rows, new._values = axis % x.dim(), rows, values  # type: ignore[attr-defined]
+        return new
+
+    def _picked(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        if func is Tensor.__getitem__ and self._axis == 0:
+            first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if first is self._rows:
+                return self._values[(slice(None), *rest)] if rest else self._values
+        if func in (Tensor.index_select, torch.index_select) and len(args) == 3 and not kwargs:
+            if args[1] % self._values.dim() == self._axis and args[2] is self._rows:
+                return self._values
+        return None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        if isinstance(args[0], Rows):
+            picked = args[0]._picked(func, args, kwargs)
+            if picked is not None:
+                return picked
+
+        def whole(x):
+            if not isinstance(x, Rows):
+                return x
+            return torch.index_copy(x.as_subclass(Tensor), x._axis, x._rows, x._values)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = pytree.tree_map(whole, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+
+_METADATA = frozenset(
+    getattr(attribute, "__get__", attribute) if not callable(attribute) else attribute
+    for attribute in (Tensor.shape, Tensor.dtype, Tensor.ndim, Tensor.device, Tensor.size, Tensor.dim, Tensor.__len__)
+)
 
 
 def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Tensor], leaves: Sequence[Any], spec: Any) -> Batch:

@@ -92,8 +92,8 @@ def check_hypergradient(bism, pair, batch, theta, phi):
     # off the first step, which in Adam is the sign of the gradient and has no derivative
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), phi)
     begun = bism.inner_optim.update(gradient, bism.inner_optim.init(phi), 0.0)
-    problem = Bilevel(outer, inner, bism.inner_optim)
-    whole = jax.jit(lambda theta: bism.hypergradient(KEY, problem, theta, begun))
+    problem = Bilevel(outer, inner, outer, outer, bism.inner_optim, None)
+    whole = jax.jit(lambda theta: bism.hypergradient(KEY, problem, theta, begun, None))
     leaves, tree = jax.tree.flatten(theta)
     direction = [rng.normal(size=leaf.shape) for leaf in leaves]
 
