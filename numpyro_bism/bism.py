@@ -297,6 +297,12 @@ class BiSM:
         else:  # the losses are for info alone
             _, (loss, norm) = fit(inner_state, key_inner)
             inner_losses, inner_norms = loss[None], norm[None]
+        fresh = jax.eval_shape(lambda: self.hypergradient.init(self.inner_optim, inner_state))
+        if not _alike(fresh, state.hypergradient_state):
+            raise ValueError(
+                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
+                "what that one carries from step to step, or has more. Take the state of this BiSM's init() or run()."
+            )
         problem = Bilevel(
             outer, inner, surrogate(pair.posterior_loss), surrogate(pair.covariance_loss), self.inner_optim, keys
         )
@@ -401,6 +407,11 @@ def _ranks(key: tuple) -> tuple:
     """A structure without the sizes of its arrays."""
     spec, leaves = key
     return spec, tuple((len(x[0]), x[1]) if isinstance(x, tuple) else x for x in leaves)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    structures: Any = jax.tree.structure(a), jax.tree.structure(b)
+    return structures[0] == structures[1]
 
 
 def _norm(gradient: Any) -> Array:

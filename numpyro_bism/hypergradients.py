@@ -389,10 +389,14 @@ class Amortized(Hypergradient):
             d = _ratio(image, jnp.linalg.norm(image))
         else:
             rate, curvature = jnp.asarray(self.step_size, x.dtype), jnp.inf  # type: ignore[assignment]
-        for _ in range(self.num_steps):
-            cross, image = system.products(x)
-            rest = image - system.rhs
-            x = (x - rate * rest).astype(x.dtype)
+
+        def improved(x, image):
+            return (x - rate * (image - system.rhs)).astype(x.dtype)
+
+        if self.num_steps > 1:
+            x = jax.lax.fori_loop(0, self.num_steps - 1, lambda _, x: improved(x, system.products(x)[1]), x)
+        cross, image = system.products(x)
+        rest, x = image - system.rhs, improved(x, image)
         gradient = jax.tree.map(jnp.subtract, system.direct, cross)
         residual = _ratio(jnp.linalg.norm(rest), norm)
         return Result(system.loss, gradient, AmortizedState(unravel(x), unravel(d), moments), residual, curvature)

@@ -110,6 +110,7 @@ class BiSM:
         self._pairs: dict[Any, densities.Pair] = {}
         self._waiting: dict[str, Any] | None = None
         self._hypergradient_state: Any = None
+        self._has_state = False
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One outer update.
@@ -124,8 +125,14 @@ class BiSM:
         batch = pair.batch(leaves, spec)
         buffers = _Buffers(pair.buffers)
         problem = self._problem(pair, batch, theta, phi)
-        if self._hypergradient_state is None:
-            self._hypergradient_state = self.hypergradient.init(problem)
+        fresh = self.hypergradient.init(problem)
+        if not self._has_state:
+            self._hypergradient_state, self._has_state = fresh, True
+        elif type(fresh) is not type(self._hypergradient_state):
+            raise ValueError(
+                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
+                "what that one carries from step to step, or has more."
+            )
         try:
             inner_loss, inner_norm = self._fit(pair, batch, phi, buffers, problem)
             with pyro.validation_enabled(False):
@@ -199,7 +206,7 @@ class BiSM:
             "buffers": [b.clone() for b in self._buffers()],
             "optim": copy.deepcopy(self.optim.get_state()),
             "inner_optim": copy.deepcopy(self.inner_optim.get_state()),
-            "hypergradient": copy.deepcopy(self._hypergradient_state),
+            "hypergradient": copy.deepcopy((self._has_state, self._hypergradient_state)),
             "rng": random_state(),
         }
 
@@ -284,7 +291,7 @@ class BiSM:
                     obj.load_state_dict(values["scheduler"])
                 else:
                     obj.load_state_dict(values)
-        self._hypergradient_state = state["hypergradient"]
+        self._has_state, self._hypergradient_state = state["hypergradient"]
         set_random_state(state["rng"])
 
 

@@ -513,13 +513,15 @@ class Penalty(Hypergradient):
         return PenaltyState([p.detach().clone() for p in problem.phi], [{} for _ in problem.phi], 0)
 
     def __call__(self, problem: Bilevel, state: PenaltyState) -> Result:
+        if not problem.phi:
+            return _in_theta(problem.outer(), problem.theta)._replace(state=state)
         strength = float(self.strength(state.num_steps) if callable(self.strength) else self.strength)
         theta, phi = list(problem.theta), list(problem.phi)
         # on copies: a step that fails leaves the state as it was
         psi = [p.clone() for p in state.psi]
         optim = [{k: s.clone() if isinstance(s, Tensor) else s for k, s in kept.items()} for kept in state.optim]
         with exchanged(problem.optim, phi, psi, optim):
-            for noise in problem.inner_noise if phi else ():
+            for noise in problem.inner_noise:
                 fresh = random_state()
                 set_random_state(noise)
                 inner = problem.inner()

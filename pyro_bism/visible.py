@@ -68,20 +68,28 @@ class Batch:
 class Rows(Tensor):
     """An argument x in which some rows have other values. Reading just those copies nothing of the rest."""
 
+    axis: int
+    rows: Tensor
+    replaced: Tensor
+
     @staticmethod
     def of(x: Tensor, axis: int, rows: Tensor, values: Tensor) -> "Rows":
         new = x.as_subclass(Rows)
-        new._axis, new._rows, new._values = axis % x.dim(), rows, values  # type: ignore[attr-defined]
+        new.axis, new.rows, new.replaced = axis % x.dim(), rows, values
         return new
 
+    def _whole(self) -> Tensor:
+        return torch.index_copy(self.as_subclass(Tensor), self.axis, self.rows, self.replaced)
+
     def _picked(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        if func is Tensor.__getitem__ and self._axis == 0:
+        """What is read, if it is those rows."""
+        if func is Tensor.__getitem__ and self.axis == 0:
             first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if first is self._rows:
-                return self._values[(slice(None), *rest)] if rest else self._values
+            if first is self.rows:
+                return self.replaced[(slice(None), *rest)] if rest else self.replaced
         if func in (Tensor.index_select, torch.index_select) and len(args) == 3 and not kwargs:
-            if args[1] % self._values.dim() == self._axis and args[2] is self._rows:
-                return self._values
+            if args[1] % self.replaced.dim() == self.axis and args[2] is self.rows:
+                return self.replaced
         return None
 
     @classmethod
@@ -93,20 +101,14 @@ class Rows(Tensor):
             picked = args[0]._picked(func, args, kwargs)
             if picked is not None:
                 return picked
-
-        def whole(x):
-            if not isinstance(x, Rows):
-                return x
-            return torch.index_copy(x.as_subclass(Tensor), x._axis, x._rows, x._values)
-
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = pytree.tree_map(whole, (tuple(args), kwargs))
+            args, kwargs = pytree.tree_map(lambda x: x._whole() if isinstance(x, Rows) else x, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
 
 _METADATA = frozenset(
-    getattr(attribute, "__get__", attribute) if not callable(attribute) else attribute
-    for attribute in (Tensor.shape, Tensor.dtype, Tensor.ndim, Tensor.device, Tensor.size, Tensor.dim, Tensor.__len__)
+    [vars(Tensor.__base__)[name].__get__ for name in ("shape", "dtype", "ndim", "device")]
+    + [Tensor.size, Tensor.dim, Tensor.__len__]
 )
 
 

@@ -11,12 +11,15 @@ from jax.example_libraries import optimizers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from numpyro_bism import (
+    Amortized,
     BiSM,
     ConcreteBernoulli,
     DenoisingScoreMatching,
     Detached,
     FisherDivergence,
+    Implicit,
     MultiscaleDenoisingScoreMatching,
+    Penalty,
     ScoreMatching,
     SlicedScoreMatching,
     Unrolled,
@@ -267,8 +270,47 @@ def test_stable_update_leaves_all_but_the_key():
     assert int(after.optim_state[0]) == 2
 
 
-def test_a_diverging_inner_loop_ends_in_an_error_that_names_the_cure():
-    bism = BiSM(model, guide, numpyro.optim.SGD(1e-3), DenoisingScoreMatching(0.3), inner_optim=numpyro.optim.SGD(1e3))
+@pytest.mark.parametrize("strategy", [Amortized(), Penalty(optax.linear_schedule(1.0, 100.0, 10))])
+def test_a_strategys_state_is_part_of_the_state(strategy, tmp_path):
+    """Saved as plain arrays, taken up by a new BiSM: the run goes on bit for bit."""
+
+    def fresh():
+        return BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), hypergradient=strategy)
+
+    whole = fresh().run(KEY, 6, X, progress_bar=False)
+    half = fresh().run(KEY, 3, X, progress_bar=False).state
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(half.hypergradient_state))
+    leaves, tree = jax.tree.flatten(half._replace(rng_key=jax.random.key_data(half.rng_key)))
+    np.savez(tmp_path / "state.npz", *leaves)
+    with np.load(tmp_path / "state.npz") as archive:
+        loaded = jax.tree.unflatten(tree, [jnp.asarray(archive[name]) for name in archive.files])
+    loaded = loaded._replace(rng_key=jax.random.wrap_key_data(loaded.rng_key))
+    rest = fresh().run(None, 3, X, progress_bar=False, init_state=loaded)
+    np.testing.assert_array_equal(rest.losses, whole.losses[3:])
+    for a, b in zip(jax.tree.leaves(rest.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_state_of_another_strategy_is_refused():
+    state = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3)).init(KEY, X)
+    for strategy in (Amortized(), Penalty()):
+        bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), hypergradient=strategy)
+        with pytest.raises(ValueError, match=f"another hypergradient than {type(strategy).__name__}"):
+            bism.update(state, X)
+
+
+@pytest.mark.parametrize(
+    "strategy", [Unrolled(5), Amortized(), *[pytest.param(s, marks=pytest.mark.full) for s in (Implicit(), Penalty())]]
+)
+def test_a_diverging_inner_loop_ends_in_an_error_that_names_the_cure(strategy):
+    bism = BiSM(
+        model,
+        guide,
+        numpyro.optim.SGD(1e-3),
+        DenoisingScoreMatching(0.3),
+        inner_optim=numpyro.optim.SGD(1e3),
+        hypergradient=strategy,
+    )
     with pytest.raises(FloatingPointError, match="inner learning rate"):
         bism.run(KEY, 200, X, progress_bar=False)
     losses = bism.run(KEY, 200, X, progress_bar=False, stable_update=True).losses

@@ -36,14 +36,30 @@ START = {
 
 
 class Tape:
-    """Draws that do not depend on who asks: the i-th request of a kind gets the i-th stream of it."""
+    """Draws that do not depend on who asks: the i-th request of a kind gets the i-th stream of it.
+
+    Noise that is used again is told by its key in NumPyro, in Pyro by the random state, which here is the count.
+    """
 
     def __init__(self):
         self.count = 0
+        self.places = {}
 
     def next(self, kind, shape):
-        generator = np.random.default_rng(self.count)
         self.count += 1
+        return self.at(self.count - 1, kind, shape)
+
+    def keyed(self, key, kind, shape):
+        if isinstance(key, jax.core.Tracer):
+            return self.next(kind, shape)
+        name = (np.asarray(jax.random.key_data(key)).tobytes(), kind, tuple(shape))
+        if name not in self.places:
+            self.places[name] = self.count
+            self.count += 1
+        return self.at(self.places[name], kind, shape)
+
+    def at(self, place, kind, shape):
+        generator = np.random.default_rng(place)
         return generator.normal(size=shape) if kind == "normal" else generator.uniform(size=shape)
 
 
@@ -59,10 +75,15 @@ def tapes(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.tensor(ours.next("normal", shape_of(size))))
     standard = "torch.distributions.normal._standard_normal"
     monkeypatch.setattr(standard, lambda shape, dtype, device: torch.tensor(ours.next("normal", shape)))
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), *_, **__: jnp.asarray(theirs.next("normal", shape)))
-    monkeypatch.setattr(
-        jax.random, "uniform", lambda key, shape=(), *_, **__: jnp.asarray(theirs.next("uniform", shape))
-    )
+    for module in (pyro_bism.bism, pyro_bism.hypergradients):
+        monkeypatch.setattr(module, "random_state", lambda: ours.count)
+        monkeypatch.setattr(module, "set_random_state", lambda state: setattr(ours, "count", state))
+    for kind in ("normal", "uniform"):
+
+        def draw(key, shape=(), *_, kind=kind, **__):
+            return jnp.asarray(theirs.keyed(key, kind, shape))
+
+        monkeypatch.setattr(jax.random, kind, draw)
     return ours, theirs
 
 
@@ -166,20 +187,32 @@ INNER = {
     "fisher": lambda infer, bism: bism.FisherDivergence(),
     "enum": lambda infer, bism: infer.TraceEnum_ELBO(max_plate_nesting=2),
 }
+
+
+def unrolled(num_steps):
+    return "Unrolled", {"num_steps": num_steps}
+
+
 CASES = [
-    *[(gaussian, loss, "elbo", 2) for loss in LOSSES],
-    (gaussian, "denoising", "mean-field", 2),
-    (gaussian, "denoising", "fisher", 2),
-    (gaussian, "exact", "fisher", 1),
-    (relaxed, "denoising", "elbo", 2),
-    *[(summed, loss, "enum", 2) for loss in ("exact", "denoising", "denoising-score")],
-    (gaussian, "denoising", "elbo", 0),
-    (gaussian, "denoising", "elbo", 5),
+    *[(gaussian, loss, "elbo", unrolled(2)) for loss in LOSSES],
+    (gaussian, "denoising", "mean-field", unrolled(2)),
+    (gaussian, "denoising", "fisher", unrolled(2)),
+    (gaussian, "exact", "fisher", unrolled(1)),
+    (relaxed, "denoising", "elbo", unrolled(2)),
+    *[(summed, loss, "enum", unrolled(2)) for loss in ("exact", "denoising", "denoising-score")],
+    (gaussian, "denoising", "elbo", unrolled(0)),
+    (gaussian, "denoising", "elbo", unrolled(5)),
+    (gaussian, "denoising", "elbo", ("Implicit", {"num_steps": 4})),
+    (gaussian, "denoising", "fisher", ("Implicit", {"solver": "neumann", "num_steps": 4, "damping": 0.1})),
+    (relaxed, "denoising", "elbo", ("Amortized", {})),
+    (summed, "denoising-score", "enum", ("Amortized", {"step_size": 0.3, "num_steps": 2})),
+    (gaussian, "denoising", "elbo", ("Penalty", {"strength": 10.0})),
+    (summed, "denoising-score", "enum", ("Exact", {})),
 ]
 
 
-@pytest.mark.parametrize(("program", "loss", "inner", "num_unrolled"), CASES)
-def test_same_noise_same_trajectory(tapes, program, loss, inner, num_unrolled):
+@pytest.mark.parametrize(("program", "loss", "inner", "strategy"), CASES)
+def test_same_noise_same_trajectory(tapes, program, loss, inner, strategy):
     x = X[:, None] if program is summed else X
     name, settings = LOSSES[loss]
     steps, rate = 1 if loss == "exact" else 2, 0.01  # exact score matching costs D passes, operation by operation
@@ -189,7 +222,7 @@ def test_same_noise_same_trajectory(tapes, program, loss, inner, num_unrolled):
         getattr(numpyro_bism, name)(**settings),
         inner_loss=INNER[inner](numpyro.infer, numpyro_bism),
         num_inner_steps=2,
-        hypergradient=numpyro_bism.Unrolled(num_unrolled),
+        hypergradient=getattr(numpyro_bism, strategy[0])(**strategy[1]),
     )
     ours = pyro_bism.BiSM(
         *program(Torch),
@@ -197,13 +230,13 @@ def test_same_noise_same_trajectory(tapes, program, loss, inner, num_unrolled):
         getattr(pyro_bism, name)(**settings),
         inner_loss=INNER[inner](pyro.infer, pyro_bism),
         num_inner_steps=2,
-        hypergradient=pyro_bism.Unrolled(num_unrolled),
+        hypergradient=getattr(pyro_bism, strategy[0])(**strategy[1]),
     )
     data = torch.tensor(x)
     ours.evaluate_loss(data)  # parameters and analysis: only the steps themselves are compared
     state = theirs.init(jax.random.key(0), x)
     for tape in tapes:
-        tape.count = 0
+        tape.count, tape.places = 0, {}
     with jax.disable_jit():  # a scan would read the tape once, at tracing
         for _ in range(steps):
             expected = ours.step(data)

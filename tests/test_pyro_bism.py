@@ -13,12 +13,16 @@ from torch.utils import _pytree as pytree
 
 from oracles import central_difference
 from pyro_bism import (
+    Amortized,
     BiSM,
     ConcreteBernoulli,
+    Covariance,
     DenoisingScoreMatching,
     Detached,
     FisherDivergence,
+    Implicit,
     MultiscaleDenoisingScoreMatching,
+    Penalty,
     ScoreMatching,
     SlicedScoreMatching,
     Unrolled,
@@ -338,9 +342,11 @@ def test_loss_is_minimised_at_the_truth(loss):
                 assert wrong.mean() > 5 * error
 
 
-def test_checkpoint_continues_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("strategy", [Unrolled(5), Amortized(), Penalty(lambda step: 10.0 + step)])
+def test_checkpoint_continues_bit_for_bit(tmp_path, strategy):
     def fresh():
-        return BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), DenoisingScoreMatching(0.3))
+        optim = pyro.optim.Adam({"lr": 1e-2})
+        return BiSM(model, guide, optim, DenoisingScoreMatching(0.3), hypergradient=strategy)
 
     x = torch.randn(N, D)
     bism = fresh()
@@ -353,6 +359,62 @@ def test_checkpoint_continues_bit_for_bit(tmp_path):
     later = fresh()
     later.load(tmp_path / "state.pt")
     assert [later.step(x) for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(Amortized(), Unrolled(5)), (Unrolled(5), Penalty())])
+def test_a_state_of_another_strategy_is_refused(saved, loaded):
+    def fresh(strategy):
+        return BiSM(model, guide, pyro.optim.Adam({}), DenoisingScoreMatching(0.3), hypergradient=strategy)
+
+    x, bism = torch.randn(N, D), fresh(saved)
+    bism.step(x)
+    later = fresh(loaded)
+    later.set_state(bism.get_state())
+    with pytest.raises(ValueError, match=f"another hypergradient than {type(loaded).__name__}"):
+        later.step(x)
+
+
+STRATEGIES = [Unrolled(5), Implicit(), Implicit("neumann"), Implicit("nystrom"), Amortized(), Penalty(), Covariance()]
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own word on it comes first
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_diverging_inner_loop_ends_in_an_error_that_names_the_cure(strategy):
+    bism = BiSM(
+        model,
+        guide,
+        pyro.optim.SGD({"lr": 1e-3}),
+        DenoisingScoreMatching(0.3),
+        inner_optim=pyro.optim.SGD({"lr": 1e3}),
+        hypergradient=strategy,
+    )
+    with pytest.raises(FloatingPointError, match="inner learning rate"):
+        for _ in range(200):
+            bism.step(torch.randn(N, D))
+    for name, value in pyro.get_param_store().items():
+        if name in ("w", "b", "s"):
+            assert value.isfinite().all()
+
+
+def test_penaltys_second_guide_leaves_the_first_alone():
+    """Between steps the leaves hold φ and the optimiser φ's state, whatever ψ did; a failure inside changes nothing."""
+    x = torch.randn(N, D)
+    runs = []
+    for strategy in (Detached(), Penalty()):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.9})
+        bism = BiSM(model, guide, optim, DenoisingScoreMatching(0.3), hypergradient=strategy)
+        bism.step(x)
+        phi = bism.pair(x).phi
+        kept = [torch_optimizer(bism.inner_optim, leaf) for leaf in phi.values()]
+        runs.append(([p.detach().clone() for p in phi.values()], [k.state_dict() for k in kept]))
+    (phi, states), (again, same) = runs
+    for a, b in zip(phi, again, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(states, same, strict=True):
+        assert a["param_groups"] == b["param_groups"]
+        assert torch.equal(a["state"][0]["exp_avg"], b["state"][0]["exp_avg"])
 
 
 def flat(x):
