@@ -124,6 +124,9 @@ class record(Messenger):
             msg["value"] = jax.tree.map(lambda x: x, self.given[name])
         elif kind == "plate" and name in self.values:
             msg["value"] = self.values[name]
+        elif kind == "subsample" and isinstance(msg["value"], visible.Rows):
+            # picked already: the plate has nothing left to take
+            msg["value"], msg["kwargs"]["event_dim"] = msg["value"].values, None
         elif kind == "prng_key" and msg["value"] is None:
             msg["value"] = next(self.given_keys, None)
         elif kind == "sample":
@@ -658,20 +661,23 @@ def analyse(
 
 
 def _reads_rows(start: Analysis, batch: visible.Batch) -> bool:
-    """Whether both programs run on arguments that have the plate's rows and no others."""
+    """Whether both programs run, to the same result, on arguments that have the plate's rows and no others."""
     pair = start.pair
     leading = all(leaf.ndim == -s.axis for s in pair.sites for leaf in [batch.leaves[s.leaves[0]]])
     if not (leading and any(site.plate for site in pair.sites)):
         return False
 
     params = pair.params(start.theta, start.phi, start.mutable)
-    lean = replace(batch, reads_rows=True)
+
+    def log_weight(batch):
+        draw, _ = pair.draw(jax.random.key(0), params, batch, batch.v)
+        return pair.log_weight(jax.random.key(0), params, batch, batch.v, draw)
+
     try:
-        draw, _ = pair.draw(jax.random.key(0), params, lean, batch.v)
-        pair.log_weight(jax.random.key(0), params, lean, batch.v, draw)
+        lean = log_weight(replace(batch, reads_rows=True))
     except Exception:  # whatever a program wanted of the argument: it gets the whole array then
         return False
-    return True
+    return bool(jnp.allclose(lean, log_weight(batch)))
 
 
 def resized(pair: Pair, leaves: Sequence[Any], spec: Any) -> Pair | None:

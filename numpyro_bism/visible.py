@@ -83,7 +83,7 @@ class Rows:
 
     def __init__(self, x: Array, rows: Array, values: Array):
         self.shape, self.dtype, self.ndim, self.size = x.shape, x.dtype, x.ndim, x.size
-        self._rows, self._values = rows, values
+        self._rows, self.values = rows, values
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -92,7 +92,7 @@ class Rows:
         first, *rest = index if isinstance(index, tuple) else (index,)
         if first is not self._rows and not self._is_rows(first):
             raise TypeError("other rows than the plate's")
-        return self._values[(slice(None), *rest)] if rest else self._values
+        return self.values[(slice(None), *rest)] if rest else self.values
 
     def _is_rows(self, index: Any) -> bool:
         # an enumerating handler reshapes the indices, so while they are traced their shape has to do

@@ -1,5 +1,7 @@
 """numpyro_bism's hypergradient, losses and errors, in float64."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 import pytest
 from jax.example_libraries import optimizers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from scipy import stats
 
 from numpyro_bism import (
     Amortized,
@@ -468,8 +471,17 @@ def test_a_blind_guide_is_warned_of():
         BiSM(model, blind, numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3)).init(KEY, X)
 
 
-@pytest.mark.parametrize("pick", [lambda x, rows: x[rows], lambda x, rows: numpyro.subsample(x, event_dim=1)])
-def test_subsampled_rows_give_the_score_of_those_rows(pick):
+@pytest.mark.parametrize(
+    ("pick", "reads_rows"),
+    [
+        (lambda x, rows: x[rows], True),
+        (lambda x, rows: numpyro.subsample(x, event_dim=1), True),
+        # what wants more of the data than the rows is given the whole
+        (lambda x, rows: jnp.take(x, rows, axis=0), False),
+        (lambda x, rows: x.at[rows].get(), False),
+    ],
+)
+def test_subsampled_rows_give_the_score_of_those_rows(pick, reads_rows):
     """A plate's N/B is no part of the score: the loss on picked rows is that of those rows alone."""
     full = np.random.default_rng(2).normal(size=(40, D))
 
@@ -481,6 +493,7 @@ def test_subsampled_rows_give_the_score_of_those_rows(pick):
 
     bism = BiSM(subsampled, lambda x: None, numpyro.optim.Adam(1e-3), ScoreMatching())
     pair, batch, theta, phi = prepared(bism, full)
+    assert pair.reads_rows == reads_rows
     ours = pair.outer_loss(KEY, pair.params(theta, phi, None), batch, bism.loss)
     rows = full[batch.indices["data"]]
     assert len(np.unique(batch.indices["data"])) == N
@@ -498,13 +511,15 @@ def test_get_params_before_any_run_says_so():
         np.testing.assert_array_equal(value, fresh.get_params(state)[name])
 
 
-def test_rows_are_drawn_without_replacement_and_every_set_is_as_likely():
+@pytest.mark.parametrize("sizes", [(5, 3), (17, 2)])  # shuffled; drawn again where twice
+def test_rows_are_drawn_without_replacement_and_every_set_is_as_likely(sizes):
     num = 20_000
-    draws = np.sort(jax.vmap(lambda key: _subsample(key, 5, 3))(jax.random.split(KEY, num)), -1)
+    draws = jax.vmap(lambda key: _subsample(key, *sizes))(jax.random.split(KEY, num))
     sets, counts = np.unique(draws, axis=0, return_counts=True)
-    assert len(sets) == 10
-    assert all(len(set(s)) == 3 for s in sets.tolist())
-    assert np.square(counts - num / 10).sum() / (num / 10) < 27.9  # the 99.9 % point of χ² with 9 degrees of freedom
+    total = math.comb(*sizes)
+    assert len(sets) == total
+    assert all(len(set(s)) == sizes[1] for s in sets.tolist())
+    assert np.square(counts - num / total).sum() / (num / total) < stats.chi2.ppf(0.999, total - 1)
 
 
 def subsampling(size):

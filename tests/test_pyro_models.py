@@ -31,6 +31,7 @@ from pyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
+from pyro_bism.visible import Rows
 from test_pyro_bism import (
     OPTIMS,
     D,
@@ -1598,3 +1599,19 @@ def test_a_model_without_latents_needs_no_guide_parameters(strategy, inner_loss)
     torch.testing.assert_close(pair.theta["b"].detach(), x.mean(0))
     assert losses[1] == pytest.approx((0.5 * (x - x.mean(0)) ** 2).sum(-1).mean().item() - D)
     assert bism.info.hypergradient_norm == pytest.approx(0, abs=1e-12)
+
+
+def test_rows_of_a_subsampled_argument_are_read_without_a_copy_and_all_else_sees_them():
+    x, rows, values = torch.randn(10, 3), torch.tensor([4, 1]), torch.randn(2, 3, requires_grad=True)
+    stand_in = Rows.of(x, 0, rows, values)
+    whole = x.index_copy(0, rows, values.detach())
+    assert stand_in[rows] is values and stand_in.index_select(-2, rows) is values
+    torch.testing.assert_close(stand_in[rows, 1:], values[:, 1:])
+    assert stand_in.shape == x.shape and len(stand_in) == 10 and isinstance(stand_in, torch.Tensor)
+    # any other use is of the whole, the rows in it
+    same = [lambda t: t[4], lambda t: t[torch.tensor([4, 1])], lambda t: t @ torch.ones(3, 2), lambda t: 2 * t - 1]
+    same += [lambda t: torch.cat([t, t]), lambda t: t.mean(0), lambda t: torch.nn.functional.linear(t, torch.eye(3))]
+    for use in same:
+        torch.testing.assert_close(use(stand_in), use(whole))
+    (gradient,) = torch.autograd.grad(stand_in.sum(), values)
+    assert torch.equal(gradient, torch.ones(2, 3))

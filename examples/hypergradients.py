@@ -1,0 +1,361 @@
+"""Every hypergradient strategy at several budgets: what it costs, how far off it is, and what it learns.
+
+Two models in NumPyro: the checkerboard's RBM (2 x 4 units), and an RBM of 400 hidden units on the Frey faces (560
+pixels) where their path is given, else on scikit-learn's digits (64 pixels). Each row is a process of its own, so that
+its peak memory is its own:
+
+    python examples/hypergradients.py --data freyface.npz          both tables and the figure, most of an hour
+    python examples/hypergradients.py --model checkerboard --steps 1000 --gradients 100
+
+- *error*: at one common state, trained and its guide fitted, the mean of many gradients against the exact gradient of
+  the marginal's denoising loss, relative to its length; *spread* is how much single gradients scatter around their
+  mean, relative to the same length. Both on one batch.
+- *log-likelihood*, in nats: its exact expectation on the checkerboard; on images that of the held-out ones, noise added
+  (the density that denoising learns), by annealed importance sampling.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from checkerboard import expected_log_likelihood
+from data import checkerboard, digits, frey_faces
+
+STRATEGIES = {
+    "Detached()": ("relaxed", "summed"),
+    "Unrolled(1)": ("summed",),
+    "Unrolled(5)": ("relaxed", "summed"),
+    "Unrolled(20)": ("relaxed", "summed"),
+    "Unrolled(20, memory='recompute')": ("summed",),
+    "Implicit(num_steps=2)": ("summed",),
+    "Implicit(num_steps=5)": ("relaxed", "summed"),
+    "Implicit(num_steps=20)": ("summed",),
+    "Implicit('neumann', 20)": ("summed",),
+    "Implicit('nystrom', 10, damping=1e-3)": ("summed",),
+    "Amortized()": ("relaxed", "summed"),
+    "Amortized(num_steps=3)": ("summed",),
+    "Penalty(10)": ("summed",),
+    "Penalty(100)": ("relaxed", "summed"),
+    "Penalty(1000)": ("summed",),
+    "Covariance(2)": ("relaxed", "summed"),
+    "Covariance(8)": ("summed",),
+    "Exact()": ("summed",),
+}
+ON_FACES = [
+    "Detached()",
+    "Unrolled(5)",
+    "Unrolled(20)",
+    "Unrolled(20, memory='recompute')",
+    "Implicit(num_steps=5)",
+    "Amortized()",
+    "Penalty(100)",
+    "Covariance(2)",
+    "Exact()",
+]
+COLUMNS = ["latents", "strategy", "ms a step", "peak MB", "error", "spread", "log-likelihood"]
+
+
+class Setting:
+    """A model with its data: what differs between the two tables."""
+
+    def __init__(self, name, data=None):
+        self.name = name
+        if name == "checkerboard":
+            self.train = checkerboard(50_000, np.random.default_rng(1234))
+            self.hidden, self.batch, self.sigma, self.steps, self.rate, self.log_s = 4, 100, 0.05, 20_000, 1e-3, 0.0
+        else:
+            split = frey_faces(data) if data else digits()
+            mean = split.train.mean(0)
+            self.train, self.test = split.train - mean, split.test - mean
+            self.hidden, self.batch, self.sigma, self.steps, self.rate, self.log_s = 400, 100, 0.3, 400, 1e-3, -0.7
+        self.visible = self.train.shape[1]
+
+    def title(self):
+        if self.name == "checkerboard":
+            return f"Checkerboard, {self.visible} x {self.hidden} units"
+        kind = "Frey faces" if self.visible == 560 else "Digits"
+        return f"{kind}, {self.visible} x {self.hidden} units"
+
+    def log_likelihood(self, params):
+        if self.name == "checkerboard":
+            return expected_log_likelihood(params)
+        rng = np.random.default_rng(0)
+        noisy = self.test + self.sigma * rng.normal(size=self.test.shape).astype(np.float32)
+        return float((log_p_tilde(params, noisy) - log_normalizer(params, rng)).mean())
+
+
+def log_p_tilde(params, v, beta=1.0):
+    """log Σ_h exp(-E(v, h)) with the hidden units' part tempered by ``beta``."""
+    drive = beta * (params["c"] + v @ params["W"])
+    return -0.5 * np.square((v - params["b"]) * np.exp(-params["log_s"])).sum(-1) + np.logaddexp(0, drive).sum(-1)
+
+
+def log_normalizer(params, rng, num_chains=100, num_temperatures=1000):
+    """Annealed importance sampling (Neal 2001; Salakhutdinov and Murray 2008), block Gibbs between temperatures."""
+    b, c, W, s = params["b"], params["c"], params["W"], np.exp(params["log_s"])
+    betas = np.linspace(0, 1, num_temperatures)
+    v = (b + s * rng.normal(size=(num_chains, len(b)))).astype(np.float32)
+    weight = np.zeros(num_chains)
+    for low, high in itertools.pairwise(betas):
+        weight += log_p_tilde(params, v, high) - log_p_tilde(params, v, low)
+        h = rng.random((num_chains, len(c))) < 1 / (1 + np.exp(-high * (c + v @ W)))
+        v = (b + high * s**2 * (h @ W.T) + s * rng.normal(size=v.shape)).astype(np.float32)
+    start = np.broadcast_to(np.log(s) + 0.5 * np.log(2 * np.pi), b.shape).sum() + len(c) * np.log(2)
+    return start + weight.max() + np.log(np.exp(weight - weight.max()).mean())
+
+
+def programs(setting, latents):
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+
+    from numpyro_bism import ConcreteBernoulli
+
+    d, k = setting.visible, setting.hidden
+
+    def weights(key):
+        return (0.1 if k < 10 else 0.01) * jax.random.normal(key, (d, k))
+
+    def plate(x):
+        size = min(setting.batch, len(x))
+        return numpyro.plate("points", len(x), subsample_size=size if size < len(x) else None, dim=-2)
+
+    def model(x):
+        W, b, c = numpyro.param("W", weights), numpyro.param("b", jnp.zeros(d)), numpyro.param("c", jnp.zeros(k))
+        log_s = numpyro.param("log_s", jnp.full(d if k < 10 else (), setting.log_s))
+        with plate(x) as rows:
+            v = numpyro.sample("v", dist.Normal(0, 1).expand([d]).to_event(1).mask(False), obs=x[rows])
+            numpyro.factor("quadratic", -0.5 * jnp.square((v - b) * jnp.exp(-log_s)).sum(-1))
+            with numpyro.plate("units", k, dim=-1):
+                h = numpyro.sample("h", dist.Bernoulli(0.5).mask(False))
+                numpyro.factor("unit", h * (c + (v @ W).squeeze(-2)))
+
+    def guide(x):
+        W, b = numpyro.param("guide_W", weights), numpyro.param("guide_b", jnp.zeros(k))
+        with plate(x) as rows:
+            logits = b + (x[rows] @ W).squeeze(-2)
+            with numpyro.plate("units", k, dim=-1):
+                if latents == "summed":
+                    numpyro.sample("h", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+                else:
+                    numpyro.sample("h", ConcreteBernoulli(0.1, logits))
+
+    return model, guide
+
+
+def trainer(setting, latents, strategy, optim):
+    import optax
+    from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
+
+    import numpyro_bism
+
+    summed = latents == "summed"
+    return numpyro_bism.BiSM(
+        *programs(setting, latents),
+        optim,
+        loss=numpyro_bism.DenoisingScoreMatching(setting.sigma, average="score" if summed else "loss"),
+        inner_optim=optax.adam(setting.rate, 0.9, 0.95),
+        inner_loss=TraceEnum_ELBO(max_plate_nesting=2) if summed else Trace_ELBO(),
+        hypergradient=eval(strategy, vars(numpyro_bism)),
+    )
+
+
+def tally():
+    """An optimiser that moves nothing; its state is the sum of the gradients and that of their squared lengths."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    def zeros(tree):
+        return jax.tree.map(jnp.zeros_like, tree)
+
+    def update(gradient, state, params=None):
+        total, square = state
+        square = square + sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient))
+        return zeros(gradient), (jax.tree.map(jnp.add, total, gradient), square)
+
+    return optax.GradientTransformation(lambda params: (zeros(params), jnp.zeros(())), update)
+
+
+def exact_gradient(setting, params, v, num=2000):
+    """Of the denoising loss of the marginal's own score, averaged over the noise; and the noise's own error."""
+    import jax
+    import jax.numpy as jnp
+
+    def loss(params, key):
+        noise = jax.random.normal(key, v.shape)
+        u = v + setting.sigma * noise
+        posterior = jax.nn.sigmoid(params["c"] + u @ params["W"])
+        score = -(u - params["b"]) * jnp.exp(-2 * params["log_s"]) + posterior @ params["W"].T
+        return 0.5 * jnp.square(score + noise / setting.sigma).sum(-1).mean()
+
+    step = jax.jit(lambda total, key: jax.tree.map(jnp.add, total, jax.grad(loss)(params, key)))
+    total = jax.tree.map(jnp.zeros_like, params)
+    for key in jax.random.split(jax.random.key(7), num):
+        total = step(total, key)
+    return jax.tree.map(lambda x: np.asarray(x) / num, total)
+
+
+def gradient_error(setting, latents, strategy, common, num):
+    """Bias and spread of ``num`` gradients at a common state, relative to the exact gradient's length."""
+    import jax
+
+    x = setting.train[: setting.batch][:, None]
+    bism = trainer(setting, latents, strategy, tally())
+    start = {k: v for k, v in common.items() if not k.startswith("exact_")}
+    state = bism.init(jax.random.key(5), x, init_params=start)
+    sums = []
+    for _ in range(2):  # what is carried from step to step settles first
+        state = bism.run(None, num, x, init_state=state, progress_bar=False).state
+        _, (_, tallied) = state.optim_state
+        sums.append(jax.tree.map(lambda g: np.asarray(g, np.float64), tallied))
+    (before, square_before), (after, square) = sums
+    exact = {name.removeprefix("exact_"): value for name, value in common.items() if name.startswith("exact_")}
+    mean = {name: (after[name] - before[name]) / num for name in exact}
+    length = np.sqrt(sum(np.square(g).sum() for g in exact.values()))
+    bias = np.sqrt(sum(np.square(mean[name] - exact[name]).sum() for name in exact))
+    scatter = np.sqrt(max((square - square_before) / num - sum(np.square(g).sum() for g in mean.values()), 0))
+    return float(bias / length), float(scatter / length)
+
+
+def train(setting, latents, strategy, steps):
+    """Parameters after ``steps`` steps, and milliseconds a step, compilation apart."""
+    import jax
+    import optax
+
+    bism = trainer(setting, latents, strategy, optax.adam(setting.rate, 0.9, 0.95))
+    x = setting.train[:, None]
+    state, half, seconds = bism.init(jax.random.key(0), x), steps // 2, 0.0
+    for part in range(2):  # two runs of one length: the first compiles
+        start = time.perf_counter()
+        result = bism.run(None, half, x, init_state=state, progress_bar=False)
+        state, seconds = result.state, time.perf_counter() - start
+        assert np.isfinite(result.losses).all(), part
+    return {name: np.asarray(v) for name, v in result.params.items()}, 1e3 * seconds / half
+
+
+def common_state(setting, latents, steps):
+    """Parameters that training meets: half-way through, the guide then fitted further, the model standing still."""
+    import jax
+
+    params, _ = train(setting, latents, "Amortized()", steps)
+    bism = trainer(setting, latents, "Detached()", tally())
+    x = setting.train[: setting.batch][:, None]
+    fitted = bism.run(
+        jax.random.key(1), 400 if setting.hidden < 10 else 60, x, init_params=params, progress_bar=False
+    ).params
+    exact = exact_gradient(setting, {k: fitted[k] for k in ("W", "b", "c", "log_s")}, x[:, 0])
+    return {**{k: np.asarray(v) for k, v in fitted.items()}, **{f"exact_{k}": v for k, v in exact.items()}}
+
+
+def one(args):
+    """One row, in this process; printed as JSON."""
+    setting = Setting(args.model, args.data)
+    steps = args.steps or setting.steps
+    latents, strategy = args.one.split(":", 1)
+    path = args.output / f"common_{setting.name}_{latents}.npz"
+    if strategy == "common":
+        np.savez(path, **common_state(setting, latents, steps // 2))
+        return
+    row = {"latents": latents, "strategy": strategy}
+    try:
+        params, row["ms a step"] = train(setting, latents, strategy, steps)
+        row["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        row["log-likelihood"] = setting.log_likelihood(params)
+    except FloatingPointError:
+        row["log-likelihood"] = float("nan")
+    with np.load(path) as common:
+        num = args.gradients or (5000 if setting.hidden < 10 else 40)
+        row["error"], row["spread"] = gradient_error(setting, latents, strategy, dict(common), num)
+    print("row", json.dumps(row))
+
+
+def rows(args, model):
+    chosen = STRATEGIES if model == "checkerboard" else {name: STRATEGIES[name] for name in ON_FACES}
+    jobs = [(latents, name) for latents in ("relaxed", "summed") for name, ways in chosen.items() if latents in ways]
+    jobs = [(latents, "common") for latents in ("relaxed", "summed")] + jobs
+    found = []
+    for latents, name in tqdm(jobs, desc=model):
+        command = [sys.executable, __file__, "--model", model, "--one", f"{latents}:{name}", "--output", args.output]
+        for option in ("data", "steps", "gradients"):
+            if getattr(args, option):
+                command += [f"--{option}", getattr(args, option)]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("row ")]
+        if name != "common" and not lines:
+            raise RuntimeError(f"{latents} {name} failed:\n{done.stderr[-2000:]}")
+        found += [json.loads(line[4:]) for line in lines]
+    return found
+
+
+def table(found):
+    formats = {"ms a step": ".3g", "peak MB": ".0f", "error": ".2f", "spread": ".2f", "log-likelihood": ".3f"}
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in found:
+        cells = [format(row[c], formats[c]) if c in formats and c in row else str(row.get(c, "-")) for c in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(tables, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(tables), figsize=(6.4 * len(tables), 4.6), layout="constrained", squeeze=False)
+    colours = dict(
+        zip(
+            ["Detached", "Unrolled", "Implicit", "Amortized", "Penalty", "Covariance", "Exact"],
+            "C0 C1 C2 C3 C4 C5 C6".split(),
+            strict=True,
+        )
+    )
+    for axis, (title, found) in zip(axes[0], tables.items(), strict=True):
+        for row in found:
+            kind = row["strategy"].split("(")[0]
+            marker, fill = ("o", colours[kind]) if row["latents"] == "summed" else ("s", "none")
+            axis.plot(row["ms a step"], row["error"], marker, color=colours[kind], markerfacecolor=fill)
+            axis.annotate(
+                row["strategy"], (row["ms a step"], row["error"]), fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
+        axis.set(title=title, xlabel="milliseconds a step", xscale="log", yscale="log")
+    axes[0][0].set_ylabel("error of the mean gradient (filled: summed out, open: relaxed)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["checkerboard", "faces", "both"], default="both")
+    parser.add_argument("--data", default=os.environ.get("BISM_DATA"), help="path of the Frey faces")
+    parser.add_argument("--steps", type=int, help="of training; 20,000 and 400")
+    parser.add_argument("--gradients", type=int, help="how many the error is a mean of; 5,000 and 40")
+    parser.add_argument("--output", type=Path, default=Path("build"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        one(args)
+        return
+    tables = {}
+    for model in ["checkerboard", "faces"] if args.model == "both" else [args.model]:
+        title = Setting(model, args.data).title()
+        tables[title] = rows(args, model)
+        print(f"\n{title}\n\n{table(tables[title])}\n")
+        (args.output / "hypergradients.json").write_text(json.dumps(tables, indent=1))
+    picture(tables, args.output / "hypergradients.png")
+
+
+if __name__ == "__main__":
+    main()
