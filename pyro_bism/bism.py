@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -109,6 +110,7 @@ class BiSM:
         self._inner = divergences.as_inner_loss(inner_loss)
         self._pairs: dict[Any, densities.Pair] = {}
         self._waiting: dict[str, Any] | None = None
+        self._finite: dict[int, tuple[int, int]] = {}
         self._hypergradient_state: Any = None
         self._has_state = False
 
@@ -137,6 +139,9 @@ class BiSM:
             inner_loss, inner_norm = self._fit(pair, batch, phi, buffers, problem)
             with pyro.validation_enabled(False):
                 found = self.hypergradient(problem, self._hypergradient_state)
+        except (FloatingPointError, ValueError):
+            visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
+            raise
         finally:
             buffers.restore()
         norm = _norm(found.gradient)
@@ -235,11 +240,25 @@ class BiSM:
 
     def _prepare(self, args, kwargs) -> tuple[densities.Pair, list[Any], Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        visible.require_finite(leaves, spec)
+        self._require_finite(leaves, spec)
         pair = self._pair(leaves, spec)
         if self._waiting is not None:
             self._take_up()
         return pair, leaves, spec
+
+    def _require_finite(self, leaves: list[Any], spec: Any) -> None:
+        """Looks at a tensor again only when it has changed: a whole data set, subsampled, takes longer than a step."""
+        fresh = {
+            id(leaf): leaf
+            for leaf in leaves
+            if isinstance(leaf, Tensor) and self._finite.get(id(leaf), (None, -1)) != (leaf.data_ptr(), leaf._version)
+        }
+        if fresh:
+            visible.require_finite(leaves, spec)
+        for key, leaf in fresh.items():
+            if key not in self._finite:  # its number may be given to another tensor
+                weakref.finalize(leaf, self._finite.pop, key, None)
+            self._finite[key] = (leaf.data_ptr(), leaf._version)
 
     def pair(self, *args: Any, **kwargs: Any) -> densities.Pair:
         """Model and guide as they run on arguments of this structure; analysed once for each structure."""
@@ -303,8 +322,8 @@ def _same_settings(optim: PyroOptim) -> PyroOptim:
 
 
 def _norm(gradient: Sequence[Tensor | None]) -> float:
-    squares = [g.detach().square().sum() for g in gradient if g is not None]
-    return math.sqrt(sum(squares).item()) if squares else 0.0  # type: ignore[union-attr]
+    norms = [torch.linalg.vector_norm(g.detach()) for g in gradient if g is not None]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])).item() if norms else 0.0
 
 
 def _signature(leaf: Any) -> Any:

@@ -416,7 +416,8 @@ def joint_per_example(sites: Iterable[Site], n: int) -> Tensor:
     What stands outside the batch and is one number for all of it (a penalty on the weights) is left out: it is the
     same for every draw of h; :func:`analyse` has made sure of that.
     """
-    total: Any = sum(per_example(site, n) for site in sites if site.log_prob().dim() > 0)
+    log_probs = ((site.name, site.log_prob()) for site in sites)
+    total: Any = sum(_per_example(name, log_prob, n) for name, log_prob in log_probs if log_prob.dim() > 0)
     return total
 
 
@@ -445,10 +446,13 @@ def per_example(site: Site, n: int) -> Tensor:
 
     :raises ValueError: where the leading dimension is not the batch.
     """
-    log_prob = site.log_prob()
+    return _per_example(site.name, site.log_prob(), n)
+
+
+def _per_example(name: str, log_prob: Tensor, n: int) -> Tensor:
     if log_prob.dim() < 1 or log_prob.shape[0] != n:
         raise ValueError(
-            f"Site '{site.name}' has a log density of shape {tuple(log_prob.shape)}; its leading dimension "
+            f"Site '{name}' has a log density of shape {tuple(log_prob.shape)}; its leading dimension "
             f"is not the batch of {n}, so it can't be told which example it belongs to. Put the "
             "statement inside the data plate, and give factors one entry an example."
         )

@@ -314,9 +314,9 @@ def _conjugate_gradients(product: Product, rhs: Tensor, num_steps: int) -> Solut
         if not bend > 0:
             break
         length = square / bend
-        x, r = x + length * p, r - length * image
+        x, r = x.add(p, alpha=length), r.sub(image, alpha=length)
         previous, square = square, r.dot(r).item()
-        p = r + square / previous * p
+        p = r.add(p, alpha=square / previous)
     return x, r, least
 
 
@@ -334,7 +334,7 @@ def _neumann(product: Product, rhs: Tensor, num_steps: int) -> Solution:
         if not curvature > 0:
             break
         largest = max(largest, math.sqrt(image.dot(image).item() / square))
-        x, r = x + r / largest, r - image / largest
+        x, r = x.add(r, alpha=1 / largest), r.sub(image, alpha=1 / largest)
     return x, r, least
 
 
@@ -399,7 +399,8 @@ class Implicit(Hypergradient):
             x, rest, least = _nystrom(system.hessian, system.rhs, self.num_steps, self.damping)
         else:
             solve = _conjugate_gradients if self.solver == "cg" else _neumann
-            x, rest, least = solve(lambda x: system.hessian(x) + self.damping * x, system.rhs, self.num_steps)
+            product = system.hessian if self.damping == 0 else lambda x: system.hessian(x).add(x, alpha=self.damping)
+            x, rest, least = solve(product, system.rhs, self.num_steps)
             least = least - self.damping
         residual = _ratio(rest.norm().item(), system.rhs.norm().item())
         return Result(system.loss, system.gradient(x), None, residual, least)
@@ -468,7 +469,7 @@ class Amortized(Hypergradient):
             else:
                 gradient, image = system.both(x)
             rest = image - system.rhs
-            x = x - rate * rest
+            x = x.sub(rest, alpha=rate)
         residual = _ratio(rest.norm().item(), norm)
         new = AmortizedState(unflat(x, problem.phi), unflat(d, problem.phi), moments)
         return Result(system.loss, gradient, new, residual, curvature)

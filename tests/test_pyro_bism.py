@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.optim
@@ -11,6 +12,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch.utils import _pytree as pytree
 
+import pyro_bism
 from oracles import central_difference
 from pyro_bism import (
     Amortized,
@@ -419,6 +421,36 @@ def test_penaltys_second_guide_leaves_the_first_alone():
 
 def flat(x):
     return pyro.sample("x", dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False), obs=x)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_nan_written_through_numpy_is_named():
+    """Torch does not see such a change; the step that meets it looks again."""
+    data = np.random.default_rng(0).normal(size=(N, D))
+    x = torch.from_numpy(data)
+    bism = BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), DenoisingScoreMatching(0.3))
+    bism.step(x)
+    before = {k: v.detach().clone() for k, v in pyro.get_param_store().items()}
+    data[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"args\[0\].*\(2, 1\)"):
+        bism.step(x)
+    for name, value in pyro.get_param_store().items():
+        assert torch.equal(value, before[name])
+
+
+def test_data_are_looked_at_once(monkeypatch):
+    looks = []
+    check = pyro_bism.visible.require_finite
+    monkeypatch.setattr(pyro_bism.visible, "require_finite", lambda *a: looks.append(1) or check(*a))
+    x = torch.randn(N, D)
+    bism = BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), DenoisingScoreMatching(0.3))
+    for _ in range(3):
+        bism.step(x)
+    assert len(looks) == 1
+    bism.step(x.clone())
+    x += 1
+    bism.step(x)
+    assert len(looks) == 3
 
 
 def test_nan_is_named_and_nothing_moves():
