@@ -492,7 +492,7 @@ def test_groups_dimensions_and_attributes(backend):
         "average": "loss",
     }
     assert configuration["inner_loss"]["name"] == "Trace_ELBO"
-    assert configuration["hypergradient"] == {"name": "Unrolled", "num_steps": 5}
+    assert configuration["hypergradient"] == {"name": "Unrolled", "num_steps": 5, "memory": "store"}
     assert (configuration["num_inner_steps"], configuration["visible"]) == (5, ["v"])
 
 

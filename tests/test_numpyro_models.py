@@ -791,7 +791,7 @@ def many_latents_guide(x):
         numpyro.sample("level", dist.Categorical(logits=logits), infer=summed)
 
 
-@pytest.mark.parametrize("average", ["score", "loss"])
+@pytest.mark.parametrize("average", [pytest.param("score", marks=pytest.mark.full), "loss"])
 def test_latents_of_every_kind_in_one_model(average):
     """Against the same energy by hand at the same draws, bits and classes summed over all configurations."""
     x = data()[:, None]
@@ -1023,7 +1023,10 @@ AUTO = {
 }
 
 
-@pytest.mark.parametrize("kind", AUTO)
+HEAVY = ("AutoMultivariateNormal", "AutoIAFNormal")  # to compile
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.full] if k in HEAVY else []) for k in AUTO])
 def test_gradients_through_autoguides(kind):
     p = problem(param_model, AUTO[kind](param_model), data(), loss=DenoisingScoreMatching(0.3, average="score"))
     check_gradients(p)
