@@ -374,8 +374,9 @@ def _attributes(bism: BiSM, visible_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _settings(thing: Any) -> dict[str, Any]:
-    """A loss or a strategy as its class's name and its numbers."""
-    settings = {f.name: getattr(thing, f.name) for f in _fields(thing)}
+    """A loss or a strategy as its class's name and its numbers; a schedule, a function, by its name."""
+    values = {f.name: getattr(thing, f.name) for f in _fields(thing)}
+    settings = {k: getattr(v, "__qualname__", type(v).__name__) if callable(v) else v for k, v in values.items()}
     if not settings and hasattr(thing, "num_particles"):  # a host ELBO
         settings = {"num_particles": thing.num_particles}
     return {"name": type(thing).__name__, **settings}

@@ -4,6 +4,7 @@ The tests see a package only through its ``Backend``: NumPy arrays in, what Arvi
 """
 
 import json
+import math
 
 import arviz as az
 import jax
@@ -684,3 +685,8 @@ def test_a_saved_state_is_taken_up(tmp_path):
 def test_only_a_bism_is_read():
     with pytest.raises(ValueError, match="got SVI"):
         pyro_bism.to_arviz(pyro.infer.SVI(smooth, smooth, pyro.optim.Adam({}), pyro.infer.Trace_ELBO()))
+
+
+def test_a_schedule_is_named_in_the_configuration():
+    settings = pyro_bism.diagnostics._settings(pyro_bism.Penalty(strength=math.sqrt))
+    assert settings == {"name": "Penalty", "strength": "sqrt"}
