@@ -5,6 +5,7 @@ With ``Unrolled(5)`` the exact log-likelihood comes close to what the exact marg
 
     python examples/checkerboard.py                              NumPyro, Unrolled(5), 100,000 steps
     python examples/checkerboard.py --hypergradient detached
+    python examples/checkerboard.py --hypergradient amortized --steps 50000
     python examples/checkerboard.py --backend pyro --steps 5000
     python examples/checkerboard.py --latents summed             summed out instead of relaxed
 """
@@ -20,10 +21,11 @@ from data import checkerboard, grbm_log_likelihood
 
 VISIBLE, HIDDEN, BATCH_SIZE, SIGMA, TEMPERATURE = 2, 4, 100, 0.05, 0.1
 RATE, BETAS = 1e-3, (0.9, 0.95)
+STRATEGIES = ["Unrolled", "Detached", "Amortized", "Implicit", "Penalty", "Covariance", "Exact"]
 ENTROPY_BOUND = np.log(2)  # half of the unit square, uniformly
 
 
-def train_numpyro(x, hypergradient, summed, steps, seed):
+def train_numpyro(x, strategy, settings, summed, steps, seed):
     """Parameters after ``steps`` steps, and the seconds that they took."""
     import jax
     import jax.numpy as jnp
@@ -32,7 +34,8 @@ def train_numpyro(x, hypergradient, summed, steps, seed):
     import optax
     from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
 
-    from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, Detached, Unrolled
+    import numpyro_bism
+    from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching
 
     def weights(key):
         return 0.1 * jax.random.normal(key, (VISIBLE, HIDDEN))
@@ -67,21 +70,22 @@ def train_numpyro(x, hypergradient, summed, steps, seed):
         optax.adam(RATE, *BETAS),
         loss=DenoisingScoreMatching(SIGMA, average="score" if summed else "loss"),
         inner_loss=TraceEnum_ELBO(max_plate_nesting=2) if summed else Trace_ELBO(),
-        hypergradient=Detached() if hypergradient == 0 else Unrolled(hypergradient),
+        hypergradient=getattr(numpyro_bism, strategy)(*settings),
     )
     start = time.perf_counter()
     result = bism.run(jax.random.key(seed), steps, x[:, None])
     return {name: np.asarray(result.params[name]) for name in ("W", "b", "c", "log_s")}, time.perf_counter() - start
 
 
-def train_pyro(x, hypergradient, summed, steps, seed):
+def train_pyro(x, strategy, settings, summed, steps, seed):
     """Parameters after ``steps`` steps, and the seconds that they took."""
     import pyro
     import pyro.distributions as dist
     import torch
     from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
-    from pyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, Detached, Unrolled
+    import pyro_bism
+    from pyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching
 
     pyro.set_rng_seed(seed)
     pyro.clear_param_store()
@@ -115,7 +119,7 @@ def train_pyro(x, hypergradient, summed, steps, seed):
         pyro.optim.Adam({"lr": RATE, "betas": BETAS}),
         loss=DenoisingScoreMatching(SIGMA, average="score" if summed else "loss"),
         inner_loss=TraceEnum_ELBO(max_plate_nesting=2) if summed else Trace_ELBO(),
-        hypergradient=Detached() if hypergradient == 0 else Unrolled(hypergradient),
+        hypergradient=getattr(pyro_bism, strategy)(*settings),
     )
     data = torch.from_numpy(x[:, None])
     start = time.perf_counter()
@@ -160,18 +164,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["numpyro", "pyro"], default="numpyro")
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--hypergradient", default="unrolled", choices=["unrolled", "detached"])
+    parser.add_argument("--hypergradient", default="unrolled", choices=[name.lower() for name in STRATEGIES])
     parser.add_argument("--unroll", type=int, default=5, metavar="N", help="N of Unrolled(N)")
     parser.add_argument("--latents", choices=["relaxed", "summed"], default="relaxed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/checkerboard.png"))
     args = parser.parse_args()
     x = checkerboard(50_000, np.random.default_rng(1234))
-    num_unrolled = args.unroll if args.hypergradient == "unrolled" else 0
+    strategy = next(name for name in STRATEGIES if name.lower() == args.hypergradient)
+    settings = (args.unroll,) if strategy == "Unrolled" else ()
     train = {"numpyro": train_numpyro, "pyro": train_pyro}[args.backend]
-    params, seconds = train(x, num_unrolled, args.latents == "summed", args.steps, args.seed)
+    params, seconds = train(x, strategy, settings, args.latents == "summed", args.steps, args.seed)
     value = expected_log_likelihood(params)
-    name = f"Unrolled({num_unrolled})" if num_unrolled else "Detached()"
+    name = f"{strategy}({args.unroll if settings else ''})"
     picture(params, x, f"{name}: {value:.3f} nats", args.output)
     print(f"{args.backend}, {name}, {args.latents} latents, {args.steps:,} steps, {seconds:.0f} s")
     print(f"expected log-likelihood {value:.3f} nats (no density can have more than {ENTROPY_BOUND:.3f})")

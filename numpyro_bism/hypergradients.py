@@ -24,7 +24,7 @@ __all__ = ["Amortized", "Covariance", "Detached", "Exact", "Implicit", "Penalty"
 
 FUSED_STEPS = 5
 MEMORY = 0.99  # of Amortized's running sums, a step
-FRACTION = 0.1  # Amortized's rate, of the greatest stable one's half: noise averages out over some ten steps
+FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
 
 
 def fused(num_steps: int) -> int:
