@@ -4,7 +4,7 @@ Two models in NumPyro: the checkerboard's RBM (2 x 4 units), and an RBM of 400 h
 pixels) where their path is given, else on scikit-learn's digits (64 pixels). Each row is a process of its own, so that
 its peak memory is its own:
 
-    python examples/hypergradients.py --data freyface.npz          both tables and the figure, most of an hour
+    python examples/hypergradients.py --data freyface.npz          both tables and the figure, about two hours
     python examples/hypergradients.py --model checkerboard --steps 1000 --gradients 100
 
 - *error*: at one common state, trained and its guide fitted, the mean of many gradients against the exact gradient of
@@ -228,6 +228,43 @@ def gradient_error(setting, latents, strategy, common, num):
     return float(bias / length), float(scatter / length)
 
 
+def inner_noise(setting, latents, common, num=400):
+    """How the Hessian and the gradient of the inner loss scatter over draws of noise, at the common state."""
+    import jax
+    from jax.flatten_util import ravel_pytree
+
+    from numpyro_bism import divergences
+    from numpyro_bism.visible import flatten
+
+    x = setting.train[: setting.batch][:, None]
+    bism = trainer(setting, latents, "Detached()", tally())
+    start = {k: v for k, v in common.items() if not k.startswith("exact_")}
+    state = bism.init(jax.random.key(5), x, init_params=start)
+    leaves, spec = flatten((x,), {})
+    pair = bism.pair(leaves, spec)
+    batch = pair.batch(jax.random.key(0), leaves, spec)
+    theta, phi = bism.optim.get_params(state.optim_state), bism.inner_optim.get_params(state.inner_optim_state)
+    flat, unravel = ravel_pytree(phi)
+
+    def inner(key, phi):
+        params = pair.params(theta, unravel(phi), None)
+        return divergences.of(key, bism.loss, bism._inner, pair, params, batch)
+
+    keys = jax.random.split(jax.random.key(1), num)
+    hessians = np.asarray(jax.lax.map(lambda key: jax.hessian(inner, 1)(key, flat), keys))
+    gradients = np.asarray(jax.lax.map(lambda key: jax.grad(inner, 1)(key, flat), keys))
+    mean = hessians.mean(0)
+    values, vectors = np.linalg.eigh(mean)
+    rates = setting.rate / np.sqrt(np.square(gradients).mean(0)) * np.diag(mean)
+    scatter = np.sqrt(np.square((hessians - mean) @ vectors[:, -1]).sum(-1).mean())
+    negative = (np.linalg.eigvalsh(hessians)[:, 0] < 0).mean()
+    return (
+        f"{latents}: the mean Hessian's eigenvalues {values[0]:.3g} to {values[-1]:.3g}, scatter along the last "
+        f"{scatter:.2g}; {negative:.0%} of single draws have a negative one; one step of Adam solves "
+        f"{rates.min():.2g} to {rates.max():.2g} of the linear system"
+    )
+
+
 def train(setting, latents, strategy, steps):
     """Parameters after ``steps`` steps, and milliseconds a step, compilation apart."""
     import jax
@@ -265,7 +302,10 @@ def one(args):
     latents, strategy = args.one.split(":", 1)
     path = args.output / f"common_{setting.name}_{latents}.npz"
     if strategy == "common":
-        np.savez(path, **common_state(setting, latents, steps // 2))
+        common = common_state(setting, latents, steps // 2)
+        np.savez(path, **common)
+        if setting.hidden < 10:
+            print("noise", inner_noise(setting, latents, common))
         return
     row = {"latents": latents, "strategy": strategy}
     try:
@@ -275,7 +315,7 @@ def one(args):
     except FloatingPointError:
         row["log-likelihood"] = float("nan")
     with np.load(path) as common:
-        num = args.gradients or (5000 if setting.hidden < 10 else 40)
+        num = args.gradients or (50_000 if setting.hidden < 10 else 400)
         row["error"], row["spread"] = gradient_error(setting, latents, strategy, dict(common), num)
     print("row", json.dumps(row))
 
@@ -299,9 +339,11 @@ def rows(args, model):
         lines = [line for line in done.stdout.splitlines() if line.startswith("row ")]
         if done.returncode or not (lines or name == "common"):
             raise RuntimeError(f"{job} failed:\n{done.stderr[-2000:]}")
-        found[job] = json.loads(lines[0][4:]) if lines else {}
+        found[job] = json.loads(lines[0][4:]) if lines else {"noise": done.stdout.partition("noise ")[2].strip()}
         kept.write_text(json.dumps(found, indent=1))
-    return [row for row in found.values() if row]
+    return [row for row in found.values() if "strategy" in row], [
+        row["noise"] for row in found.values() if row.get("noise")
+    ]
 
 
 def table(found):
@@ -346,7 +388,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["checkerboard", "faces", "both"], default="both")
     parser.add_argument("--data", default=os.environ.get("BISM_DATA"), help="path of the Frey faces")
     parser.add_argument("--steps", type=int, help="of training; 20,000 and 400")
-    parser.add_argument("--gradients", type=int, help="how many the error is a mean of; 5,000 and 40")
+    parser.add_argument("--gradients", type=int, help="how many the error is a mean of; 50,000 and 400")
     parser.add_argument("--output", type=Path, default=Path("build"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -357,8 +399,8 @@ def main() -> None:
     tables = {}
     for model in ["checkerboard", "faces"] if args.model == "both" else [args.model]:
         title = Setting(model, args.data).title()
-        tables[title] = rows(args, model)
-        print(f"\n{title}\n\n{table(tables[title])}\n")
+        tables[title], noise = rows(args, model)
+        print("\n".join([f"\n{title}\n", table(tables[title]), "", *noise]))
     picture(tables, args.output / "hypergradients.png")
 
 
