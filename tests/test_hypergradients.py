@@ -36,7 +36,7 @@ rng = np.random.default_rng(0)
 class LinearGaussian:
     """log p̃ = -½ vᵀAv + vᵀWh - ½ hᵀdiag(eᵍ)h + bᵀv + cᵀh; the guide N(Mv + m, diag(e²ˢ)) can be its posterior."""
 
-    D, inner, x_shape, rate = 3, "FisherDivergence", (), 0.2
+    D, inner, x_shape, rate, to_fit = 3, "FisherDivergence", (), 0.2, 600
     theta = {
         "A": np.array([[1.5, 0.2, -0.1], [0.2, 1.2, 0.3], [-0.1, 0.3, 1.8]]),
         "W": 0.5 * rng.normal(size=(3, 2)),
@@ -83,7 +83,7 @@ class LinearGaussian:
 class RBM:
     """The checkerboard's Gaussian-Bernoulli RBM, hidden units summed out."""
 
-    D, inner, x_shape, rate = 2, "TraceEnum_ELBO", (1,), 4.0
+    D, inner, x_shape, rate, to_fit = 2, "TraceEnum_ELBO", (1,), 4.0, 300
     theta = {
         "W": 2 * rng.normal(size=(2, 4)),
         "b": rng.normal(size=2),
@@ -474,7 +474,7 @@ def test_penaltys_error_falls_as_one_over_its_strength(host, case):
     for strength in (1e3, 1e4):
         problem = at_posterior(host, MODELS[case], ("Penalty", {"strength": strength}))
         problem.freeze()
-        errors.append(error(problem.call(num_fit=300)[0], problem.exact()))
+        errors.append(error(problem.call(num_fit=MODELS[case].to_fit)[0], problem.exact()))
     np.testing.assert_allclose(np.log10(errors[1] / errors[0]), -1, atol=0.1)
 
 
