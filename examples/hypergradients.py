@@ -188,7 +188,7 @@ def tally():
 
 
 def exact_gradient(setting, params, v, num=2000):
-    """Of the denoising loss of the marginal's own score, averaged over the noise; and the noise's own error."""
+    """Of the denoising loss of the marginal's own score, averaged over ``num`` draws of the noise."""
     import jax
     import jax.numpy as jnp
 
@@ -206,14 +206,21 @@ def exact_gradient(setting, params, v, num=2000):
     return jax.tree.map(lambda x: np.asarray(x) / num, total)
 
 
-def gradient_error(setting, latents, strategy, common, num):
-    """Bias and spread of ``num`` gradients at a common state, relative to the exact gradient's length."""
+def at_common_state(setting, latents, strategy, common):
+    """A BiSM that moves only φ, its state there, and the batch."""
     import jax
 
     x = setting.train[: setting.batch][:, None]
     bism = trainer(setting, latents, strategy, tally())
     start = {k: v for k, v in common.items() if not k.startswith("exact_")}
-    state = bism.init(jax.random.key(5), x, init_params=start)
+    return bism, bism.init(jax.random.key(5), x, init_params=start), x
+
+
+def gradient_error(setting, latents, strategy, common, num):
+    """Bias and spread of ``num`` gradients at a common state, relative to the exact gradient's length."""
+    import jax
+
+    bism, state, x = at_common_state(setting, latents, strategy, common)
     sums = []
     for _ in range(2):  # what is carried from step to step settles first
         state = bism.run(None, num, x, init_state=state, progress_bar=False).state
@@ -236,10 +243,7 @@ def inner_noise(setting, latents, common, num=400):
     from numpyro_bism import divergences
     from numpyro_bism.visible import flatten
 
-    x = setting.train[: setting.batch][:, None]
-    bism = trainer(setting, latents, "Detached()", tally())
-    start = {k: v for k, v in common.items() if not k.startswith("exact_")}
-    state = bism.init(jax.random.key(5), x, init_params=start)
+    bism, state, x = at_common_state(setting, latents, "Detached()", common)
     leaves, spec = flatten((x,), {})
     pair = bism.pair(leaves, spec)
     batch = pair.batch(jax.random.key(0), leaves, spec)

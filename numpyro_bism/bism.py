@@ -267,29 +267,16 @@ class BiSM:
         rng_key, key_batch, key_inner, key_moved, key_outer = jax.random.split(state.rng_key, 5)
         batch = pair.batch(key_batch, leaves, spec)
 
-        def inner(key, theta, phi):
-            return divergences.of(key, self.loss, self._inner, pair, pair.params(theta, phi, mutable), batch)
-
-        def outer(key, theta, phi):
-            return pair.outer_loss(key, pair.params(theta, phi, mutable), batch, self.loss)
+        keys = jax.random.split(key_inner, self.num_inner_steps)
+        problem = self._problem(pair, batch, mutable, keys)
 
         def fit(inner_state, key):
             """One kept inner step."""
             phi = self.inner_optim.get_params(inner_state)
-            loss, gradient = jax.value_and_grad(inner, argnums=2)(key, theta, phi)
+            loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
             return self.inner_optim.update(gradient, inner_state, value=loss), (loss, _norm(gradient))
 
-        def surrogate(estimate):
-            """A loss that needs θ a second time, as numbers: what it does not differentiate."""
-
-            def value(key, theta, phi, *settings):
-                fixed = pair.params(jax.lax.stop_gradient(theta), phi, mutable)
-                return estimate(key, pair.params(theta, phi, mutable), fixed, batch, self.loss, *settings)
-
-            return value
-
         inner_state = state.inner_optim_state
-        keys = jax.random.split(key_inner, self.num_inner_steps)
         if self.num_inner_steps:
             inner_state, (inner_losses, inner_norms) = jax.lax.scan(
                 fit, inner_state, keys, unroll=fused(self.num_inner_steps)
@@ -303,9 +290,6 @@ class BiSM:
                 f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
                 "what that one carries from step to step, or has more. Take the state of this BiSM's init() or run()."
             )
-        problem = Bilevel(
-            outer, inner, surrogate(pair.posterior_loss), surrogate(pair.covariance_loss), self.inner_optim, keys
-        )
         found = self.hypergradient(key_outer, problem, theta, inner_state, state.hypergradient_state)
         loss, gradient, norm = found.loss, found.gradient, _norm(found.gradient)
         if mutable is not None:
@@ -316,6 +300,25 @@ class BiSM:
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(inner_norms).all()
         optim_state = self.optim.update(gradient, state.optim_state, value=loss)
         return BiSMState(optim_state, inner_state, mutable, found.state, rng_key, info), info.outer_loss, finite
+
+    def _problem(self, pair: densities.Pair, batch: Any, mutable: Any, inner_keys: Any) -> Bilevel:
+        def outer(key, theta, phi):
+            return pair.outer_loss(key, pair.params(theta, phi, mutable), batch, self.loss)
+
+        def inner(key, theta, phi):
+            return divergences.of(key, self.loss, self._inner, pair, pair.params(theta, phi, mutable), batch)
+
+        def surrogate(estimate):
+            """A loss that needs θ a second time, as numbers: what it does not differentiate."""
+
+            def value(key, theta, phi, *settings):
+                fixed = pair.params(jax.lax.stop_gradient(theta), phi, mutable)
+                return estimate(key, pair.params(theta, phi, mutable), fixed, batch, self.loss, *settings)
+
+            return value
+
+        posterior, covariance = surrogate(pair.posterior_loss), surrogate(pair.covariance_loss)
+        return Bilevel(outer, inner, posterior, covariance, self.inner_optim, inner_keys)
 
     def _loop(self, leaves: Sequence[Any], spec: Any, stable: bool) -> tuple[Callable, list[Array]]:
         """The compiled loop for arguments of this structure, kept between calls of ``run``; and its arrays."""

@@ -213,46 +213,32 @@ Product = Callable[[Array], Array]
 Solution = tuple[Array, Array, Array]
 
 
-def _conjugate_gradients(product: Product, rhs: Array, num_steps: int) -> Solution:
-    """Stops where the curvature is not positive, as Newton-CG does (Nocedal and Wright 2006, section 7.1)."""
+def _descended(product: Product, rhs: Array, num_steps: int, conjugate: bool) -> Solution:
+    """x ← x + α p from x = 0, stopped where the curvature along p is not positive.
+
+    Conjugate gradients, stopped as in Newton-CG (Nocedal and Wright 2006, section 7.1); or the Neumann series, p the
+    residual itself and α the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds.
+    """
     tiny = jnp.square(jnp.finfo(rhs.dtype).eps) * rhs.dot(rhs)
 
     def goes_on(carry):
-        i, _, r, _, least = carry
+        i, _, r, _, _, least = carry
         return (i < num_steps) & (r.dot(r) > tiny) & (least > 0)
 
     def step(carry):
-        i, x, r, p, least = carry
+        i, x, r, p, largest, least = carry
         image = product(p)
         curvature = p.dot(image) / p.dot(p)
-        length = jnp.where(curvature > 0, r.dot(r) / p.dot(image), 0.0)
+        largest = jnp.maximum(largest, jnp.sqrt(image.dot(image) / p.dot(p)))
+        length = r.dot(r) / p.dot(image) if conjugate else 1 / largest
+        length = jnp.where(curvature > 0, length, 0.0)
         rest = r - length * image
-        p_next = rest + rest.dot(rest) / r.dot(r) * p
-        return i + 1, x + length * p, rest, p_next, jnp.minimum(least, curvature)
+        p_next = rest + rest.dot(rest) / r.dot(r) * p if conjugate else rest
+        return i + 1, x + length * p, rest, p_next, largest, jnp.minimum(least, curvature)
 
-    start = (0, jnp.zeros_like(rhs), rhs, rhs, jnp.full((), jnp.inf, rhs.dtype))
-    _, x, r, _, least = jax.lax.while_loop(goes_on, step, start)
-    return x, r, least
-
-
-def _neumann(product: Product, rhs: Array, num_steps: int) -> Solution:
-    """x ← x + α (b - A x); α is the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds."""
-    tiny = jnp.square(jnp.finfo(rhs.dtype).eps) * rhs.dot(rhs)
-
-    def goes_on(carry):
-        i, _, r, _, least = carry
-        return (i < num_steps) & (r.dot(r) > tiny) & (least > 0)
-
-    def step(carry):
-        i, x, r, largest, least = carry
-        image = product(r)
-        curvature = r.dot(image) / r.dot(r)
-        largest = jnp.maximum(largest, jnp.sqrt(image.dot(image) / r.dot(r)))
-        length = jnp.where(curvature > 0, 1 / largest, 0.0)
-        return i + 1, x + length * r, r - length * image, largest, jnp.minimum(least, curvature)
-
-    start = (0, jnp.zeros_like(rhs), rhs, jnp.zeros((), rhs.dtype), jnp.full((), jnp.inf, rhs.dtype))
-    _, x, r, _, least = jax.lax.while_loop(goes_on, step, start)
+    nothing, infinite = jnp.zeros((), rhs.dtype), jnp.full((), jnp.inf, rhs.dtype)
+    start = (0, jnp.zeros_like(rhs), rhs, rhs, nothing, infinite)
+    _, x, r, _, _, least = jax.lax.while_loop(goes_on, step, start)
     return x, r, least
 
 
@@ -324,8 +310,7 @@ class Implicit(Hypergradient):
         if self.solver == "nystrom":
             x, rest, least = _nystrom(key_sketch, hessian, system.rhs, self.num_steps, self.damping)
         else:
-            solve = _conjugate_gradients if self.solver == "cg" else _neumann
-            x, rest, least = solve(damped, system.rhs, self.num_steps)
+            x, rest, least = _descended(damped, system.rhs, self.num_steps, conjugate=self.solver == "cg")
             least = least - self.damping
         gradient = jax.tree.map(jnp.subtract, system.direct, system.products(x)[0])
         residual = _ratio(jnp.linalg.norm(rest), jnp.linalg.norm(system.rhs))

@@ -111,8 +111,8 @@ class BiSM:
         self._pairs: dict[Any, densities.Pair] = {}
         self._waiting: dict[str, Any] | None = None
         self._finite: dict[int, tuple[int, int]] = {}
-        self._hypergradient_state: Any = None
-        self._has_state = False
+        # what the hypergradient carries from step to step, in a tuple; None before the first
+        self._carried: tuple[Any] | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One outer update.
@@ -127,18 +127,12 @@ class BiSM:
         batch = pair.batch(leaves, spec)
         buffers = _Buffers(pair.buffers)
         problem = self._problem(pair, batch, theta, phi)
-        fresh = self.hypergradient.init(problem)
-        if not self._has_state:
-            self._hypergradient_state, self._has_state = fresh, True
-        elif type(fresh) is not type(self._hypergradient_state):
-            raise ValueError(
-                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
-                "what that one carries from step to step, or has more."
-            )
+        if self._carried is None:
+            self._carried = (self.hypergradient.init(phi),)
         try:
             inner_loss, inner_norm = self._fit(pair, batch, phi, buffers, problem)
             with pyro.validation_enabled(False):
-                found = self.hypergradient(problem, self._hypergradient_state)
+                found = self.hypergradient(problem, *self._carried)
         except (FloatingPointError, ValueError):
             visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
             raise
@@ -152,7 +146,7 @@ class BiSM:
                 "If inner_grad_norm grows from step to step, the inner learning rate is too high: lower it in "
                 f"inner_optim. Otherwise {self.hypergradient.cure}."
             )
-        self._hypergradient_state = found.state
+        self._carried = (found.state,)
         descend(self.optim, theta, found.gradient)
         return self.info.outer_loss
 
@@ -211,7 +205,7 @@ class BiSM:
             "buffers": [b.clone() for b in self._buffers()],
             "optim": copy.deepcopy(self.optim.get_state()),
             "inner_optim": copy.deepcopy(self.inner_optim.get_state()),
-            "hypergradient": copy.deepcopy((self._has_state, self._hypergradient_state)),
+            "hypergradient": copy.deepcopy(self._carried),
             "rng": random_state(),
         }
 
@@ -296,6 +290,13 @@ class BiSM:
                 f"The state has parameters {missing}, which model and guide have not created. Was it saved from "
                 "another model?"
             )
+        carried = state["hypergradient"]
+        fresh = self.hypergradient.init(list(next(reversed(self._pairs.values())).phi.values()))
+        if carried is not None and type(carried[0]) is not type(fresh):
+            raise ValueError(
+                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
+                "what that one carries from step to step, or has more."
+            )
         with torch.no_grad():
             for name, value in state["params"].items():
                 store._params[name].copy_(value)
@@ -310,7 +311,7 @@ class BiSM:
                     obj.load_state_dict(values["scheduler"])
                 else:
                     obj.load_state_dict(values)
-        self._has_state, self._hypergradient_state = state["hypergradient"]
+        self._carried = carried
         set_random_state(state["rng"])
 
 

@@ -91,7 +91,7 @@ class Hypergradient(Protocol):
         """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
         return
 
-    def init(self, problem: Bilevel) -> Any:
+    def init(self, phi: Sequence[Tensor]) -> Any:
         """The state before the first step; None if there is none."""
         return None
 
@@ -300,41 +300,29 @@ Product = Callable[[Tensor], Tensor]
 Solution = tuple[Tensor, Tensor, float]
 
 
-def _conjugate_gradients(product: Product, rhs: Tensor, num_steps: int) -> Solution:
-    """Stops where the curvature is not positive, as Newton-CG does (Nocedal and Wright 2006, section 7.1)."""
-    x, r, p, least = torch.zeros_like(rhs), rhs, rhs, math.inf
+def _descended(product: Product, rhs: Tensor, num_steps: int, conjugate: bool) -> Solution:
+    """x ← x + α p from x = 0, stopped where the curvature along p is not positive.
+
+    Conjugate gradients, stopped as in Newton-CG (Nocedal and Wright 2006, section 7.1); or the Neumann series, p the
+    residual itself and α the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds.
+    """
+    x, r, p, least, largest = torch.zeros_like(rhs), rhs, rhs, math.inf, 0.0
     square = r.dot(r).item()
     tiny = torch.finfo(rhs.dtype).eps ** 2 * square
     for _ in range(num_steps):
         if not square > tiny:
             break
         image = product(p)
-        bend = p.dot(image).item()
-        least = min(least, bend / p.dot(p).item())
+        bend, extent = p.dot(image).item(), p.dot(p).item()
+        least = min(least, bend / extent)
         if not bend > 0:
             break
-        length = square / bend
+        if not conjugate:
+            largest = max(largest, math.sqrt(image.dot(image).item() / extent))
+        length = square / bend if conjugate else 1 / largest
         x, r = x.add(p, alpha=length), r.sub(image, alpha=length)
         previous, square = square, r.dot(r).item()
-        p = r.add(p, alpha=square / previous)
-    return x, r, least
-
-
-def _neumann(product: Product, rhs: Tensor, num_steps: int) -> Solution:
-    """x ← x + α (b - A x); α is the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds."""
-    x, r, least, largest = torch.zeros_like(rhs), rhs, math.inf, 0.0
-    tiny = torch.finfo(rhs.dtype).eps ** 2 * rhs.dot(rhs).item()
-    for _ in range(num_steps):
-        square = r.dot(r).item()
-        if not square > tiny:
-            break
-        image = product(r)
-        curvature = r.dot(image).item() / square
-        least = min(least, curvature)
-        if not curvature > 0:
-            break
-        largest = max(largest, math.sqrt(image.dot(image).item() / square))
-        x, r = x.add(r, alpha=1 / largest), r.sub(image, alpha=1 / largest)
+        p = r.add(p, alpha=square / previous) if conjugate else r
     return x, r, least
 
 
@@ -398,9 +386,8 @@ class Implicit(Hypergradient):
         if self.solver == "nystrom":
             x, rest, least = _nystrom(system.hessian, system.rhs, self.num_steps, self.damping)
         else:
-            solve = _conjugate_gradients if self.solver == "cg" else _neumann
             product = system.hessian if self.damping == 0 else lambda x: system.hessian(x).add(x, alpha=self.damping)
-            x, rest, least = solve(product, system.rhs, self.num_steps)
+            x, rest, least = _descended(product, system.rhs, self.num_steps, conjugate=self.solver == "cg")
             least = least - self.damping
         residual = _ratio(rest.norm().item(), system.rhs.norm().item())
         return Result(system.loss, system.gradient(x), None, residual, least)
@@ -442,8 +429,8 @@ class Amortized(Hypergradient):
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
 
-    def init(self, problem: Bilevel) -> AmortizedState:
-        zeros = [torch.zeros_like(p) for p in problem.phi]
+    def init(self, phi: Sequence[Tensor]) -> AmortizedState:
+        zeros = [torch.zeros_like(p) for p in phi]
         return AmortizedState(zeros, zeros, (0.0, 0.0))
 
     def __call__(self, problem: Bilevel, state: AmortizedState) -> Result:
@@ -510,8 +497,8 @@ class Penalty(Hypergradient):
         if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
             raise ValueError(f"strength must be positive and finite, or a function of the step, got {self.strength}.")
 
-    def init(self, problem: Bilevel) -> PenaltyState:
-        return PenaltyState([p.detach().clone() for p in problem.phi], [{} for _ in problem.phi], 0)
+    def init(self, phi: Sequence[Tensor]) -> PenaltyState:
+        return PenaltyState([p.detach().clone() for p in phi], [{} for _ in phi], 0)
 
     def __call__(self, problem: Bilevel, state: PenaltyState) -> Result:
         if not problem.phi:

@@ -193,8 +193,8 @@ class Torch:
 
     def call(self, num=1, num_fit=0, fresh=False):
         """The last of ``num`` results, the state handed on; gradients by name. ``fresh`` gives all, new noise each."""
-        strategy, state, found = self.trained.hypergradient, None, []
-        state = strategy.init(self.problem)
+        strategy, found = self.trained.hypergradient, []
+        state = strategy.init(self.problem.phi)
         self.problem.inner_noise = [pyro_bism.params.random_state()] * num_fit
         for i in range(num):
             torch.manual_seed(i if fresh else 1)
@@ -233,28 +233,7 @@ class Jax:
         self.pair = self.trained.pair(leaves, spec)
         self.batch = self.pair.batch(jax.random.key(0), leaves, spec)
         self.theta, self.phi = self.trained._unpack(self.pair, self.state)
-        pair, batch = self.pair, self.batch
-
-        def params(theta, phi):
-            return pair.params(theta, phi, None)
-
-        def surrogate(estimate):
-            def value(key, theta, phi, *settings):
-                fixed = params(jax.lax.stop_gradient(theta), phi)
-                return estimate(key, params(theta, phi), fixed, batch, self.trained.loss, *settings)
-
-            return value
-
-        self.problem = numpyro_bism.hypergradients.Bilevel(
-            lambda key, theta, phi: pair.outer_loss(key, params(theta, phi), batch, self.trained.loss),
-            lambda key, theta, phi: numpyro_bism.divergences.of(
-                key, self.trained.loss, self.trained._inner, pair, params(theta, phi), batch
-            ),
-            surrogate(pair.posterior_loss),
-            surrogate(pair.covariance_loss),
-            self.trained.inner_optim,
-            None,
-        )
+        self.problem = self.trained._problem(self.pair, self.batch, None, None)
         self.frozen = False
 
     def freeze(self):

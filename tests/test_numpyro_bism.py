@@ -29,7 +29,6 @@ from numpyro_bism import (
 )
 from numpyro_bism.densities import _subsample
 from numpyro_bism.divergences import of
-from numpyro_bism.hypergradients import Bilevel
 from numpyro_bism.visible import flatten
 from oracles import central_difference
 
@@ -88,17 +87,11 @@ def prepared(bism, *args):
 
 
 def check_hypergradient(bism, pair, batch, theta, phi):
-    def outer(key, theta, phi):
-        return pair.outer_loss(key, pair.params(theta, phi, None), batch, bism.loss)
-
-    def inner(key, theta, phi):
-        return of(key, bism.loss, bism._inner, pair, pair.params(theta, phi, None), batch)
-
     rng = np.random.default_rng(3)
     # off the first step, which in Adam is the sign of the gradient and has no derivative
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), phi)
     begun = bism.inner_optim.update(gradient, bism.inner_optim.init(phi), 0.0)
-    problem = Bilevel(outer, inner, outer, outer, bism.inner_optim, None)
+    problem = bism._problem(pair, batch, None, None)
     whole = jax.jit(lambda theta: bism.hypergradient(KEY, problem, theta, begun, None))
     leaves, tree = jax.tree.flatten(theta)
     direction = [rng.normal(size=leaf.shape) for leaf in leaves]
