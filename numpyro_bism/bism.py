@@ -111,6 +111,11 @@ class BiSM:
             )
         if num_inner_steps < 0:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
+        if isinstance(hypergradient, type) or not callable(hypergradient):
+            raise ValueError(
+                f"hypergradient={hypergradient!r} is not a strategy. Pass an instance, such as Unrolled(5) or "
+                "Amortized()."
+            )
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
         self.model = model

@@ -409,7 +409,7 @@ class Penalty(Hypergradient):
         1/λ, and the noise in it is multiplied by λ.
     """
 
-    cure = "lower the strength"
+    cure = "lower the strength, and see that it stays positive"
 
     strength: float | Callable[[Array], Array] = 100.0
 

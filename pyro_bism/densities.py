@@ -648,7 +648,8 @@ def _check_guide(
             raise ValueError(
                 f"Guide site '{name}' ({type(base).__name__}) can't be reparameterised: its draws carry "
                 "no gradient. Relax it (ConcreteBernoulli, ConcreteOneHot), or sum it out: "
-                "infer={'enumerate': 'parallel'} and inner_loss=TraceEnum_ELBO()."
+                "infer={'enumerate': 'parallel'} and inner_loss=TraceEnum_ELBO(); or take "
+                "hypergradient=Covariance(), which needs none."
             )
         if isinstance(base, dist.RelaxedBernoulli | dist.RelaxedOneHotCategorical):
             cure = "Bernoulli" if isinstance(base, dist.RelaxedBernoulli) else "OneHot"

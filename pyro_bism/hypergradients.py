@@ -486,7 +486,7 @@ class Penalty(Hypergradient):
         multiplied by λ.
     """
 
-    cure = "lower the strength"
+    cure = "lower the strength, and see that it stays positive"
 
     strength: float | Callable[[int], float] = 100.0
 

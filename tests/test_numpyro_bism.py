@@ -436,6 +436,8 @@ def test_fixed_gamma_draws_and_detached_are_welcome():
         ({"optim": 1e-3}, "should be an optimiser"),
         ({"inner_loss": DenoisingScoreMatching(0.1)}, "is not an ELBO"),
         ({"num_inner_steps": -1}, "must not be negative"),
+        ({"hypergradient": Amortized}, "is not a strategy"),
+        ({"hypergradient": "amortized"}, "is not a strategy"),
         ({"visible": "x"}, r"visible=\['x'\]"),
     ],
 )

@@ -419,6 +419,12 @@ def test_penaltys_second_guide_leaves_the_first_alone():
         assert torch.equal(a["state"][0]["exp_avg"], b["state"][0]["exp_avg"])
 
 
+@pytest.mark.parametrize("hypergradient", [Amortized, "amortized"])
+def test_a_strategy_is_an_instance(hypergradient):
+    with pytest.raises(ValueError, match="is not a strategy"):
+        BiSM(model, guide, pyro.optim.Adam({}), DenoisingScoreMatching(0.3), hypergradient=hypergradient)
+
+
 def flat(x):
     return pyro.sample("x", dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False), obs=x)
 
