@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import densities, divergences, visible
-from .hypergradients import Bilevel, Hypergradient, Unrolled
+from .hypergradients import Bilevel, Hypergradient, Result, Unrolled
+from .jit import MAX_CAPTURES, Program
 from .losses import OuterLoss
 from .optim import descend, require_unrollable, settle, torch_optimizer
 from .params import random_state, set_random_state
@@ -65,6 +66,10 @@ class BiSM:
     :param num_inner_steps: K.
     :param hypergradient: a strategy of :mod:`pyro_bism.hypergradients`.
     :param visible: names of the visible sites; None takes all observed sample sites.
+    :param jit: capture the step as graphs of tensor operations and compile them (needs a C++ compiler; without one
+        the graphs are replayed). Model and guide must not look at the values of tensors, and Python numbers in them are
+        constants. New shapes, types, modes and optimiser settings are captured by themselves, eight times at most;
+        learning rates of Adam and its like may change freely.
     :raises ValueError: at construction for bad settings, at the first step for misuse (see the docs).
     """
 
@@ -80,6 +85,7 @@ class BiSM:
         num_inner_steps: int = 5,
         hypergradient: Hypergradient = Unrolled(5),  # noqa: B008  (frozen)
         visible: Sequence[str] | None = None,
+        jit: bool = False,
     ):
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
         if not isinstance(loss, OuterLoss):
@@ -111,9 +117,12 @@ class BiSM:
         self.num_inner_steps = num_inner_steps
         self.hypergradient = hypergradient
         self.visible = None if visible is None else list(visible)
+        self.jit = jit
         self.info: BiSMInfo | None = None
         self._inner = divergences.as_inner_loss(inner_loss)
         self._pairs: dict[Any, densities.Pair] = {}
+        self._programs: dict[Any, Program] = {}
+        self._num_captures = 0
         self._waiting: dict[str, Any] | None = None
         self._finite: dict[int, tuple[int, int]] = {}
         # what the hypergradient carries from step to step, in a tuple; None before the first
@@ -126,25 +135,29 @@ class BiSM:
         :returns: the outer loss, a mean over the batch.
         :raises ValueError: on misuse, or on NaN or infinity in the data; nothing is updated then.
         :raises FloatingPointError: if the inner loop has diverged; θ is not updated then.
+        :raises RuntimeError: under ``jit``, if the step can't be captured, or has been too often.
         """
         pair, leaves, spec = self._prepare(args, kwargs)
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
         batch = pair.batch(leaves, spec)
         buffers = _Buffers(pair.buffers)
         problem = self._problem(pair, batch, theta, phi)
+        program = self._program(pair, batch) if self.jit else None
+        if program is not None:
+            problem.run = program.run
         if self._carried is None:
             self._carried = (self.hypergradient.init(phi),)
         try:
-            inner_loss, inner_norm = self._fit(pair, batch, phi, buffers, problem)
-            with pyro.validation_enabled(False):
-                found = self.hypergradient(problem, *self._carried)
+            inner_loss, inner_norm = self._fit(pair, batch, phi, buffers, problem, program)
+            found, norm = self._follow(problem, program)
         except (FloatingPointError, ValueError):
             visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
             raise
         finally:
             buffers.restore()
-        norm = _norm(found.gradient)
-        self.info = BiSMInfo(found.loss.item(), inner_loss, inner_norm, norm, found.residual, found.curvature)
+        self.info = BiSMInfo(
+            found.loss.item(), inner_loss, inner_norm, norm, float(found.residual), float(found.curvature)
+        )
         if not (math.isfinite(self.info.outer_loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"The outer loss or its gradient is not finite ({self.info}). The model was not updated. "
@@ -152,8 +165,41 @@ class BiSM:
                 f"inner_optim. Otherwise {self.hypergradient.cure}."
             )
         self._carried = (found.state,)
-        descend(self.optim, theta, found.gradient)
+        if program is None:
+            descend(self.optim, theta, found.gradient)
         return self.info.outer_loss
+
+    def _follow(self, problem: Bilevel, program: Program | None) -> tuple[Result, float]:
+        """What the hypergradient finds, and its norm; a program moves θ too."""
+        assert self._carried is not None
+        with pyro.validation_enabled(False):
+            if program is not None:
+                return program.follow(problem, *self._carried)
+            found = self.hypergradient(problem, *self._carried)
+        return found, _norm(found.gradient)
+
+    def _program(self, pair: densities.Pair, batch: visible.Batch) -> Program:
+        """The captured step for arguments of this structure, to be filled with this batch."""
+        constants = tuple(leaf for leaf in batch.leaves if not isinstance(leaf, Tensor))
+        for leaf in constants:
+            if not isinstance(leaf, int | float | str | None):
+                raise ValueError(f"jit=True: an argument is a {type(leaf).__name__}. Pass tensors, numbers or strings.")
+        key = (id(pair), constants)
+        program = self._programs.get(key)
+        if program is None or not program.is_current(pair):
+            self._num_captures += 1
+            if self._num_captures > MAX_CAPTURES:
+                raise RuntimeError(
+                    f"jit=True: the step has been captured {MAX_CAPTURES} times. Shapes and types of the arguments, "
+                    f"numbers among them ({constants}), training modes and optimiser settings other than Adam's rate "
+                    "are constants of a captured step: pass numbers that change as tensors and batches of one size, or "
+                    "take jit=False."
+                )
+            program = self._programs[key] = Program(
+                pair, self._problem, self.optim, self.inner_optim, self.hypergradient
+            )
+        program.bind(batch)
+        return program
 
     def _problem(self, pair, batch, theta, phi) -> Bilevel:
         return Bilevel(
@@ -167,7 +213,7 @@ class BiSM:
             optim=self.inner_optim,
         )
 
-    def _fit(self, pair, batch, phi, buffers, problem) -> tuple[float, float]:
+    def _fit(self, pair, batch, phi, buffers, problem, program) -> tuple[float, float]:
         """The K kept inner steps."""
         norm = 0.0
         for k in range(max(self.num_inner_steps, 1)):
@@ -175,23 +221,25 @@ class BiSM:
             # in their noise, and a guide that goes astray between them is caught by its gradient.
             if self.hypergradient.repeats_noise and self.num_inner_steps:
                 problem.inner_noise.append(random_state())
-            with nullcontext() if k == 0 else pyro.validation_enabled(False):
-                loss = divergences.of(self.loss, self._inner, pair, batch)
+            if program is not None:
+                loss, norm = program.fit(moves=self.num_inner_steps > 0)
+            else:
+                with nullcontext() if k == 0 else pyro.validation_enabled(False):
+                    value = divergences.of(self.loss, self._inner, pair, batch)
+                gradient = torch.autograd.grad(value, phi, allow_unused=True) if phi else []
+                loss, norm = value.item(), _norm(gradient)
             if k == 0:
                 buffers.keep()
-            if phi:
-                gradient = torch.autograd.grad(loss, phi, allow_unused=True)
-                norm = _norm(gradient)
-                if not math.isfinite(norm):
-                    raise FloatingPointError(
-                        f"The gradient of the inner loss is not finite at inner step {k + 1} of "
-                        f"{self.num_inner_steps} (inner loss {loss.item()}). The inner learning rate is too "
-                        "high, or the guide's scale has collapsed: lower the rate in inner_optim, or clip "
-                        "its gradients."
-                    )
-                if self.num_inner_steps:
-                    descend(self.inner_optim, phi, gradient)
-        return loss.item(), norm
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"The gradient of the inner loss is not finite at inner step {k + 1} of "
+                    f"{self.num_inner_steps} (inner loss {loss}). The inner learning rate is too "
+                    "high, or the guide's scale has collapsed: lower the rate in inner_optim, or clip "
+                    "its gradients."
+                )
+            if program is None and self.num_inner_steps:
+                descend(self.inner_optim, phi, gradient)
+        return loss, norm
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The outer loss at the present parameters, with fresh noise; nothing is updated."""

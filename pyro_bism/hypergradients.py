@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -38,6 +39,8 @@ class Bilevel:
     :ivar at: the context that puts given values of φ in force.
     :ivar optim: the inner optimiser.
     :ivar inner_noise: the random states before each of the K inner steps just taken, if the strategy repeats them.
+    :ivar run: ``run(function, *tensors)`` is ``function(problem, *tensors)``, compiled where it can be.
+    :ivar is_captured: whether what runs is being captured: it can't look at the value of a tensor then.
     """
 
     outer: Callable[[], Tensor]
@@ -49,6 +52,17 @@ class Bilevel:
     at: Callable[[Sequence[Tensor]], AbstractContextManager]
     optim: PyroOptim
     inner_noise: list[Any] = field(default_factory=list)
+    run: Callable[..., Any] | None = None
+    is_captured: bool = False
+
+    def __post_init__(self):
+        if self.run is None:
+            self.run = lambda function, *tensors: function(self, *tensors)
+
+    @cached_property
+    def steps(self) -> DifferentiableOptim:
+        """The inner optimiser's steps from its present state."""
+        return DifferentiableOptim(self.optim, self.phi)
 
 
 Gradient = Sequence[Tensor | None]
@@ -67,8 +81,8 @@ class Result(NamedTuple):
     loss: Tensor
     gradient: Gradient
     state: Any = None
-    residual: float = 0.0
-    curvature: float = math.inf
+    residual: Tensor | float = 0.0
+    curvature: Tensor | float = math.inf
 
 
 class Hypergradient(Protocol):
@@ -78,6 +92,7 @@ class Hypergradient(Protocol):
     :cvar unrolls: whether it differentiates the inner optimiser's steps.
     :cvar reparameterises: whether the outer loss's draws of h must carry a path to φ.
     :cvar repeats_noise: whether it wants ``Bilevel.inner_noise``.
+    :cvar resets_noise: whether it sets the random state: it is then compiled in parts (``Bilevel.run``), not whole.
     :cvar cure: what to try where the gradient overflows.
     """
 
@@ -85,6 +100,7 @@ class Hypergradient(Protocol):
     unrolls: ClassVar[bool] = False
     reparameterises: ClassVar[bool] = True
     repeats_noise: ClassVar[bool] = False
+    resets_noise: ClassVar[bool] = False
     cure: ClassVar[str] = "use Detached()"
 
     def check(self, loss: Any, pair: Any) -> None:
@@ -149,12 +165,16 @@ class Unrolled(Hypergradient):
     def unrolls(self) -> bool:  # type: ignore[override]
         return self.num_steps > 0
 
+    @property
+    def resets_noise(self) -> bool:  # type: ignore[override]
+        return self.unrolls and self.memory == "recompute"
+
     def __call__(self, problem: Bilevel, state: Any) -> Result:
         if not (problem.phi and self.num_steps):
             return _in_theta(problem.outer(), problem.theta)
         if self.memory == "recompute":
             return self._recomputed(problem)
-        optim, phi = DifferentiableOptim(problem.optim, problem.phi), list(problem.phi)
+        optim, phi = problem.steps.resumed({}), list(problem.phi)
         for _ in range(self.num_steps):
             phi = _step(problem, optim, phi)
         with problem.at(phi):
@@ -162,33 +182,29 @@ class Unrolled(Hypergradient):
 
     def _recomputed(self, problem: Bilevel) -> Result:
         """Forward in rows of √N steps, keeping the state before each row; then back, each row and each step anew."""
+        run: Any = problem.run
         length = math.isqrt(self.num_steps)
-        values, optim = list(problem.phi), DifferentiableOptim(problem.optim, problem.phi)
+        values, optim = list(problem.phi), problem.steps.state()
         rows = []
         for start in range(0, self.num_steps, length):
             rows.append((start, values, optim, random_state()))
             for _ in range(start, min(start + length, self.num_steps)):
-                values, optim = _forward(problem, values, optim)
-        phi = [p.detach().requires_grad_() for p in values]
-        with problem.at(phi):
-            loss = problem.outer()
+                values, optim = run(_forward, values, optim)
+        loss, total, behind = run(_last, values)
         final = random_state()
-        gradients = torch.autograd.grad(loss, [*problem.theta, *phi], allow_unused=True)
-        total: Gradient = gradients[: len(problem.theta)]
-        behind: Gradient = gradients[len(problem.theta) :]
         behind_state: dict[Any, Tensor] = {}
         for start, values, optim, noise in reversed(rows):
             set_random_state(noise)
             steps = []
-            for _ in range(start, min(start + length, self.num_steps)):
+            for n in range(start, min(start + length, self.num_steps)):
                 steps.append((values, optim, random_state()))
-                values, optim = _forward(problem, values, optim)
+                if n + 1 < min(start + length, self.num_steps):
+                    values, optim = run(_forward, values, optim)
             for values, optim, noise in reversed(steps):
                 set_random_state(noise)
-                found, behind, behind_state = _backward(problem, values, optim, behind, behind_state)
-                total = [_sum(a, b) for a, b in zip(total, found, strict=True)]
+                total, behind, behind_state = run(_backward, values, optim, total, behind, behind_state)
         set_random_state(final)
-        return Result(loss.detach(), total)
+        return Result(loss, total)
 
 
 def _step(problem: Bilevel, optim: DifferentiableOptim, phi: Sequence[Tensor], graph: bool = True) -> list[Tensor]:
@@ -198,37 +214,47 @@ def _step(problem: Bilevel, optim: DifferentiableOptim, phi: Sequence[Tensor], g
     return optim.step(phi, gradients)
 
 
-def _forward(
-    problem: Bilevel, values: Sequence[Tensor], optim: DifferentiableOptim
-) -> tuple[list[Tensor], DifferentiableOptim]:
-    optim = optim.resumed({})
+def _forward(problem: Bilevel, values: Sequence[Tensor], state: dict[Any, Any]) -> tuple[list[Tensor], dict[Any, Any]]:
+    """A step of the inner optimiser from φ = ``values`` and its ``state``."""
+    optim = problem.steps.resumed(state)
     phi = _step(problem, optim, [p.detach().requires_grad_() for p in values], graph=False)
-    return [p.detach() for p in phi], optim.resumed({key: s.detach() for key, s in optim.tensors().items()})
+    state = {key: s.detach() if isinstance(s, Tensor) else s for key, s in optim.state().items()}
+    return [p.detach() for p in phi], state
+
+
+def _last(problem: Bilevel, values: Sequence[Tensor]) -> tuple[Tensor, Gradient, Gradient]:
+    """J at φ = ``values``, and its gradients in θ and φ."""
+    phi = [p.detach().requires_grad_() for p in values]
+    with problem.at(phi):
+        loss = problem.outer()
+    found = torch.autograd.grad(loss, [*problem.theta, *phi], allow_unused=True)
+    return loss.detach(), found[: len(problem.theta)], found[len(problem.theta) :]
 
 
 def _backward(
     problem: Bilevel,
     values: Sequence[Tensor],
-    optim: DifferentiableOptim,
+    state: dict[Any, Any],
+    total: Gradient,
     behind: Gradient,
     behind_state: dict[Any, Tensor],
 ) -> tuple[Gradient, Gradient, dict[Any, Tensor]]:
-    """One step back: from the gradients in its results those in θ, in φ and in the optimiser's state before it."""
+    """One step back: from the gradients in its results those in θ, added to ``total``, in φ and in the state."""
     phi = [p.detach().requires_grad_() for p in values]
-    state = {key: s.detach().requires_grad_() for key, s in optim.tensors().items()}
-    optim = optim.resumed(state)
+    optim = problem.steps.resumed(state)
+    before = {key: s.detach().requires_grad_() for key, s in optim.tensors().items()}
+    optim = optim.resumed(before)
     new_phi = _step(problem, optim, phi)
     new_state = optim.tensors()
     outputs = [(y, g) for y, g in zip(new_phi, behind, strict=True) if g is not None and y.requires_grad]
     outputs += [(new_state[key], g) for key, g in behind_state.items() if new_state[key].requires_grad]
-    inputs = [*problem.theta, *phi, *state.values()]
     if not outputs:
-        return [None] * len(problem.theta), [None] * len(phi), {}
+        return total, [None] * len(phi), {}
     ends, weights = zip(*outputs, strict=True)
-    found = torch.autograd.grad(ends, inputs, weights, allow_unused=True)
+    found = torch.autograd.grad(ends, [*problem.theta, *phi, *before.values()], weights, allow_unused=True)
     first, second = len(problem.theta), len(problem.theta) + len(phi)
-    before = {key: g for key, g in zip(state, found[second:], strict=True) if g is not None}
-    return found[:first], found[first:second], before
+    total = [_sum(a, b) for a, b in zip(total, found[:first], strict=True)]
+    return total, found[first:second], {k: g for k, g in zip(before, found[second:], strict=True) if g is not None}
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -291,38 +317,44 @@ def unflat(x: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(p) for part, p in zip(parts, like, strict=True)]
 
 
-def _ratio(x: float, y: float) -> float:
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and 0 where y is 0."""
-    return x / y if y != 0 else 0.0
+    return torch.where(y != 0, x / torch.where(y != 0, y, 1.0), 0.0)
 
 
 Product = Callable[[Tensor], Tensor]
-Solution = tuple[Tensor, Tensor, float]
+Solution = tuple[Tensor, Tensor, Tensor]
 
 
-def _descended(product: Product, rhs: Tensor, num_steps: int, conjugate: bool) -> Solution:
+def _descended(product: Product, rhs: Tensor, num_steps: int, conjugate: bool, is_captured: bool) -> Solution:
     """x ← x + α p from x = 0, stopped where the curvature along p is not positive.
 
     Conjugate gradients, stopped as in Newton-CG (Nocedal and Wright 2006, section 7.1); or the Neumann series, p the
-    residual itself and α the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds.
+    residual itself and α the inverse of the largest ‖A r‖/‖r‖ met, which the residuals' own growth finds. Captured,
+    the products after the stop are still taken, and change nothing.
     """
-    x, r, p, least, largest = torch.zeros_like(rhs), rhs, rhs, math.inf, 0.0
-    square = r.dot(r).item()
+    x, r, p = torch.zeros_like(rhs), rhs, rhs
+    least, largest = rhs.new_tensor(math.inf), rhs.new_zeros(())
+    square = r.dot(r)
     tiny = torch.finfo(rhs.dtype).eps ** 2 * square
+    goes_on = square > tiny
     for _ in range(num_steps):
-        if not square > tiny:
+        if not is_captured and not goes_on:
             break
         image = product(p)
-        bend, extent = p.dot(image).item(), p.dot(p).item()
-        least = min(least, bend / extent)
-        if not bend > 0:
-            break
-        if not conjugate:
-            largest = max(largest, math.sqrt(image.dot(image).item() / extent))
-        length = square / bend if conjugate else 1 / largest
-        x, r = x.add(p, alpha=length), r.sub(image, alpha=length)
-        previous, square = square, r.dot(r).item()
-        p = r.add(p, alpha=square / previous) if conjugate else r
+        bend, extent = p.dot(image), p.dot(p)
+        least = torch.where(goes_on, torch.minimum(least, _ratio(bend, extent)), least)
+        goes_on = goes_on & (bend > 0)
+        if conjugate:
+            length = _ratio(square, bend)
+        else:
+            largest = torch.maximum(largest, _ratio(image.dot(image), extent).sqrt())
+            length = _ratio(torch.ones_like(largest), largest)
+        length = torch.where(goes_on, length, 0.0)
+        x, r = x + length * p, r - length * image
+        previous, square = square, r.dot(r)
+        p = r + _ratio(square, previous) * p if conjugate else r
+        goes_on = goes_on & (square > tiny)
     return x, r, least
 
 
@@ -338,13 +370,15 @@ def _nystrom(product: Product, rhs: Tensor, num_steps: int, damping: float) -> S
     core = images @ basis.T
     values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
     kept = values > math.sqrt(torch.finfo(rhs.dtype).eps) * values.abs().max()
-    root = values[kept].rsqrt()[:, None] * (vectors.T[kept] @ images)  # Â = BᵀB
+    scale = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
+    root = scale[:, None] * (vectors.T @ images)  # Â = BᵀB
     _, singular, directions = torch.linalg.svd(root, full_matrices=False)
     along = directions @ rhs
-    x = (along / (singular.square() + damping)) @ directions
+    held = singular > torch.finfo(rhs.dtype).eps * singular.max()
+    x = torch.where(held, along / torch.where(held, singular.square() + damping, 1.0), 0.0) @ directions
     if damping > 0:
-        x = x + (rhs - along @ directions) / damping
-    return x, rhs - product(x) - damping * x, values.min().item()
+        x = x + (rhs - torch.where(held, along, 0.0) @ directions) / damping
+    return x, rhs - product(x) - damping * x, values.min()
 
 
 @dataclass(frozen=True)
@@ -387,9 +421,10 @@ class Implicit(Hypergradient):
             x, rest, least = _nystrom(system.hessian, system.rhs, self.num_steps, self.damping)
         else:
             product = system.hessian if self.damping == 0 else lambda x: system.hessian(x).add(x, alpha=self.damping)
-            x, rest, least = _descended(product, system.rhs, self.num_steps, conjugate=self.solver == "cg")
+            conjugate = self.solver == "cg"
+            x, rest, least = _descended(product, system.rhs, self.num_steps, conjugate, problem.is_captured)
             least = least - self.damping
-        residual = _ratio(rest.norm().item(), system.rhs.norm().item())
+        residual = _ratio(rest.norm(), system.rhs.norm())
         return Result(system.loss, system.gradient(x), None, residual, least)
 
 
@@ -402,7 +437,7 @@ class AmortizedState(NamedTuple):
 
     solution: Sequence[Tensor]
     direction: Sequence[Tensor]
-    moments: tuple[float, float]
+    moments: Tensor
 
 
 @dataclass(frozen=True)
@@ -431,35 +466,40 @@ class Amortized(Hypergradient):
 
     def init(self, phi: Sequence[Tensor]) -> AmortizedState:
         zeros = [torch.zeros_like(p) for p in phi]
-        return AmortizedState(zeros, zeros, (0.0, 0.0))
+        return AmortizedState(zeros, zeros, phi[0].new_zeros(2) if phi else torch.zeros(2))
 
     def __call__(self, problem: Bilevel, state: AmortizedState) -> Result:
         if not problem.phi:
             return _in_theta(problem.outer(), problem.theta)._replace(state=state)
         system = _Linear(problem)
-        norm, moments = system.rhs.norm().item(), state.moments
+        moments: Tensor = state.moments
+        curvature: Tensor | float = math.inf
+        rate: Tensor | float
         x, d = _flat(state.solution, problem.phi), _flat(state.direction, problem.phi)
         if self.step_size is None:
-            if not d.any():  # until there is a direction: that of the right-hand side
-                d = system.rhs / norm if norm > 0 else d
+            d = torch.where(d.any(), d, _unit(system.rhs))  # until there is a direction
             image = system.hessian(d)
-            curvature = d.dot(image).item()
-            moments = (MEMORY * moments[0] + curvature, MEMORY * moments[1] + image.dot(image).item())
-            rate = FRACTION * _ratio(*moments)
-            length = image.norm().item()
-            d = image / length if length > 0 else image
+            curvature = d.dot(image)
+            moments = MEMORY * moments + torch.stack([curvature, image.dot(image)])
+            rate = FRACTION * _ratio(moments[0], moments[1])
+            d = _unit(image)
         else:
-            rate, curvature = self.step_size, math.inf
+            rate = self.step_size
         for n in range(self.num_steps):
             if n < self.num_steps - 1:
                 image = system.hessian(x)
             else:
                 gradient, image = system.both(x)
             rest = image - system.rhs
-            x = x.sub(rest, alpha=rate)
-        residual = _ratio(rest.norm().item(), norm)
+            x = x - rate * rest
+        residual = _ratio(rest.norm(), system.rhs.norm())
         new = AmortizedState(unflat(x, problem.phi), unflat(d, problem.phi), moments)
         return Result(system.loss, gradient, new, residual, curvature)
+
+
+def _unit(x: Tensor) -> Tensor:
+    norm = x.norm()
+    return x / torch.where(norm > 0, norm, 1.0)
 
 
 class PenaltyState(NamedTuple):
@@ -492,6 +532,7 @@ class Penalty(Hypergradient):
 
     differentiates_inner = False
     repeats_noise = True
+    resets_noise = True
 
     def __post_init__(self):
         if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
@@ -504,25 +545,46 @@ class Penalty(Hypergradient):
         if not problem.phi:
             return _in_theta(problem.outer(), problem.theta)._replace(state=state)
         strength = float(self.strength(state.num_steps) if callable(self.strength) else self.strength)
-        theta, phi = list(problem.theta), list(problem.phi)
+        phi = list(problem.phi)
         # on copies: a step that fails leaves the state as it was
         psi = [p.clone() for p in state.psi]
         optim = [{k: s.clone() if isinstance(s, Tensor) else s for k, s in kept.items()} for kept in state.optim]
+        run: Any = problem.run
         with exchanged(problem.optim, phi, psi, optim):
             for noise in problem.inner_noise:
                 fresh = random_state()
                 set_random_state(noise)
-                inner = problem.inner()
+                fit = run(_inner_in_phi)
                 set_random_state(fresh)
-                loss = inner + problem.outer() / strength
-                descend(problem.optim, phi, torch.autograd.grad(loss, phi, allow_unused=True))
-            outer = problem.outer()
+                match = run(_outer_in_phi)
+                slopes = [_sum(a, None if b is None else b / strength) for a, b in zip(fit, match, strict=True)]
+                descend(problem.optim, phi, slopes)
+            loss, raised = run(_outer_in_theta)
             shared = random_state()
-            raised = torch.autograd.grad(outer + strength * problem.inner(), theta, allow_unused=True)
+            at_psi = run(_inner_in_theta)
         set_random_state(shared)
-        at_phi = torch.autograd.grad(problem.inner(), theta, allow_unused=True)
-        gradient = [_sum(a, None if b is None else -strength * b) for a, b in zip(raised, at_phi, strict=True)]
-        return Result(outer.detach(), gradient, PenaltyState(psi, optim, state.num_steps + 1))
+        at_phi = run(_inner_in_theta)
+        gradient = []
+        for direct, upper, lower in zip(raised, at_psi, at_phi, strict=True):
+            apart = _sum(upper, None if lower is None else -lower)
+            gradient.append(_sum(direct, None if apart is None else strength * apart))
+        return Result(loss, gradient, PenaltyState(psi, optim, state.num_steps + 1))
+
+
+def _inner_in_phi(problem: Bilevel) -> Gradient:
+    return torch.autograd.grad(problem.inner(), problem.phi, allow_unused=True)
+
+
+def _outer_in_phi(problem: Bilevel) -> Gradient:
+    return torch.autograd.grad(problem.outer(), problem.phi, allow_unused=True)
+
+
+def _inner_in_theta(problem: Bilevel) -> Gradient:
+    return torch.autograd.grad(problem.inner(), problem.theta, allow_unused=True)
+
+
+def _outer_in_theta(problem: Bilevel) -> tuple[Tensor, Gradient]:
+    return _in_theta(problem.outer(), problem.theta)[:2]
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,13 @@ class DifferentiableOptim:
         """The tensors of the state (momenta, mean squares), by parameter and name."""
         return {(i, name): x for i, step in enumerate(self._steps) for name, x in step.inner.tensors().items()}
 
-    def resumed(self, tensors: Mapping[Any, Tensor]) -> "DifferentiableOptim":
-        """A copy that goes on by itself from the same state, these tensors in place of its own."""
+    def state(self) -> dict[Any, Any]:
+        """All that changes from step to step: :meth:`tensors`, rates and step counts."""
+        counts = {(i, name): x for i, step in enumerate(self._steps) for name, x in step.inner.counts().items()}
+        return {**self.tensors(), **counts}
+
+    def resumed(self, tensors: Mapping[Any, Any]) -> "DifferentiableOptim":
+        """A copy that goes on by itself from the same state, these parts of :meth:`state` in place of its own."""
         new = copy.copy(self)
         new._steps = [
             step.resumed({name: x for (j, name), x in tensors.items() if j == i}) for i, step in enumerate(self._steps)
@@ -146,10 +151,8 @@ class _Clipped:
     def __init__(self, optim: PyroOptim, leaf: Tensor):
         kept = torch_optimizer(optim, leaf)
         self.clip = optim._get_grad_clip_args(leaf) or {}  # type: ignore[arg-type]
-        group = {k: v for k, v in kept.param_groups[0].items() if k != "params"}
-        state = dict(kept.state.get(leaf, {}))
-        adam = isinstance(kept, ClippedAdam) or _is_plain_adam(kept, group)
-        self.inner = _AdamStep(leaf, group, state) if adam else _TorchStep(kept, group, state)
+        group, state = _group(kept), dict(kept.state.get(leaf, {}))
+        self.inner = _AdamStep(leaf, group, state) if _is_adam(kept) else _TorchStep(kept, group, state)
 
     def __call__(self, value: Tensor, gradient: Tensor) -> Tensor:
         return self.inner(value, _clip(gradient, **self.clip))
@@ -170,6 +173,8 @@ def _clip(gradient: Tensor, clip_norm: float | None = None, clip_value: float | 
 
 
 class _TorchStep:
+    """A step of ``torch.optim``'s own. Its settings are numbers, constants of a captured step."""
+
     def __init__(self, kept: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]):
         # the fused and multi-tensor forms have no derivative
         group = {**group, "differentiable": True}
@@ -201,13 +206,24 @@ class _TorchStep:
     def tensors(self) -> dict[str, Tensor]:
         return {k: s for k, s in self.state.items() if isinstance(s, Tensor) and s.is_floating_point() and k != "step"}
 
+    def counts(self) -> dict[str, Any]:
+        return {k: s for k, s in self.state.items() if k == "step"}
+
     def resumed(self, tensors: Mapping[str, Tensor]) -> "_TorchStep":
         new = copy.copy(self)
         new.state = {**self.state, **tensors}
         return new
 
 
-def _is_plain_adam(kept: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+def _group(kept: torch.optim.Optimizer) -> dict[str, Any]:
+    return {k: v for k, v in kept.param_groups[0].items() if k != "params"}
+
+
+def _is_adam(kept: torch.optim.Optimizer) -> bool:
+    """Whether :class:`_AdamStep` is its step."""
+    if isinstance(kept, ClippedAdam):
+        return True
+    group = kept.param_groups[0]
     return (
         type(kept) in (torch.optim.Adam, torch.optim.AdamW)
         and not (group["amsgrad"] or group["maximize"])
@@ -215,16 +231,30 @@ def _is_plain_adam(kept: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     )
 
 
+def settings(optim: PyroOptim, leaves: Sequence[Tensor]) -> list[Any]:
+    """What a captured step has as constants. Adam's rate is none: it is an input."""
+    found: list[Any] = []
+    for leaf in leaves:
+        kept = torch_optimizer(optim, leaf)
+        group = _group(kept)
+        if _is_adam(kept):
+            group = {k: v for k, v in group.items() if k not in ("lr", "initial_lr")}
+        found.append((type(kept), optim._get_grad_clip_args(leaf), group))  # type: ignore[arg-type]
+    return found
+
+
 class _AdamStep:
     """The step of Adam, AdamW and ``pyro.optim.ClippedAdam``.
 
     ClippedAdam works on ``.data`` and so has no graph of its own. For the other two, the default choices, these few
-    operations are several times faster than torch's differentiable form.
+    operations are several times faster than torch's differentiable form. ``lr`` and ``step`` are numbers, or scalar
+    tensors where a step is captured.
     """
 
     def __init__(self, leaf: Tensor, group: dict[str, Any], state: dict[str, Any]):
-        self.group, self.lr = group, group["lr"]
-        self.step = int(state.get("step", 0))
+        self.group = group
+        self.lr: Any = group["lr"]
+        self.step: Any = int(state.get("step", 0))
         # cloned: the kept state is changed in place by the kept steps
         self.mean, self.square = (
             state[key].clone() if key in state else torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")
@@ -234,7 +264,7 @@ class _AdamStep:
         group, g = self.group, gradient
         beta1, beta2 = group["betas"]
         clipped = "clip_norm" in group  # ClippedAdam
-        self.step += 1
+        self.step = self.step + 1
         if clipped:
             self.lr = self.lr * group["lrd"]
             g = g.clamp(-group["clip_norm"], group["clip_norm"])
@@ -245,15 +275,98 @@ class _AdamStep:
         self.mean = torch.lerp(self.mean, g, 1 - beta1)
         centred = g - self.mean if group.get("centered_variance") else g
         self.square = torch.addcmul(beta2 * self.square, centred, centred, value=1 - beta2)
-        correction1, correction2 = 1 - beta1**self.step, math.sqrt(1 - beta2**self.step)
+        correction1, correction2 = 1 - beta1**self.step, (1 - beta2**self.step) ** 0.5
         # Adam adds eps to the corrected root, ClippedAdam to the uncorrected one
         root = _root(self.square) + (group["eps"] if clipped else group["eps"] * correction2)
-        return torch.addcdiv(value, self.mean, root, value=-self.lr * correction2 / correction1)
+        length = self.lr * correction2 / correction1
+        if isinstance(length, Tensor):
+            return value - length * (self.mean / root)
+        return torch.addcdiv(value, self.mean, root, value=-length)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "square": self.square}
+
+    def counts(self) -> dict[str, Any]:
+        return {"lr": self.lr, "step": self.step}
 
     def resumed(self, tensors: Mapping[str, Tensor]) -> "_AdamStep":
         new = copy.copy(self)
         new.__dict__.update(tensors)
         return new
+
+
+class KeptAdam:
+    """The state that ``optim`` keeps for these leaves, as tensors that a captured step reads and writes in place.
+
+    For Adam, AdamW and ClippedAdam alone; for other optimisers :meth:`of` gives None.
+    """
+
+    _WIDTH = 4
+
+    def __init__(self, optim: PyroOptim, leaves: Sequence[Tensor]):
+        self._leaves = leaves
+        self._kept = [torch_optimizer(optim, leaf) for leaf in leaves]
+        self._steps = DifferentiableOptim(optim, leaves)
+        self._rates: list[tuple[float, Tensor]] = [(math.nan, torch.zeros(()))] * len(leaves)
+
+    @classmethod
+    def of(cls, optim: PyroOptim, leaves: Sequence[Tensor]) -> "KeptAdam | None":
+        return cls(optim, leaves) if all(_is_adam(torch_optimizer(optim, leaf)) for leaf in leaves) else None
+
+    def tensors(self) -> list[Tensor]:
+        """Mean, mean square, step count and rate of every leaf, one after the other."""
+        found = []
+        for i, (leaf, kept) in enumerate(zip(self._leaves, self._kept, strict=True)):
+            state, lr = kept.state[leaf], kept.param_groups[0]["lr"]
+            if not state:  # as at its own first step
+                count = 0 if isinstance(kept, ClippedAdam) else torch.zeros(())
+                state.update(step=count, exp_avg=torch.zeros_like(leaf), exp_avg_sq=torch.zeros_like(leaf))
+            if self._rates[i][0] != lr:
+                self._rates[i] = lr, torch.tensor(lr, dtype=torch.float64)
+            count = state["step"]
+            count = count if isinstance(count, Tensor) else torch.tensor(float(count))
+            found += [state["exp_avg"], state["exp_avg_sq"], count, self._rates[i][1]]
+        return found
+
+    def bound(self, tensors: Sequence[Tensor]) -> DifferentiableOptim:
+        """Steps from that state, these tensors standing in for :meth:`tensors`."""
+        values: dict[Any, Tensor] = {}
+        for i in range(len(self._leaves)):
+            mean, square, step, lr = tensors[self._WIDTH * i : self._WIDTH * (i + 1)]
+            values |= {(i, "mean"): mean, (i, "square"): square, (i, "step"): step.double(), (i, "lr"): lr}
+        return self._steps.resumed(values)
+
+    def write(
+        self,
+        leaves: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        gradient: Sequence[Tensor | None],
+        allowed: Tensor,
+    ) -> None:
+        """A step in place, where ``allowed``. Leaves without a gradient stand still."""
+        steps = self.bound(tensors)
+        values = steps.step(leaves, gradient)
+        for i, (leaf, value, g) in enumerate(zip(leaves, values, gradient, strict=True)):
+            if g is None:
+                continue
+            step: Any = steps._steps[i].inner
+            old = (leaf, *tensors[self._WIDTH * i : self._WIDTH * i + 3])
+            for kept, new in zip(old, (value, step.mean, step.square, step.step), strict=True):
+                kept.copy_(torch.where(allowed, new.to(kept.dtype), kept))
+
+    def ticked(self, moved: Sequence[bool]) -> bool:
+        """After a step: see to what torch and Pyro keep in Python.
+
+        :returns: whether that changes :meth:`tensors`.
+        """
+        changed = False
+        for leaf, kept, has_moved in zip(self._leaves, self._kept, moved, strict=True):
+            if not has_moved:  # as PyroOptim, which is not told of these
+                continue
+            kept._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks
+            if isinstance(kept, ClippedAdam):
+                changed = True
+                kept.state[leaf]["step"] += 1
+                for group in kept.param_groups:
+                    group["lr"] *= group["lrd"]
+        return changed

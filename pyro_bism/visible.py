@@ -68,18 +68,23 @@ class Batch:
 class Rows(Tensor):
     """An argument x in which some rows have other values. Reading just those copies nothing of the rest."""
 
+    base: Tensor
     axis: int
     rows: Tensor
     replaced: Tensor
 
     @staticmethod
     def of(x: Tensor, axis: int, rows: Tensor, values: Tensor) -> "Rows":
-        new = x.as_subclass(Rows)
-        new.axis, new.rows, new.replaced = axis % x.dim(), rows, values
+        if type(x) is Tensor:
+            new = x.as_subclass(Rows)
+        else:  # a stand-in, while a step is captured: what has its shape and type, and no memory
+            with torch._C._DisableTorchDispatch():
+                new = torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape).as_subclass(Rows)
+        new.base, new.axis, new.rows, new.replaced = x, axis % x.dim(), rows, values
         return new
 
     def _whole(self) -> Tensor:
-        return torch.index_copy(self.as_subclass(Tensor), self.axis, self.rows, self.replaced)
+        return torch.index_copy(self.base, self.axis, self.rows, self.replaced)
 
     def _picked(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """What is read, if it is those rows."""

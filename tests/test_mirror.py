@@ -10,11 +10,13 @@ import pyro_bism
 ROOT = Path(__file__).resolve().parents[1]
 # NumPyro's face has states and run results, which Pyro keeps in the param store; see design.md section 2
 NUMPYRO_ALONE = {"BiSMRunResult", "BiSMState"}
+# JAX compiles by itself; a Pyro program has to be captured first
+PYRO_ALONE = "jit"
 
 
 def test_same_files():
-    ours, theirs = ({p.name for p in (ROOT / name).glob("*.py")} for name in ("pyro_bism", "numpyro_bism"))
-    assert ours == theirs
+    ours, theirs = ({p.stem for p in (ROOT / name).glob("*.py")} for name in ("pyro_bism", "numpyro_bism"))
+    assert ours - {PYRO_ALONE} == theirs
 
 
 def test_same_public_names():
@@ -27,7 +29,7 @@ def settings(thing):
     if dataclasses.is_dataclass(thing):
         return [(f.name, f.default) for f in dataclasses.fields(thing)]
     parameters = inspect.signature(thing).parameters.values()
-    return [(p.name, p.default, p.kind) for p in parameters if p.kind is not p.VAR_KEYWORD]
+    return [(p.name, p.default, p.kind) for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != PYRO_ALONE]
 
 
 def test_same_settings():

@@ -1,0 +1,372 @@
+"""The captured step: a BiSM step of a Pyro program as graphs of tensor operations, compiled.
+
+A function of the bi-level problem runs once on stand-ins for all tensors that change from step to step (parameters,
+optimiser states, data, buffers); every operation on them is recorded (``make_fx``) and torch's compiler makes a
+program of the recording. The inner step is one such graph, called K times; hypergradient and outer update are
+another. Noise is drawn inside by torch's own generator, in the order of the eager step.
+"""
+
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import pyro.util
+import torch
+from pyro.infer.util import Dice
+from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from . import optim, params
+from .densities import Pair
+from .hypergradients import Bilevel, Gradient, Hypergradient, Result
+from .visible import Batch
+
+MAX_CAPTURES = 8  # as torch.compile's own limit
+# torch's own generator, and no check of what the graph itself has made
+OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+
+
+@dataclass
+class Captured(Bilevel):
+    """A bi-level problem on stand-ins.
+
+    :ivar strategy: the hypergradient.
+    :ivar write_theta: takes θ's optimiser step in place where it is allowed to; None if torch takes it, outside.
+    :ivar write_phi: the same for φ.
+    """
+
+    strategy: Hypergradient | None = None
+    write_theta: Callable[[Gradient, Tensor], None] | None = None
+    write_phi: Callable[[Gradient, Tensor], None] | None = None
+
+
+def _look(problem: Bilevel) -> tuple[Tensor, Tensor]:
+    """G and ‖∇_φ G‖."""
+    loss = problem.inner()
+    return loss.detach(), _norm(_in_phi(loss, problem), loss)
+
+
+def _in_phi(loss: Tensor, problem: Bilevel) -> Gradient:
+    return torch.autograd.grad(loss, problem.phi, allow_unused=True) if problem.phi else []
+
+
+def _fit(problem: Captured) -> list[Any]:
+    """An inner step: G, ‖∇_φ G‖, and the gradient if it has yet to be followed, else which leaves it moves."""
+    loss = problem.inner()
+    gradient = _in_phi(loss, problem)
+    norm = _norm(gradient, loss)
+    if problem.write_phi:
+        problem.write_phi(gradient, norm.isfinite())
+    return [loss.detach(), norm, *([g is not None for g in gradient] if problem.write_phi else gradient)]
+
+
+def _follow(problem: Captured, state: Any) -> tuple[Result, Tensor, list[bool]]:
+    """The outer step: the strategy's result, ‖dJ/dθ‖, which leaves move."""
+    assert problem.strategy is not None
+    found = problem.strategy(problem, state)
+    norm = _norm(found.gradient, found.loss)
+    if problem.write_theta:
+        problem.write_theta(found.gradient, norm.isfinite() & found.loss.isfinite())
+    moved = [g is not None for g in found.gradient]
+    return found._replace(gradient=[] if problem.write_theta else found.gradient), norm, moved
+
+
+def _norm(gradient: Gradient, like: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(g.detach()) for g in gradient if g is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else like.new_zeros(())
+
+
+class Program:
+    """The graphs of a (model, guide) pair on arguments of one structure.
+
+    :param problem: makes the bi-level problem of a pair, a batch, θ and φ.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        problem: Callable[..., Bilevel],
+        outer_optim: PyroOptim,
+        inner_optim: PyroOptim,
+        strategy: Hypergradient,
+    ):
+        self.pair, self._problem, self._strategy = pair, problem, strategy
+        self._theta, self._phi = list(pair.theta.values()), list(pair.phi.values())
+        self._outer_optim, self._inner_optim = outer_optim, inner_optim
+        self._outer_kept = optim.KeptAdam.of(outer_optim, self._theta)
+        self._inner_kept = optim.KeptAdam.of(inner_optim, self._phi)
+        self._settings = self._settings_now()
+        self._graphs: dict[Any, _Graph] = {}
+        self._batch: Any = None
+        self._inputs: Mapping[str, Sequence[Tensor]] = {}
+        self._flat: list[Tensor] = []
+
+    def _settings_now(self) -> Any:
+        return optim.settings(self._outer_optim, self._theta), optim.settings(self._inner_optim, self._phi)
+
+    def is_current(self, pair: Pair) -> bool:
+        """Whether this is the pair, and the optimisers' settings are those that were captured."""
+        return self.pair is pair and self._settings == self._settings_now()
+
+    def bind(self, batch: Batch, unrolls: bool = False) -> None:
+        """Take up a step's data; ``unrolls`` says whether an optimiser that is not Adam is read too."""
+        self._batch = batch
+        self._inputs = self._context(unrolls)
+        self._flat = [x for group in self._inputs.values() for x in group]
+
+    def fit(self, moves: bool) -> tuple[float, float]:
+        """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
+        loss, norm, *gradient = (x.item() if i < 2 else x for i, x in enumerate(self.run(_fit if moves else _look)))
+        if moves and math.isfinite(norm):
+            if self._inner_kept is None:
+                optim.descend(self._inner_optim, self._phi, gradient)
+            elif self._inner_kept.ticked(gradient):
+                self.bind(self._batch)
+        return loss, norm
+
+    def follow(self, problem: Bilevel, state: Any) -> tuple[Result, float]:
+        """The outer step: what the strategy found, and ‖dJ/dθ‖. Nothing moves where they are not finite."""
+        whole = not self._strategy.resets_noise
+        if self._inner_kept is None and self._strategy.unrolls:
+            self.bind(self._batch, unrolls=True)
+        if whole:
+            found, norm, moved = self.run(_follow, state)
+        else:
+            found = self._strategy(problem, state)
+            norm = _norm(found.gradient, found.loss)
+        length = norm.item()
+        if math.isfinite(length) and math.isfinite(found.loss.item()):
+            if whole and self._outer_kept:
+                self._outer_kept.ticked(moved)
+            else:
+                optim.descend(self._outer_optim, self._theta, found.gradient)
+        return found, length
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(problem, *args)``, captured the first time. Numbers in ``args`` are scalar inputs too."""
+        leaves, spec = pytree.tree_flatten(args) if args else ([], None)
+        leaves = [torch.tensor(x, dtype=torch.float64) if type(x) in (int, float) else x for x in leaves]
+        given = [x.detach() for x in leaves if isinstance(x, Tensor)]
+        key = (function, spec, tuple(None if isinstance(x, Tensor) else x for x in leaves)) if args else function
+        graph = self._graphs.get(key)
+        if graph is None:
+
+            def whole(values: Sequence[Tensor]) -> Any:
+                rest = iter(values)
+                stand_ins = {name: [next(rest) for _ in group] for name, group in self._inputs.items()}
+                problem, swaps = self._captured(stand_ins)
+                mine = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
+                with params.swapped(swaps):
+                    return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else ()))
+
+            trained = {**self.pair.theta, **self.pair.phi}
+            graph = self._graphs[key] = _Graph(whole, [*self._flat, *given], trained)
+        return graph([*self._flat, *given])
+
+    def _context(self, unrolls: bool) -> dict[str, Sequence[Tensor]]:
+        """All tensors that change from step to step."""
+        batch: Batch = self._batch
+        inner: Sequence[Tensor] = []
+        if self._inner_kept:
+            inner = self._inner_kept.tensors()
+        elif unrolls:
+            inner = list(optim.DifferentiableOptim(self._inner_optim, self._phi).state().values())
+        return {
+            "theta": [p.detach() for p in self._theta],
+            "phi": [p.detach() for p in self._phi],
+            "buffers": self.pair.buffers,
+            "outer_state": self._outer_kept.tensors() if self._outer_kept else [],
+            "inner_state": inner,
+            "visible": [batch.v, *batch.indices.values()],
+            "data": [x for x in batch.leaves if isinstance(x, Tensor)],
+        }
+
+    def _captured(self, given: Mapping[str, Sequence[Tensor]]) -> tuple[Captured, dict[Tensor, Tensor]]:
+        """The problem on stand-ins for :meth:`_context`, and what they stand in for."""
+        batch: Batch = self._batch
+        data = iter(given["data"])
+        stand_in = replace(
+            batch,
+            v=given["visible"][0],
+            indices=dict(zip(batch.indices, given["visible"][1:], strict=True)),
+            leaves=[next(data) if isinstance(x, Tensor) else x for x in batch.leaves],
+        )
+        theta, phi = ([p.detach().requires_grad_() for p in given[name]] for name in ("theta", "phi"))
+        plain = self._problem(self.pair, stand_in, theta, phi)
+        problem = Captured(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)
+        problem.is_captured = True
+        problem.run = lambda function, *args: function(problem, *args)
+        if self._outer_kept:
+            kept = self._outer_kept
+            problem.write_theta = lambda g, allowed: kept.write(given["theta"], given["outer_state"], g, allowed)
+        if self._inner_kept:
+            inner = self._inner_kept
+            problem.write_phi = lambda g, allowed: inner.write(given["phi"], given["inner_state"], g, allowed)
+            problem.steps = inner.bound(given["inner_state"])
+        elif given["inner_state"]:
+            steps = optim.DifferentiableOptim(self._inner_optim, self._phi)
+            problem.steps = steps.resumed(dict(zip(steps.state(), given["inner_state"], strict=True)))
+        swaps = dict(zip((*self._theta, *self._phi), (*theta, *phi), strict=True))
+        return problem, swaps | dict(zip(self.pair.buffers, given["buffers"], strict=True))
+
+
+class _Graph:
+    """A function of a list of tensors, recorded and compiled.
+
+    :raises RuntimeError: where what it does depends on the values of tensors.
+    """
+
+    def __init__(self, function: Callable, inputs: list[Tensor], trained: Mapping[str, Tensor]):
+        def flat(*values: Tensor) -> list[Tensor]:
+            leaves, self._spec = pytree.tree_flatten(function(values))
+            self._is_list = self._spec.type is list and all(child.is_leaf() for child in self._spec.children())
+            self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
+            self._places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+            return [leaves[i].detach() for i in self._places]
+
+        state = params.random_state()
+        inputs = [x.detach() for x in inputs]
+        with _last_site() as last, _recording():
+            try:
+                recorded = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            except Exception as error:
+                raise _explained(error, last) from error
+            finally:
+                params.set_random_state(state)
+        self._closed_over = _lift(recorded)
+        for name, leaf in trained.items():
+            if any(x is leaf for x in self._closed_over):
+                raise RuntimeError(f"jit=True: parameter '{name}' is read past pyro.param and torch's functions.")
+        recorded.graph.eliminate_dead_code()
+        recorded.recompile()
+        self._run = _compiled(recorded, [*inputs, *self._closed_over])
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        with torch.no_grad():
+            found = self._run(*inputs, *self._closed_over)
+        leaves = list(self._constants)
+        for i, x in zip(self._places, found, strict=True):
+            leaves[i] = x
+        return leaves if self._is_list else pytree.tree_unflatten(leaves, self._spec)
+
+
+def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
+    """Make the tensors that the program closed over inputs of the graph: they may change in place."""
+    places: dict[str, torch.fx.Node] = {}
+    placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
+    tensors: list[Tensor] = []
+    for node in list(recorded.graph.nodes):
+        if node.op != "get_attr" or all("lift_fresh" in str(user.target) for user in node.users):
+            continue  # the latter: made by torch.tensor in the program itself
+        if node.target not in places:
+            with recorded.graph.inserting_after(placeholders[-1]):
+                places[node.target] = recorded.graph.placeholder(f"closed_over_{len(tensors)}")
+            placeholders.append(places[node.target])
+            tensors.append(getattr(recorded, node.target).detach())
+        node.replace_all_uses_with(places[node.target])
+        recorded.graph.erase_node(node)
+    return tensors
+
+
+def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    from torch._inductor import exc
+
+    missing = (exc.InvalidCxxCompiler, exc.CppCompileError)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            compiled = torch._inductor.compile(recorded, [*inputs], options=OPTIONS)
+        assert callable(compiled)
+        return compiled
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, missing):
+            cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+        if cause is None:
+            raise
+    _warn_once()
+    return recorded
+
+
+def _warn_once(said: list[bool] = []) -> None:  # noqa: B006
+    if not said:
+        said.append(True)
+        warnings.warn(
+            "jit=True: there is no C++ compiler that works here, so the captured graph is replayed operation by "
+            "operation: about half the time of the eager step, not a tenth. Install g++ or clang.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class _Fixed(TorchFunctionMode):
+    """Inside, what Pyro's ELBOs do with the values of tensors has a form that does not depend on them.
+
+    ``x.item()`` is x itself, a scalar without a graph: the ELBOs take a detached value so. Where Dice leaves out
+    entries of probability 0, they count as 0 there.
+    """
+
+    _dice = Dice.compute_expectation.__code__
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.item:
+            return args[0].detach()
+        if func in (Tensor.all, Tensor.masked_select) and self._in_dice():
+            return False if func is Tensor.all else torch.where(args[1], args[0], 0.0)
+        return func(*args, **(kwargs or {}))
+
+    def _in_dice(self) -> bool:
+        frame = sys._getframe(2)
+        for _ in range(4):  # other modes stand between
+            if frame is None or frame.f_code is self._dice:
+                return frame is not None
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Without the host's checks, which look at values: NaN is looked for in what the graph returns."""
+    with (
+        pyro.validation_enabled(False),
+        mock.patch.object(pyro.util, "torch_isnan", lambda _: False),
+        mock.patch.object(pyro.util, "torch_isinf", lambda _: False),
+        _Fixed(),
+    ):
+        yield
+
+
+class _last_site(Messenger):
+    """Knows the name of the statement that ran last."""
+
+    name: str | None = None
+
+    def _process_message(self, msg):
+        if msg["type"] == "sample":
+            self.name = msg["name"]
+
+
+def _explained(error: Exception, last: _last_site) -> Exception:
+    """An error that names the place in the user's program."""
+    inside = (Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(folder in Path(f.filename).parents for folder in inside)]
+    place = f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else "no line of yours"
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return RuntimeError(
+        f"jit=True: the step can't be captured ({first}). The last sample statement before was "
+        f"'{last.name}'; {place}. What the program does must not depend on the values of tensors: write torch.where "
+        "for if, leave tensors tensors (no float(), .numpy(), .tolist()), or take jit=False."
+    )
