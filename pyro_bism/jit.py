@@ -281,21 +281,24 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
 
 
 def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    from torch._inductor import exc
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler's own making
+        from torch._inductor import compile_fx, exc
+        from torch._inductor.decomposition import select_decomp_table
 
-    missing = (exc.InvalidCxxCompiler, exc.CppCompileError)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            compiled = torch._inductor.compile(recorded, [*inputs], options=OPTIONS)
-        assert callable(compiled)
-        return compiled
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, missing):
-            cause = cause.__cause__ or getattr(cause, "inner_exception", None)
-        if cause is None:
-            raise
+        # a random operation taken apart would draw other numbers than the eager step
+        seeded = torch.Tag.nondeterministic_seeded
+        kept = {op: f for op, f in select_decomp_table().items() if seeded not in getattr(op, "tags", ())}
+        try:
+            compiled = compile_fx.compile_fx(recorded, [*inputs], config_patches=OPTIONS, decompositions=kept)
+            assert callable(compiled)
+            return compiled
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, exc.InvalidCxxCompiler | exc.CppCompileError):
+                cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+            if cause is None:
+                raise
     _warn_once()
     return recorded
 

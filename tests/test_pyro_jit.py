@@ -377,13 +377,15 @@ def test_eager_and_captured_steps_take_turns(replayed):
     assert_allclose(eager[0], mixed[0], rtol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_without_a_compiler_the_graph_is_replayed_and_that_is_said(monkeypatch):
-    from torch._inductor import exc
+    from torch._inductor import compile_fx, exc
 
     def missing(*args, **kwargs):
         raise exc.InvalidCxxCompiler
 
-    monkeypatch.setattr(torch._inductor, "compile", missing)
+    monkeypatch.setattr(compile_fx, "compile_fx", missing)
     monkeypatch.setattr(jit._warn_once, "__defaults__", ([],))
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as found:
         assert_same(gaussian, gaussian_guide, hypergradient=Unrolled(1))
