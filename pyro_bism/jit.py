@@ -35,7 +35,12 @@ from .visible import Batch
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
 # torch's own generator, and no check of what the graph itself has made
-OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+OPTIONS = {
+    "fallback_random": True,
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "cpp.min_chunk_size": 16384,  # threads cost more than they gain on less
+}
 
 
 @dataclass

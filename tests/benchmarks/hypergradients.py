@@ -1,6 +1,7 @@
 """Time a BiSM step of a large RBM for every hypergradient: ``pyro_bism`` beside the same work by hand.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/hypergradients.py --rounds 7 --steps 5
+    python tests/benchmarks/hypergradients.py --jit
     python tests/benchmarks/hypergradients.py --check 50 --strategies implicit amortized
 
 A Gaussian-Bernoulli RBM of 560 visible and 400 hidden units, one fixed batch of 100, K = 5, denoising
@@ -341,7 +342,9 @@ def summed_programs(theta: Tensors, phi: Tensors) -> tuple[Callable, Callable]:
     return model, guide
 
 
-def with_package(hypergradient: Any, x: Tensor, theta: Tensors, phi: Tensors, summed: bool) -> Contender:
+def with_package(
+    hypergradient: Any, x: Tensor, theta: Tensors, phi: Tensors, summed: bool, jit: bool = False
+) -> Contender:
     """``pyro_bism``'s ``step``."""
     pyro.clear_param_store()
     model, guide = (summed_programs if summed else relaxed_programs)(theta, phi)
@@ -353,6 +356,7 @@ def with_package(hypergradient: Any, x: Tensor, theta: Tensors, phi: Tensors, su
         inner_loss=TraceEnum_ELBO(max_plate_nesting=2) if summed else Trace_ELBO(),
         num_inner_steps=NUM_INNER_STEPS,
         hypergradient=hypergradient,
+        jit=jit,
     )
     data = x[:, None] if summed else x
     bism.evaluate_loss(data)  # the programs are analysed at their first run, with random draws
@@ -377,19 +381,19 @@ def start(seed: int = 0) -> tuple[Tensor, Tensors, Tensors]:
     return x, theta, (0.01 * torch.randn(VISIBLE, HIDDEN), torch.zeros(HIDDEN))
 
 
-def contenders(name: str, summed: bool) -> tuple[Contender, Contender]:
+def contenders(name: str, summed: bool, jit: bool) -> tuple[Contender, Contender]:
     """By hand, and with the package."""
     hand, package = STRATEGIES[name]
     x, theta, phi = start()
-    return by_hand(hand, x, theta, phi, summed), with_package(package, x, theta, phi, summed)
+    return by_hand(hand, x, theta, phi, summed), with_package(package, x, theta, phi, summed, jit)
 
 
-def check(name: str, summed: bool, num_steps: int) -> str:
+def check(name: str, summed: bool, num_steps: int, jit: bool) -> str:
     """Both step by step from the same start with the same random numbers.
 
     :raises AssertionError: if the two part.
     """
-    pair = contenders(name, summed)
+    pair = contenders(name, summed, jit)
     losses: list[list[float]] = [[], []]
     norms: list[list[float]] = [[], []]
     for n in range(num_steps):
@@ -407,9 +411,9 @@ def check(name: str, summed: bool, num_steps: int) -> str:
     return line
 
 
-def measure(name: str, summed: bool, rounds: int, num_steps: int) -> str:
+def measure(name: str, summed: bool, rounds: int, num_steps: int, jit: bool) -> str:
     """A row of the table."""
-    pair = contenders(name, summed)
+    pair = contenders(name, summed, jit)
     times: tuple[list[float], list[float]] = ([], [])
     for n in range(rounds + 1):
         for contender, seconds in zip(pair, times, strict=True):
@@ -432,23 +436,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="a round")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jit", action="store_true", help="the package with jit=True; by hand stays eager")
     parser.add_argument("--check", type=int, metavar="STEPS", help="compare that many steps, and time nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     summed = args.latents == "summed"
     for name in args.strategies:
-        line = check(name, summed, args.check or 2)
+        line = check(name, summed, args.check or 2, args.jit)
         if args.check:
             print(line, flush=True)
     if args.check:
         return
     print(
         f"RBM {VISIBLE}x{HIDDEN}, batch {BATCH}, K = {NUM_INNER_STEPS}, {args.latents} latents, "
-        f"{args.threads} threads, median of {args.rounds} rounds of {args.steps} steps"
+        f"{'jit, ' if args.jit else ''}{args.threads} threads, median of {args.rounds} rounds of {args.steps} steps"
     )
     print(f"{'':12}{'ms ours':>10}{'by hand':>10}{'ratio':>8}{'least':>8}{'most':>8}{'products':>10}")
     for name in args.strategies:
-        print(measure(name, summed, args.rounds, args.steps), flush=True)
+        print(measure(name, summed, args.rounds, args.steps, args.jit), flush=True)
     print("products: Hessian products of the last step, the cross product among them")
 
 

@@ -1,0 +1,322 @@
+"""Time BiSM steps: both packages beside the same work by hand and beside ``higher``; write docs/performance.md.
+
+    python tests/benchmarks/performance.py                        all tables and the figure, about an hour
+    python tests/benchmarks/performance.py --part steps --models checkerboard
+
+Every contender is a process of its own, so that its time to the first step and its peak memory are its own. They take
+turns, round by round, while the others sleep: a machine that slows down slows down all, and a ratio is the median of
+the rounds' own ratios. What is measured is kept in ``--output`` as JSON; the page is made from it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "examples"), str(HERE)]
+BATCH = 100
+
+# contender: its yardsticks
+RATIOS = {
+    "pyro_bism, eager": ("torch by hand, eager", "higher"),
+    "pyro_bism, jit=True": ("torch by hand, compiled", "higher"),
+    "numpyro_bism, run": ("JAX by hand, scan", "higher"),
+}
+STRATEGIES = [
+    "Detached()",
+    "Unrolled(5)",
+    "Unrolled(5, memory='recompute')",
+    "Implicit(num_steps=5)",
+    "Amortized()",
+    "Penalty(100)",
+    "Covariance(2)",
+]
+TITLES = {
+    "checkerboard": "Checkerboard, Gaussian-Bernoulli RBM of 2 x 4 units",
+    "rbm": "Gaussian-Bernoulli RBM of 560 x 400 units",
+    "conv": "Convolutional, 1 x 32 x 32, 16 channels, 50 latents",
+}
+
+
+def work(job: dict) -> None:
+    """A contender's process: takes as many steps as it is told, and answers with seconds and loss."""
+    from contenders import CONTENDERS
+    from models import MODELS
+
+    model = MODELS[job["model"]]
+    x = model.data(job["batch"])
+    start = time.perf_counter()
+    steps = CONTENDERS[job["contender"]](model, x, job["K"], job["N"], job["strategy"])
+    loss = steps(job["steps"] if job["scans"] else 1)
+    print(json.dumps({"seconds": time.perf_counter() - start, "loss": loss}), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        loss = steps(int(line))
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
+
+
+@dataclass
+class Worker:
+    job: dict
+    times: list[float] = field(default_factory=list)
+    loss: float = 0.0
+    peak: float = 0.0
+
+    def __post_init__(self):
+        command = [sys.executable, __file__, "--work", json.dumps(self.job)]
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.first = self._answer()["seconds"]
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.job} failed:\n{self.process.stderr.read()[-3000:]}")
+        return json.loads(line)
+
+    def round(self) -> None:
+        self.process.stdin.write(f"{self.job['steps']}\n")
+        self.process.stdin.flush()
+        found = self._answer()
+        self.times.append(found["seconds"] / self.job["steps"])
+        self.loss, self.peak = found["loss"], found["peak"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def job(model: str, contender: str, strategy: str = "Unrolled(5)", K: int = 5, N: int = 5, batch: int = BATCH) -> dict:
+    slow = "eager" in contender or contender == "higher"
+    steps = {"checkerboard": 20 if slow else 200, "rbm": 5 if slow else 10, "conv": 2 if slow else 4}[model]
+    if contender in ("JAX by hand, scan", "numpyro_bism, run") and model == "checkerboard":
+        steps = 1000
+    scans = "JAX" in contender or "numpyro" in contender
+    return {
+        "model": model,
+        "contender": contender,
+        "strategy": strategy,
+        "K": K,
+        "N": N,
+        "batch": batch,
+        "steps": steps,
+        "scans": scans,
+    }
+
+
+def measure(jobs: list[dict], rounds: int, label: str) -> list[dict]:
+    """Medians, and all rounds; the contenders take turns."""
+    workers = []
+    try:
+        for each in tqdm(jobs, desc=f"{label}: first steps", leave=False):
+            workers.append(Worker(each))
+        for n in tqdm(range(rounds + 1), desc=f"{label}: rounds", leave=False):
+            for worker in workers:
+                worker.round()
+            if n == 0:  # not counted
+                for worker in workers:
+                    worker.times.clear()
+    finally:
+        for worker in workers:
+            worker.close()
+    return [
+        {**w.job, "ms": [1e3 * t for t in w.times], "first": w.first, "loss": w.loss, "peak": w.peak} for w in workers
+    ]
+
+
+def ratio(found: list[dict], contender: str, yardstick: str) -> float | None:
+    rows = {row["contender"]: row["ms"] for row in found}
+    if contender not in rows or yardstick not in rows:
+        return None
+    return median(a / b for a, b in zip(rows[contender], rows[yardstick], strict=True))
+
+
+# The three parts
+
+
+def steps(args: argparse.Namespace) -> dict:
+    """K = N = 5, all contenders."""
+    from contenders import CONTENDERS
+
+    return {
+        model: measure([job(model, name) for name in CONTENDERS], args.rounds, model) for model in args.models
+    }
+
+
+def strategies(args: argparse.Namespace) -> list[dict]:
+    """All strategies on the large RBM, both packages compiled."""
+    jobs = [job("rbm", name, s) for name in ("pyro_bism, jit=True", "numpyro_bism, run") for s in STRATEGIES]
+    return [row for each in jobs for row in measure([each], args.rounds, f"{each['contender']} {each['strategy']}")]
+
+
+def growth(args: argparse.Namespace) -> list[dict]:
+    """K, N and batch, one at a time, on the large RBM."""
+    settings = [(K, 5, BATCH) for K in (1, 5, 10)] + [(5, N, BATCH) for N in (1, 10)] + [(5, 5, 4 * BATCH)]
+    found = []
+    for K, N, batch in settings:
+        names = ("pyro_bism, jit=True", "torch by hand, compiled", "numpyro_bism, run", "JAX by hand, scan")
+        jobs = [job("rbm", name, f"Unrolled({N})", K, N, batch) for name in names]
+        found += measure(jobs, args.rounds, f"K={K} N={N} batch={batch}")
+    return found
+
+
+PARTS = {"steps": steps, "strategies": strategies, "growth": growth}
+
+
+# The page
+
+
+def machine() -> str:
+    name = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    import jax
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, JAX {jax.__version__}"
+    return f"{cores} cores ({name}), {versions}"
+
+
+def number(x: float | None, spec: str = ".2f") -> str:
+    return "" if x is None else format(x, spec)
+
+
+def step_table(found: list[dict]) -> list[str]:
+    lines = ["| | ms a step | first step, s | peak, MB | to its like by hand | to `higher` |", "|---|---|---|---|---|---|"]
+    for row in found:
+        name = row["contender"]
+        like, other = RATIOS.get(name, (None, "higher"))
+        cells = [
+            name,
+            number(median(row["ms"]), ".3g"),
+            number(row["first"], ".1f"),
+            number(row["peak"], ".0f"),
+            number(ratio(found, name, like) if like else None),
+            number(ratio(found, name, other) if name != other else None, ".3f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def strategy_table(found: list[dict]) -> list[str]:
+    lines = ["| | `pyro_bism`, jit: ms | first, s | peak, MB | `numpyro_bism`: ms | first, s | peak, MB |"]
+    lines += ["|---" * 7 + "|"]
+    for name in STRATEGIES:
+        rows = [row for row in found if row["strategy"] == name]
+        cells = [f"{median(r['ms']):.3g} | {r['first']:.1f} | {r['peak']:.0f}" for r in rows]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def growth_table(found: list[dict]) -> list[str]:
+    names = list(dict.fromkeys(row["contender"] for row in found))
+    lines = ["| K | N | batch | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for setting in dict.fromkeys((row["K"], row["N"], row["batch"]) for row in found):
+        rows = [row for row in found if (row["K"], row["N"], row["batch"]) == setting]
+        cells = [format(median(row["ms"]), ".3g") for row in rows]
+        lines.append("| " + " | ".join([*map(str, setting), *cells]) + " |")
+    lines += ["", "Milliseconds that one more costs (least squares over the rows above):", ""]
+    lines += ["| | inner step (K) | unrolled step (N) | 100 examples |", "|---|---|---|---|"]
+    for name in names:
+        rows = [row for row in found if row["contender"] == name]
+        cells = []
+        for which in ("K", "N", "batch"):
+            fixed = {"K": 5, "N": 5, "batch": BATCH}
+            del fixed[which]
+            points = [(r[which], median(r["ms"])) for r in rows if all(r[k] == v for k, v in fixed.items())]
+            slope = np.polyfit(*zip(*points, strict=True), 1)[0]
+            cells.append(format(slope * (BATCH if which == "batch" else 1), ".3g"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def picture(found: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.2), layout="constrained", squeeze=False)
+    for axis, (model, rows) in zip(axes[0], found.items(), strict=True):
+        names = [row["contender"] for row in rows][::-1]
+        values = [median(row["ms"]) for row in rows][::-1]
+        colours = ["C0" if "bism" in name else "0.7" for name in names]
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [format(v, ".3g") for v in values], padding=3, fontsize=8)
+        axis.set(title=TITLES[model], xscale="log", xlabel="milliseconds a step")
+        axis.set_xlim(min(values) / 2, max(values) * 3)
+        axis.title.set_fontsize(9)
+        axis.tick_params(axis="y", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def page(found: dict, path: Path) -> None:
+    lines = [
+        "# How fast a step is",
+        "",
+        f"Made by `make bench` on {found['machine']}. Batch {BATCH}, K = N = 5, denoising, Adam at both levels, float32,",
+        f"unless a table says otherwise. Every figure is a median of {found['rounds']} rounds in which the contenders take",
+        "turns, each in a process of its own; *first step* is from the start of the set-up, data and imports of the",
+        "framework apart, to the end of the first step (of the first compiled run, for JAX). `higher` is the paper's",
+        "algorithm in plain torch, unrolled with that package as its authors did.",
+    ]
+    if "steps" in found:
+        lines += ["", "![Milliseconds a step](images/performance.png)"]
+        for model, rows in found["steps"].items():
+            lines += ["", f"## {TITLES[model]}", "", *step_table(rows)]
+        picture(found["steps"], path.parent / "images" / "performance.png")
+    if "strategies" in found:
+        lines += ["", f"## Hypergradients: {TITLES['rbm']}, K = 5", "", *strategy_table(found["strategies"])]
+    if "growth" in found:
+        lines += ["", f"## Growth: {TITLES['rbm']}", "", "Milliseconds a step.", "", *growth_table(found["growth"])]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=list(TITLES), default=list(TITLES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path("build"))
+    parser.add_argument("--page", type=Path, default=HERE.parents[1] / "docs" / "performance.md")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(json.loads(args.work))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    kept = args.output / "performance.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    found |= {"machine": machine(), "rounds": args.rounds}
+    for name in args.part:
+        part = PARTS[name](args)
+        found[name] = found.get(name, {}) | part if isinstance(part, dict) else part
+        kept.write_text(json.dumps(found, indent=1))
+        page(found, args.page)
+        if name == "steps":
+            for model, rows in part.items():
+                print("\n".join(["", TITLES[model], "", *step_table(rows)]))
+    print(f"\nwritten to {args.page}")
+
+
+if __name__ == "__main__":
+    main()
