@@ -1,5 +1,5 @@
 # The only entrance. Every target sets up .venv by itself when it is missing or out of date.
-#   make demo    the main job, in both backends          make bench   timings against bare JAX and torch
+#   make demo    the main job, in both backends          make bench   an hour of timings into docs/performance.md
 #   make test    the tests, two at a time (JOBS=4 ...)   make docs    API pages in build/docs
 #   make lint    ruff and mypy                           make clean   remove .venv and everything built
 # Another Python: make test PYTHON=python3.12
@@ -36,7 +36,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python tests/benchmarks/checkerboard.py
+	$(BIN)/python tests/benchmarks/performance.py
 
 docs: $(READY)
 	$(BIN)/python -m pdoc --math --docformat restructuredtext --output-directory build/docs pyro_bism numpyro_bism

@@ -327,7 +327,12 @@ def one(args):
 def rows(args, model):
     """All rows of a model's table. Those that an interrupted run has left in ``--output`` are not made again."""
     chosen = STRATEGIES if model == "checkerboard" else ON_FACES
-    jobs = [(latents, name) for latents in ("relaxed", "summed") for name, ways in chosen.items() if latents in ways]
+    jobs = [
+        (latents, name)
+        for latents in ("relaxed", "summed")
+        for name, ways in chosen.items()
+        if latents in ways and (not args.strategies or name in args.strategies)
+    ]
     jobs = [(latents, "common") for latents in ("relaxed", "summed")] + jobs
     kept = args.output / f"rows_{model}.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
@@ -391,6 +396,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["checkerboard", "faces", "both"], default="both")
     parser.add_argument("--data", default=os.environ.get("BISM_DATA"), help="path of the Frey faces")
+    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), metavar="STRATEGY", help="rows; all")
     parser.add_argument("--steps", type=int, help="of training; 20,000 and 400")
     parser.add_argument("--gradients", type=int, help="how many the error is a mean of; 50,000 and 400")
     parser.add_argument("--output", type=Path, default=Path("build"))

@@ -12,7 +12,7 @@ from numpyro.infer import Trace_ELBO
 
 from . import densities, divergences
 from . import visible as visibles
-from .hypergradients import Bilevel, Hypergradient, Unrolled, fused
+from .hypergradients import Amortized, Bilevel, Hypergradient, fused
 from .losses import OuterLoss
 from .optim import as_optim
 
@@ -83,7 +83,7 @@ class BiSM:
     :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own.
     :param inner_loss: an ELBO of NumPyro, or :class:`FisherDivergence`.
     :param num_inner_steps: K.
-    :param hypergradient: a strategy of :mod:`numpyro_bism.hypergradients`.
+    :param hypergradient: a strategy of :mod:`numpyro_bism.hypergradients`; the paper's is ``Unrolled(5)``.
     :param visible: names of the visible sites; None takes all observed sample sites.
     :param static_kwargs: keyword arguments of model and guide that stay the same, as in SVI.
     :raises ValueError: at construction for bad settings, at :meth:`init` for misuse (see the docs).
@@ -99,7 +99,7 @@ class BiSM:
         inner_optim: Any = None,
         inner_loss: Any = None,
         num_inner_steps: int = 5,
-        hypergradient: Hypergradient = Unrolled(5),  # noqa: B008  (frozen)
+        hypergradient: Hypergradient = Amortized(),  # noqa: B008  (frozen)
         visible: Sequence[str] | None = None,
         **static_kwargs: Any,
     ):
@@ -113,8 +113,8 @@ class BiSM:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
         if isinstance(hypergradient, type) or not callable(hypergradient):
             raise ValueError(
-                f"hypergradient={hypergradient!r} is not a strategy. Pass an instance, such as Unrolled(5) or "
-                "Amortized()."
+                f"hypergradient={hypergradient!r} is not a strategy. Pass an instance, such as Amortized() or "
+                "Unrolled(5)."
             )
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import densities, divergences, visible
-from .hypergradients import Bilevel, Hypergradient, Result, Unrolled
+from .hypergradients import Amortized, Bilevel, Hypergradient, Result
 from .jit import MAX_CAPTURES, Program
 from .losses import OuterLoss
 from .optim import descend, require_unrollable, settle, torch_optimizer
@@ -64,7 +64,7 @@ class BiSM:
         scheduler, step it beside ``optim``: ``bism.inner_optim.step()``.
     :param inner_loss: a differentiable ELBO of Pyro, or :class:`FisherDivergence`.
     :param num_inner_steps: K.
-    :param hypergradient: a strategy of :mod:`pyro_bism.hypergradients`.
+    :param hypergradient: a strategy of :mod:`pyro_bism.hypergradients`; the paper's is ``Unrolled(5)``.
     :param visible: names of the visible sites; None takes all observed sample sites.
     :param jit: capture the step as graphs of tensor operations and compile them (needs a C++ compiler; without one
         the graphs are replayed). Model and guide must not look at the values of tensors, and Python numbers in them are
@@ -83,7 +83,7 @@ class BiSM:
         inner_optim: PyroOptim | None = None,
         inner_loss: Any = None,
         num_inner_steps: int = 5,
-        hypergradient: Hypergradient = Unrolled(5),  # noqa: B008  (frozen)
+        hypergradient: Hypergradient = Amortized(),  # noqa: B008  (frozen)
         visible: Sequence[str] | None = None,
         jit: bool = False,
     ):
@@ -103,8 +103,8 @@ class BiSM:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
         if isinstance(hypergradient, type) or not callable(hypergradient):
             raise ValueError(
-                f"hypergradient={hypergradient!r} is not a strategy. Pass an instance, such as Unrolled(5) or "
-                "Amortized()."
+                f"hypergradient={hypergradient!r} is not a strategy. Pass an instance, such as Amortized() or "
+                "Unrolled(5)."
             )
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")

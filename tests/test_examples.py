@@ -1,4 +1,4 @@
-"""The quickstart in a small setting, as its users run it: from a shell, in a directory of theirs."""
+"""The examples in a small setting, as their users run them: from a shell, in a directory of theirs."""
 
 import re
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICKSTART = EXAMPLES / "quickstart.py"
 
 
 def requires(backend):
@@ -45,3 +46,20 @@ def test_quickstart_that_learns_nothing_is_an_error(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert re.search(r"pyro: BiSM ended at -\S+, not above -\S+\. More --steps\?", done.stderr)
+
+
+@pytest.mark.full
+def test_hypergradients(tmp_path):
+    """Two rows, from scratch; the second time they are there already."""
+    requires("numpyro")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(EXAMPLES / "hypergradients.py"), "--model", "checkerboard", "--steps", "40"]
+    command += ["--gradients", "20", "--strategies", "Amortized()", "--output", "out"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        rows = re.findall(r"^\| (relaxed|summed) \| Amortized\(\) \|(.*)\|$", done.stdout, re.MULTILINE)
+        assert [latents for latents, _ in rows] == ["relaxed", "summed"]
+        assert all(float(cell) == float(cell) for _, cells in rows for cell in cells.split("|"))
+        assert "one step of Adam solves" in done.stdout
+    assert (tmp_path / "out" / "hypergradients.png").stat().st_size > 10_000

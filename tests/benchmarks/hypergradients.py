@@ -20,20 +20,19 @@ from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
-import handwritten_torch as checkerboard
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 from torch.distributions.utils import clamp_probs
-from torch.nn.functional import softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 import pyro_bism
 from pyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching
 
 BATCH, VISIBLE, HIDDEN = 100, 560, 400
-SIGMA, TEMPERATURE, NUM_INNER_STEPS, RATE = 0.3, checkerboard.TEMPERATURE, 5, 2e-4
+SIGMA, TEMPERATURE, NUM_INNER_STEPS, RATE = 0.3, 0.1, 5, 2e-4
 PRODUCTS, STRENGTH, PARTICLES, UNROLLED = 5, 100.0, 2, 5
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 MEMORY, FRACTION = 0.99, 0.1  # as Amortized's
@@ -114,7 +113,19 @@ def log_joint(theta: Tensors, v: Tensor, h: Tensor) -> Tensor:
     return h @ c + ((v @ W) * h).sum(-1) - 0.5 * (v - b).square().sum(-1)
 
 
-logits, draw, log_guide = checkerboard.logits, checkerboard.draw, checkerboard.log_guide
+def logits(phi: Tensors, v: Tensor) -> Tensor:
+    W, b = phi
+    return torch.addmm(b, v, W)
+
+
+def draw(logit: Tensor, uniform: Tensor) -> Tensor:
+    """A Concrete draw: sigmoid((logit + log u - log(1 - u)) / T)."""
+    return torch.sigmoid((logit + torch.logit(uniform)) / TEMPERATURE)
+
+
+def log_guide(logit: Tensor, h: Tensor) -> Tensor:
+    """The Bernoulli cross-entropy at soft h, shape (n,)."""
+    return -binary_cross_entropy_with_logits(logit, h, reduction="none").sum(-1)
 
 
 def inner_loss(theta: Tensors, phi: Tensors, x: Tensor, noise: Noise) -> Tensor:

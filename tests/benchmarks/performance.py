@@ -153,9 +153,7 @@ def steps(args: argparse.Namespace) -> dict:
     """K = N = 5, all contenders."""
     from contenders import CONTENDERS
 
-    return {
-        model: measure([job(model, name) for name in CONTENDERS], args.rounds, model) for model in args.models
-    }
+    return {model: measure([job(model, name) for name in CONTENDERS], args.rounds, model) for model in args.models}
 
 
 def strategies(args: argparse.Namespace) -> list[dict]:
@@ -199,7 +197,10 @@ def number(x: float | None, spec: str = ".2f") -> str:
 
 
 def step_table(found: list[dict]) -> list[str]:
-    lines = ["| | ms a step | first step, s | peak, MB | to its like by hand | to `higher` |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | ms a step | first step, s | peak, MB | to its like by hand | to `higher` |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in found:
         name = row["contender"]
         like, other = RATIOS.get(name, (None, "higher"))
@@ -273,9 +274,9 @@ def page(found: dict, path: Path) -> None:
     lines = [
         "# How fast a step is",
         "",
-        f"Made by `make bench` on {found['machine']}. Batch {BATCH}, K = N = 5, denoising, Adam at both levels, float32,",
-        f"unless a table says otherwise. Every figure is a median of {found['rounds']} rounds in which the contenders take",
-        "turns, each in a process of its own; *first step* is from the start of the set-up, data and imports of the",
+        f"Made by `make bench` on {found['machine']}.",
+        f"Batch {BATCH}, K = N = 5, denoising, Adam at both levels, float32, unless a table says otherwise. Every figure",
+        f"is a median of {found['rounds']} rounds in which the contenders take turns, each in a process of its own; *first step* is from the start of the set-up, data and imports of the",
         "framework apart, to the end of the first step (of the first compiled run, for JAX). `higher` is the paper's",
         "algorithm in plain torch, unrolled with that package as its authors did.",
     ]
