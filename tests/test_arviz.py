@@ -493,7 +493,7 @@ def test_groups_dimensions_and_attributes(backend):
         "average": "loss",
     }
     assert configuration["inner_loss"]["name"] == "Trace_ELBO"
-    assert configuration["hypergradient"] == {"name": "Unrolled", "num_steps": 5, "memory": "store"}
+    assert configuration["hypergradient"] == {"name": "Amortized", "step_size": None, "num_steps": 1}
     assert (configuration["num_inner_steps"], configuration["visible"]) == (5, ["v"])
 
 

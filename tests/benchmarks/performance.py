@@ -275,9 +275,9 @@ def page(found: dict, path: Path) -> None:
         "# How fast a step is",
         "",
         f"Made by `make bench` on {found['machine']}.",
-        f"Batch {BATCH}, K = N = 5, denoising, Adam at both levels, float32, unless a table says otherwise. Every figure",
-        f"is a median of {found['rounds']} rounds in which the contenders take turns, each in a process of its own;",
-        "*first step* is from the start of the set-up, imports of the framework among it, to the end of the first step",
+        f"Batch {BATCH}, K = N = 5, denoising, Adam at both levels, float32, unless a table says otherwise. Every",
+        f"figure is a median of {found['rounds']} rounds in which the contenders take turns, each in a process of its",
+        "own; *first step* is from the start of the set-up, imports of the framework among it, to the end of that step",
         "(of the first compiled run, for JAX). `higher` is the paper's algorithm in plain torch, unrolled with that",
         "package as its authors did.",
     ]
