@@ -118,8 +118,14 @@ class Program:
         self._inputs: Mapping[str, Sequence[Tensor]] = {}
         self._flat: list[Tensor] = []
 
-    def _settings_now(self) -> Any:
-        return optim.settings(self._outer_optim, self._theta), optim.settings(self._inner_optim, self._phi)
+    def _settings_now(self) -> list[Any]:
+        """Of the optimisers that are part of a graph; others take their steps outside."""
+        found = []
+        if self._outer_kept:
+            found.append(optim.settings(self._outer_optim, self._theta))
+        if self._inner_kept or self._strategy.unrolls:
+            found.append(optim.settings(self._inner_optim, self._phi))
+        return found
 
     def is_current(self, pair: Pair) -> bool:
         """Whether this is the pair, and the optimisers' settings are those that were captured."""

@@ -210,15 +210,18 @@ def test_every_optimiser_is_the_eager_one(replayed, optim, strategy):
     assert_same(gaussian, gaussian_guide, optim=optim, hypergradient=strategy)
 
 
-def test_a_schedule_moves_the_rate_and_captures_nothing_anew(replayed):
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [(torch.optim.Adam, Unrolled(1)), (torch.optim.SGD, Amortized())], ids=["adam", "sgd"]
+)
+def test_a_schedule_moves_the_rate_and_captures_nothing_anew(replayed, kind, strategy):
     def scheduled():
-        return pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "gamma": 0.5})
+        return pyro.optim.ExponentialLR({"optimizer": kind, "optim_args": {"lr": 1e-3}, "gamma": 0.5})
 
     def between(bism, n):
         bism.optim.step()
         bism.inner_optim.step()
 
-    bism = assert_same(gaussian, gaussian_guide, optim=scheduled, between=between, hypergradient=Unrolled(1))
+    bism = assert_same(gaussian, gaussian_guide, optim=scheduled, between=between, hypergradient=strategy)
     assert bism._num_captures == 1
 
 
