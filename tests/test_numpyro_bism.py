@@ -289,10 +289,12 @@ def test_a_strategys_state_is_part_of_the_state(strategy, tmp_path):
 
 
 def test_a_state_of_another_strategy_is_refused():
-    state = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3)).init(KEY, X)
-    for strategy in (Amortized(), Penalty()):
-        bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), hypergradient=strategy)
-        with pytest.raises(ValueError, match=f"another hypergradient than {type(strategy).__name__}"):
+    def fresh(strategy):
+        return BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), hypergradient=strategy)
+
+    for saved, loaded in ((Unrolled(5), Amortized()), (Unrolled(5), Penalty()), (Amortized(), Unrolled(5))):
+        state, bism = fresh(saved).init(KEY, X), fresh(loaded)
+        with pytest.raises(ValueError, match=f"another hypergradient than {type(loaded).__name__}"):
             bism.update(state, X)
 
 

@@ -204,7 +204,9 @@ OPTIMS = {
 }
 
 
-@pytest.mark.parametrize("strategy", [Unrolled(2), Amortized()], ids=repr)
+@pytest.mark.parametrize(
+    "strategy", [Unrolled(2), pytest.param(Amortized(), marks=pytest.mark.full)], ids=["unrolled", "amortized"]
+)
 @pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
 def test_every_optimiser_is_the_eager_one(replayed, optim, strategy):
     assert_same(gaussian, gaussian_guide, optim=optim, hypergradient=strategy)
