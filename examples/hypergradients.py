@@ -391,31 +391,34 @@ def picture(tables, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(1, len(tables), figsize=(6.4 * len(tables), 4.6), layout="constrained", squeeze=False)
-    colours = dict(
-        zip(
-            ["Detached", "Unrolled", "Implicit", "Amortized", "Penalty", "Covariance", "Exact"],
-            "C0 C1 C2 C3 C4 C5 C6".split(),
-            strict=True,
-        )
-    )
+    kinds = ["Detached", "Unrolled", "Implicit", "Amortized", "Penalty", "Covariance", "Exact"]
+    figure, axes = plt.subplots(1, len(tables), figsize=(5.6 * len(tables), 4.6), layout="constrained", squeeze=False)
     for axis, (title, found) in zip(axes[0], tables.items(), strict=True):
         for row in found:
-            kind = row["strategy"].split("(")[0]
-            marker, fill = ("o", colours[kind]) if row["latents"] == "summed" else ("s", "none")
-            axis.plot(row["ms a step"], row["error in c"], marker, color=colours[kind], markerfacecolor=fill)
-            axis.annotate(
-                row["strategy"],
-                (row["ms a step"], row["error in c"]),
-                fontsize=6,
-                xytext=(3, 3),
-                textcoords="offset points",
-            )
+            kind, settings = row["strategy"].rstrip(")").split("(")
+            colour = f"C{kinds.index(kind)}"
+            marker, fill = ("o", colour) if row["latents"] == "summed" else ("s", "none")
+            place = row["ms a step"], row["error in c"]
+            axis.plot(*place, marker, color=colour, markerfacecolor=fill)
+            settings = settings.replace("num_steps=", "").replace("memory='recompute'", "r").replace("'", "")
+            axis.annotate(settings, place, fontsize=7, xytext=(5, -2), textcoords="offset points")
         axis.set(title=title, xlabel="milliseconds a step", xscale="log", yscale="log")
-    axes[0][0].set_ylabel("error of the hidden biases' gradient (filled: summed out, open: relaxed)")
+        axis.margins(x=0.15)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.axhline(1, color="0.8", linewidth=0.8, zorder=0)
+    axes[0][0].set_ylabel("relative error of the hidden biases' gradient")
+    handles = [Line2D([], [], marker="o", linestyle="", color=f"C{i}", label=kind) for i, kind in enumerate(kinds)]
+    for marker, label in (("o", "summed out"), ("s", "relaxed")):
+        fill = "0.4" if marker == "o" else "none"
+        handles.append(Line2D([], [], marker=marker, linestyle="", color="0.4", markerfacecolor=fill, label=label))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
