@@ -189,7 +189,7 @@ def machine() -> str:
 
     cores = len(os.sched_getaffinity(0))
     versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, JAX {jax.__version__}"
-    return f"{cores} cores ({name}), {versions}"
+    return f"{cores} core{'s' * (cores > 1)} ({name}), {versions}"
 
 
 def number(x: float | None, spec: str = ".2f") -> str:
@@ -253,6 +253,7 @@ def picture(found: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.2), layout="constrained", squeeze=False)
     for axis, (model, rows) in zip(axes[0], found.items(), strict=True):
@@ -263,6 +264,8 @@ def picture(found: dict, path: Path) -> None:
         axis.bar_label(bars, [format(v, ".3g") for v in values], padding=3, fontsize=8)
         axis.set(title=TITLES[model], xscale="log", xlabel="milliseconds a step")
         axis.set_xlim(min(values) / 2, max(values) * 3)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.title.set_fontsize(9)
         axis.tick_params(axis="y", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
