@@ -30,6 +30,7 @@ from pyro_bism import (
     Unrolled,
     jit,
 )
+from pyro_bism import bism as bism_module
 
 D, H, N = 3, 2, 7
 
@@ -207,7 +208,15 @@ OPTIMS = {
 @pytest.mark.parametrize(
     "strategy", [Unrolled(2), pytest.param(Amortized(), marks=pytest.mark.full)], ids=["unrolled", "amortized"]
 )
-@pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
+@pytest.mark.parametrize(
+    "optim",
+    [
+        pytest.param(
+            optim, id=name, marks=[] if name in ("clipped", "clipped-norm", "amsgrad", "sgd") else pytest.mark.full
+        )
+        for name, optim in OPTIMS.items()
+    ],
+)
 def test_every_optimiser_is_the_eager_one(replayed, optim, strategy):
     assert_same(gaussian, gaussian_guide, optim=optim, hypergradient=strategy)
 
@@ -297,13 +306,14 @@ def test_a_closed_over_tensor_may_change_in_place(replayed):
     assert bism._num_captures == 1
 
 
-def test_new_shapes_are_captured_and_a_flood_of_them_is_refused(replayed):
+def test_new_shapes_are_captured_and_a_flood_of_them_is_refused(replayed, monkeypatch):
+    monkeypatch.setattr(bism_module, "MAX_CAPTURES", 3)
     bism = BiSM(gaussian, gaussian_guide, adam(), DenoisingScoreMatching(0.3), jit=True, hypergradient=Detached())
     for n in (4, 5, 4, 5):
         bism.step(data(n))
     assert bism._num_captures == 2
-    with pytest.raises(RuntimeError, match="captured 8 times"):
-        for n in range(6, 20):
+    with pytest.raises(RuntimeError, match="captured 3 times"):
+        for n in range(6, 9):
             bism.step(data(n))
     bism.step(data(4))
 
