@@ -201,13 +201,10 @@ def exact_gradient(setting, params, v, num):
         score = -(u - params["b"]) * jnp.exp(-2 * params["log_s"]) + posterior @ params["W"].T
         return 0.5 * jnp.square(score + noise / setting.sigma).sum(-1).mean()
 
-    @jax.jit
-    def total(keys):
-        start = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(lambda t, key: (jax.tree.map(jnp.add, t, jax.grad(loss)(params, key)), None), start, keys)[
-            0
-        ]
+    def add(total, key):
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(params, key)), None
 
+    total = jax.jit(lambda keys: jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), keys)[0])
     params = jax.tree.map(jnp.asarray, params)
     parts = [total(keys) for keys in jax.random.split(jax.random.key(7), (num // 1000, 1000))]
     return jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), 0) / (1000 * len(parts)), *parts)

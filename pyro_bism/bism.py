@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import densities, divergences, visible
-from .hypergradients import Amortized, Bilevel, Hypergradient, Result
+from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, slopes
 from .jit import MAX_CAPTURES, Program
 from .losses import OuterLoss
 from .optim import descend, require_unrollable, settle, torch_optimizer
@@ -144,21 +144,21 @@ class BiSM:
         problem = self._problem(pair, batch, theta, phi)
         program = self._program(pair, batch) if self.jit else None
         if program is not None:
-            problem.run = program.run
+            problem.run = program.run  # type: ignore[method-assign]
         if self._carried is None:
             self._carried = (self.hypergradient.init(phi),)
         try:
-            inner_loss, inner_norm = self._fit(pair, batch, phi, buffers, problem, program)
-            found, norm = self._follow(problem, program)
+            inner_loss, inner_norm = self._fit(problem, buffers, program)
+            found, length = self._follow(problem, program)
         except (FloatingPointError, ValueError):
             visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
             raise
         finally:
             buffers.restore()
         self.info = BiSMInfo(
-            found.loss.item(), inner_loss, inner_norm, norm, float(found.residual), float(found.curvature)
+            found.loss.item(), inner_loss, inner_norm, length, float(found.residual), float(found.curvature)
         )
-        if not (math.isfinite(self.info.outer_loss) and math.isfinite(norm)):
+        if not (math.isfinite(self.info.outer_loss) and math.isfinite(length)):
             raise FloatingPointError(
                 f"The outer loss or its gradient is not finite ({self.info}). The model was not updated. "
                 "If inner_grad_norm grows from step to step, the inner learning rate is too high: lower it in "
@@ -176,7 +176,7 @@ class BiSM:
             if program is not None:
                 return program.follow(problem, *self._carried)
             found = self.hypergradient(problem, *self._carried)
-        return found, _norm(found.gradient)
+        return found, norm(found.gradient).item()
 
     def _program(self, pair: densities.Pair, batch: visible.Batch) -> Program:
         """The captured step for arguments of this structure, to be filled with this batch."""
@@ -213,24 +213,22 @@ class BiSM:
             optim=self.inner_optim,
         )
 
-    def _fit(self, pair, batch, phi, buffers, problem, program) -> tuple[float, float]:
-        """The K kept inner steps."""
-        norm = 0.0
+    def _fit(self, problem: Bilevel, buffers: "_Buffers", program: Program | None) -> tuple[float, float]:
+        """The K kept inner steps: G and ‖∇_φ G‖ at the last."""
         for k in range(max(self.num_inner_steps, 1)):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
             # in their noise, and a guide that goes astray between them is caught by its gradient.
             if self.hypergradient.repeats_noise and self.num_inner_steps:
                 problem.inner_noise.append(random_state())
             if program is not None:
-                loss, norm = program.fit(moves=self.num_inner_steps > 0)
+                loss, length = program.fit(moves=self.num_inner_steps > 0)
             else:
                 with nullcontext() if k == 0 else pyro.validation_enabled(False):
-                    value = divergences.of(self.loss, self._inner, pair, batch)
-                gradient = torch.autograd.grad(value, phi, allow_unused=True) if phi else []
-                loss, norm = value.item(), _norm(gradient)
+                    value, gradient = slopes(problem, "inner", "phi")
+                loss, length = value.item(), norm(gradient).item()
             if k == 0:
                 buffers.keep()
-            if not math.isfinite(norm):
+            if not math.isfinite(length):
                 raise FloatingPointError(
                     f"The gradient of the inner loss is not finite at inner step {k + 1} of "
                     f"{self.num_inner_steps} (inner loss {loss}). The inner learning rate is too "
@@ -238,8 +236,8 @@ class BiSM:
                     "its gradients."
                 )
             if program is None and self.num_inner_steps:
-                descend(self.inner_optim, phi, gradient)
-        return loss, norm
+                descend(self.inner_optim, problem.phi, gradient)
+        return loss, length
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The outer loss at the present parameters, with fresh noise; nothing is updated."""
@@ -373,11 +371,6 @@ def _same_settings(optim: PyroOptim) -> PyroOptim:
     new = copy.copy(optim)
     new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
     return new
-
-
-def _norm(gradient: Sequence[Tensor | None]) -> float:
-    norms = [torch.linalg.vector_norm(g.detach()) for g in gradient if g is not None]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])).item() if norms else 0.0
 
 
 def _signature(leaf: Any) -> Any:

@@ -39,8 +39,7 @@ class Bilevel:
     :ivar at: the context that puts given values of φ in force.
     :ivar optim: the inner optimiser.
     :ivar inner_noise: the random states before each of the K inner steps just taken, if the strategy repeats them.
-    :ivar run: ``run(function, *tensors)`` is ``function(problem, *tensors)``, compiled where it can be.
-    :ivar is_captured: whether what runs is being captured: it can't look at the value of a tensor then.
+    :cvar is_captured: whether what runs is being captured: it can't look at the value of a tensor then.
     """
 
     outer: Callable[[], Tensor]
@@ -52,12 +51,12 @@ class Bilevel:
     at: Callable[[Sequence[Tensor]], AbstractContextManager]
     optim: PyroOptim
     inner_noise: list[Any] = field(default_factory=list)
-    run: Callable[..., Any] | None = None
-    is_captured: bool = False
 
-    def __post_init__(self):
-        if self.run is None:
-            self.run = lambda function, *tensors: function(self, *tensors)
+    is_captured: ClassVar[bool] = False
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(problem, *args)``: what a captured step replaces by its graph."""
+        return function(self, *args)
 
     @cached_property
     def steps(self) -> DifferentiableOptim:
@@ -112,6 +111,18 @@ class Hypergradient(Protocol):
         return None
 
     def __call__(self, problem: Bilevel, state: Any) -> Result: ...
+
+
+def slopes(problem: Bilevel, loss: str, params: str) -> tuple[Tensor, Gradient]:
+    """J or G (``"outer"`` or ``"inner"``) and its gradient in θ or φ (``"theta"`` or ``"phi"``)."""
+    value, leaves = getattr(problem, loss)(), getattr(problem, params)
+    return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True) if leaves else []
+
+
+def norm(gradient: Gradient) -> Tensor:
+    """‖gradient‖ over all parameters, on whichever devices; 0 if there is none."""
+    norms = [torch.linalg.vector_norm(g.detach()) for g in gradient if g is not None]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
 
 
 def _in_theta(loss: Tensor, theta: Sequence[Tensor]) -> Result:
@@ -182,15 +193,14 @@ class Unrolled(Hypergradient):
 
     def _recomputed(self, problem: Bilevel) -> Result:
         """Forward in rows of √N steps, keeping the state before each row; then back, each row and each step anew."""
-        run: Any = problem.run
         length = math.isqrt(self.num_steps)
         values, optim = list(problem.phi), problem.steps.state()
         rows = []
         for start in range(0, self.num_steps, length):
             rows.append((start, values, optim, random_state()))
             for _ in range(start, min(start + length, self.num_steps)):
-                values, optim = run(_forward, values, optim)
-        loss, total, behind = run(_last, values)
+                values, optim = problem.run(_forward, values, optim)
+        loss, total, behind = problem.run(_last, values)
         final = random_state()
         behind_state: dict[Any, Tensor] = {}
         for start, values, optim, noise in reversed(rows):
@@ -199,10 +209,10 @@ class Unrolled(Hypergradient):
             for n in range(start, min(start + length, self.num_steps)):
                 steps.append((values, optim, random_state()))
                 if n + 1 < min(start + length, self.num_steps):
-                    values, optim = run(_forward, values, optim)
+                    values, optim = problem.run(_forward, values, optim)
             for values, optim, noise in reversed(steps):
                 set_random_state(noise)
-                total, behind, behind_state = run(_backward, values, optim, total, behind, behind_state)
+                total, behind, behind_state = problem.run(_backward, values, optim, total, behind, behind_state)
         set_random_state(final)
         return Result(loss, total)
 
@@ -549,42 +559,25 @@ class Penalty(Hypergradient):
         # on copies: a step that fails leaves the state as it was
         psi = [p.clone() for p in state.psi]
         optim = [{k: s.clone() if isinstance(s, Tensor) else s for k, s in kept.items()} for kept in state.optim]
-        run: Any = problem.run
         with exchanged(problem.optim, phi, psi, optim):
             for noise in problem.inner_noise:
                 fresh = random_state()
                 set_random_state(noise)
-                fit = run(_inner_in_phi)
+                _, fit = problem.run(slopes, "inner", "phi")
                 set_random_state(fresh)
-                match = run(_outer_in_phi)
-                slopes = [_sum(a, None if b is None else b / strength) for a, b in zip(fit, match, strict=True)]
-                descend(problem.optim, phi, slopes)
-            loss, raised = run(_outer_in_theta)
+                _, match = problem.run(slopes, "outer", "phi")
+                both = [_sum(a, None if b is None else b / strength) for a, b in zip(fit, match, strict=True)]
+                descend(problem.optim, phi, both)
+            loss, raised = problem.run(slopes, "outer", "theta")
             shared = random_state()
-            at_psi = run(_inner_in_theta)
+            _, at_psi = problem.run(slopes, "inner", "theta")
         set_random_state(shared)
-        at_phi = run(_inner_in_theta)
+        _, at_phi = problem.run(slopes, "inner", "theta")
         gradient = []
         for direct, upper, lower in zip(raised, at_psi, at_phi, strict=True):
             apart = _sum(upper, None if lower is None else -lower)
             gradient.append(_sum(direct, None if apart is None else strength * apart))
         return Result(loss, gradient, PenaltyState(psi, optim, state.num_steps + 1))
-
-
-def _inner_in_phi(problem: Bilevel) -> Gradient:
-    return torch.autograd.grad(problem.inner(), problem.phi, allow_unused=True)
-
-
-def _outer_in_phi(problem: Bilevel) -> Gradient:
-    return torch.autograd.grad(problem.outer(), problem.phi, allow_unused=True)
-
-
-def _inner_in_theta(problem: Bilevel) -> Gradient:
-    return torch.autograd.grad(problem.inner(), problem.theta, allow_unused=True)
-
-
-def _outer_in_theta(problem: Bilevel) -> tuple[Tensor, Gradient]:
-    return _in_theta(problem.outer(), problem.theta)[:2]
 
 
 @dataclass(frozen=True)

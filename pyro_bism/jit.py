@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from . import optim, params
 from .densities import Pair
-from .hypergradients import Bilevel, Gradient, Hypergradient, Result
+from .hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slopes
 from .visible import Batch
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
@@ -52,45 +53,38 @@ class Captured(Bilevel):
     :ivar write_phi: the same for φ.
     """
 
+    is_captured = True
+
     strategy: Hypergradient | None = None
     write_theta: Callable[[Gradient, Tensor], None] | None = None
     write_phi: Callable[[Gradient, Tensor], None] | None = None
 
 
-def _look(problem: Bilevel) -> tuple[Tensor, Tensor]:
+def _look(problem: Bilevel) -> list[Any]:
     """G and ‖∇_φ G‖."""
-    loss = problem.inner()
-    return loss.detach(), _norm(_in_phi(loss, problem), loss)
-
-
-def _in_phi(loss: Tensor, problem: Bilevel) -> Gradient:
-    return torch.autograd.grad(loss, problem.phi, allow_unused=True) if problem.phi else []
+    loss, gradient = slopes(problem, "inner", "phi")
+    return [loss, norm(gradient)]
 
 
 def _fit(problem: Captured) -> list[Any]:
     """An inner step: G, ‖∇_φ G‖, and the gradient if it has yet to be followed, else which leaves it moves."""
-    loss = problem.inner()
-    gradient = _in_phi(loss, problem)
-    norm = _norm(gradient, loss)
+    loss, gradient = slopes(problem, "inner", "phi")
+    length = norm(gradient)
     if problem.write_phi:
-        problem.write_phi(gradient, norm.isfinite())
-    return [loss.detach(), norm, *([g is not None for g in gradient] if problem.write_phi else gradient)]
+        problem.write_phi(gradient, length.isfinite())
+        return [loss, length, *(g is not None for g in gradient)]
+    return [loss, length, *gradient]
 
 
 def _follow(problem: Captured, state: Any) -> tuple[Result, Tensor, list[bool]]:
     """The outer step: the strategy's result, ‖dJ/dθ‖, which leaves move."""
     assert problem.strategy is not None
     found = problem.strategy(problem, state)
-    norm = _norm(found.gradient, found.loss)
+    length, moved = norm(found.gradient), [g is not None for g in found.gradient]
     if problem.write_theta:
-        problem.write_theta(found.gradient, norm.isfinite() & found.loss.isfinite())
-    moved = [g is not None for g in found.gradient]
-    return found._replace(gradient=[] if problem.write_theta else found.gradient), norm, moved
-
-
-def _norm(gradient: Gradient, like: Tensor) -> Tensor:
-    norms = [torch.linalg.vector_norm(g.detach()) for g in gradient if g is not None]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else like.new_zeros(())
+        problem.write_theta(found.gradient, length.isfinite() & found.loss.isfinite())
+        found = found._replace(gradient=[])
+    return found, length, moved
 
 
 class Program:
@@ -139,13 +133,14 @@ class Program:
 
     def fit(self, moves: bool) -> tuple[float, float]:
         """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
-        loss, norm, *gradient = (x.item() if i < 2 else x for i, x in enumerate(self.run(_fit if moves else _look)))
-        if moves and math.isfinite(norm):
+        loss, found, *gradient = self.run(_fit if moves else _look)
+        length = found.item()
+        if moves and math.isfinite(length):
             if self._inner_kept is None:
                 optim.descend(self._inner_optim, self._phi, gradient)
             elif self._inner_kept.ticked(gradient):
                 self.bind(self._batch)
-        return loss, norm
+        return loss.item(), length
 
     def follow(self, problem: Bilevel, state: Any) -> tuple[Result, float]:
         """The outer step: what the strategy found, and ‖dJ/dθ‖. Nothing moves where they are not finite."""
@@ -153,11 +148,11 @@ class Program:
         if self._inner_kept is None and self._strategy.unrolls:
             self.bind(self._batch, unrolls=True)
         if whole:
-            found, norm, moved = self.run(_follow, state)
+            found, size, moved = self.run(_follow, state)
         else:
             found = self._strategy(problem, state)
-            norm = _norm(found.gradient, found.loss)
-        length = norm.item()
+            size = norm(found.gradient)
+        length = size.item()
         if math.isfinite(length) and math.isfinite(found.loss.item()):
             if whole and self._outer_kept:
                 self._outer_kept.ticked(moved)
@@ -217,8 +212,6 @@ class Program:
         theta, phi = ([p.detach().requires_grad_() for p in given[name]] for name in ("theta", "phi"))
         plain = self._problem(self.pair, stand_in, theta, phi)
         problem = Captured(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)
-        problem.is_captured = True
-        problem.run = lambda function, *args: function(problem, *args)
         if self._outer_kept:
             kept = self._outer_kept
             problem.write_theta = lambda g, allowed: kept.write(given["theta"], given["outer_state"], g, allowed)
@@ -314,15 +307,14 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     return recorded
 
 
-def _warn_once(said: list[bool] = []) -> None:  # noqa: B006
-    if not said:
-        said.append(True)
-        warnings.warn(
-            "jit=True: there is no C++ compiler that works here, so the captured graph is replayed operation by "
-            "operation: about half the time of the eager step, not a tenth. Install g++ or clang.",
-            UserWarning,
-            stacklevel=2,
-        )
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "jit=True: there is no C++ compiler that works here, so the captured graph is replayed operation by "
+        "operation: about half the time of the eager step, not a tenth. Install g++ or clang.",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 class _Fixed(TorchFunctionMode):
@@ -374,8 +366,9 @@ class _last_site(Messenger):
 
 def _explained(error: Exception, last: _last_site) -> Exception:
     """An error that names the place in the user's program."""
-    inside = (Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__file__).parent)
-    frames = traceback.extract_tb(error.__traceback__)
+    hosts = (torch.__file__, pyro.__file__, __file__, warnings.__file__)  # the last: Python's own library
+    inside = [Path(file).parent for file in hosts]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).exists()]
     own = [f for f in frames if not any(folder in Path(f.filename).parents for folder in inside)]
     place = f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else "no line of yours"
     first = (str(error).splitlines() or [type(error).__name__])[0]

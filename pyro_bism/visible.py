@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .distributions import base_of
@@ -75,11 +76,11 @@ class Rows(Tensor):
 
     @staticmethod
     def of(x: Tensor, axis: int, rows: Tensor, values: Tensor) -> "Rows":
-        if type(x) is Tensor:
-            new = x.as_subclass(Rows)
-        else:  # a stand-in, while a step is captured: what has its shape and type, and no memory
+        shell = x
+        if isinstance(x, FakeTensor):  # while a step is captured: what has its shape and type, and no memory
             with torch._C._DisableTorchDispatch():
-                new = torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape).as_subclass(Rows)
+                shell = torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape)
+        new = shell.as_subclass(Rows)
         new.base, new.axis, new.rows, new.replaced = x, axis % x.dim(), rows, values
         return new
 

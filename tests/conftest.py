@@ -12,3 +12,16 @@ import pytest
 def steps_in_loops(monkeypatch):
     """Inner steps are not fused; ``test_fused_steps_are_the_same_steps`` undoes it to compare."""
     monkeypatch.setattr("numpyro_bism.hypergradients.FUSED_STEPS", 1)
+
+
+@pytest.fixture
+def torch_double():
+    """A fresh param store and seed, in float64."""
+    import pyro
+    import torch
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

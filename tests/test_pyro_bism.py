@@ -35,13 +35,7 @@ from pyro_bism.params import swapped
 D, H, N = 3, 2, 7
 
 
-@pytest.fixture(autouse=True)
-def clean():
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 
 def model(x):

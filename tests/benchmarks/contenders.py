@@ -303,6 +303,38 @@ def jax_by_hand(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, 
 # With the packages
 
 
+def programs(
+    model: Model, host: Any, dist: Any, concrete: Any, functions: Any, start: Any
+) -> tuple[Callable, Callable]:
+    """Model and guide, in Pyro or NumPyro: the same statements in both.
+
+    :param functions: of :func:`in_torch` or :func:`in_jax`.
+    :param start: the first θ and φ.
+    """
+    log_joint, q = functions
+
+    def params(which):
+        return {name: host.param(name, value) for name, value in start[which].items()}
+
+    def energy(x):
+        p = params(0)
+        with host.plate("data", len(x)):
+            flat = dist.Normal(0.0, 1.0).expand(model.shape).to_event(len(model.shape)).mask(False)
+            v = host.sample("v", flat, obs=x)
+            prior = dist.Bernoulli(0.5) if model.is_relaxed else dist.Normal(0.0, 1.0)
+            h = host.sample("h", prior.expand([model.hidden]).to_event(1).mask(False))
+            host.factor("energy", log_joint(p, v, h))
+
+    def guide(x):
+        p = params(1)
+        with host.plate("data", len(x)):
+            found = q(p, x)
+            fn = concrete(TEMPERATURE, *found) if model.is_relaxed else dist.Normal(*found)
+            host.sample("h", fn.to_event(1))
+
+    return energy, guide
+
+
 def _pyro(model: Model, x: np.ndarray, num_inner: int, strategy: Any, jit: bool) -> Steps:
     import pyro
     import pyro.distributions as dist
@@ -312,31 +344,9 @@ def _pyro(model: Model, x: np.ndarray, num_inner: int, strategy: Any, jit: bool)
     from pyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching
 
     pyro.set_rng_seed(0)
-    log_joint, q = in_torch(model)
     start = [{k: torch.from_numpy(v.copy()) for k, v in p.items()} for p in model.init(np.random.default_rng(1))]
-
-    def params(which):
-        return {name: pyro.param(name, value) for name, value in start[which].items()}
-
-    def energy(x):
-        p = params(0)
-        with pyro.plate("data", len(x)):
-            flat = dist.Normal(0.0, 1.0).expand(model.shape).to_event(len(model.shape)).mask(False)
-            v = pyro.sample("v", flat, obs=x)
-            prior = dist.Bernoulli(0.5) if model.is_relaxed else dist.Normal(0.0, 1.0)
-            h = pyro.sample("h", prior.expand([model.hidden]).to_event(1).mask(False))
-            pyro.factor("energy", log_joint(p, v, h))
-
-    def guide(x):
-        p = params(1)
-        with pyro.plate("data", len(x)):
-            found = q(p, x)
-            fn = ConcreteBernoulli(TEMPERATURE, *found) if model.is_relaxed else dist.Normal(*found)
-            pyro.sample("h", fn.to_event(1))
-
     bism = BiSM(
-        energy,
-        guide,
+        *programs(model, pyro, dist, ConcreteBernoulli, in_torch(model), start),
         pyro.optim.Adam({"lr": RATE, "betas": (BETA1, BETA2), "eps": EPS}),
         loss=DenoisingScoreMatching(model.sigma),
         num_inner_steps=num_inner,
@@ -365,31 +375,9 @@ def numpyro_run(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, 
     import numpyro_bism
     from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching
 
-    log_joint, q = in_jax(model)
     start = [jax.tree.map(jnp.asarray, p) for p in model.init(np.random.default_rng(1))]
-
-    def params(which):
-        return {name: numpyro.param(name, value) for name, value in start[which].items()}
-
-    def energy(x):
-        p = params(0)
-        with numpyro.plate("data", len(x)):
-            flat = dist.Normal(0.0, 1.0).expand(model.shape).to_event(len(model.shape)).mask(False)
-            v = numpyro.sample("v", flat, obs=x)
-            prior = dist.Bernoulli(0.5) if model.is_relaxed else dist.Normal(0.0, 1.0)
-            h = numpyro.sample("h", prior.expand([model.hidden]).to_event(1).mask(False))
-            numpyro.factor("energy", log_joint(p, v, h))
-
-    def guide(x):
-        p = params(1)
-        with numpyro.plate("data", len(x)):
-            found = q(p, x)
-            fn = ConcreteBernoulli(TEMPERATURE, *found) if model.is_relaxed else dist.Normal(*found)
-            numpyro.sample("h", fn.to_event(1))
-
     bism = BiSM(
-        energy,
-        guide,
+        *programs(model, numpyro, dist, ConcreteBernoulli, in_jax(model), start),
         optax.adam(RATE, b1=BETA1, b2=BETA2, eps=EPS, eps_root=EPS_ROOT),
         loss=DenoisingScoreMatching(model.sigma),
         num_inner_steps=num_inner,
