@@ -240,8 +240,9 @@ class BiSM:
                 if not stable_update and not finite.all():
                     raise FloatingPointError(
                         f"The outer loss is not finite from step {done + int(finite.argmin())} of {num_steps} on "
-                        f"({state.info}). If inner_grad_norm grows from step to step, the inner learning rate is too "
-                        f"high: lower it in inner_optim. Otherwise {self.hypergradient.cure}. "
+                        f"({jax.tree.map(float, state.info)}). If inner_grad_norm grows from step to step, or is not "
+                        "finite, the inner learning rate is too high: lower it in inner_optim. Otherwise "
+                        f"{self.hypergradient.cure}. "
                         "stable_update=True skips such steps."
                     )
                 bar.update(stop - done)

@@ -371,7 +371,7 @@ def _explained(error: Exception, last: _last_site) -> Exception:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).exists()]
     own = [f for f in frames if not any(folder in Path(f.filename).parents for folder in inside)]
     place = f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else "no line of yours"
-    first = (str(error).splitlines() or [type(error).__name__])[0]
+    first = (str(error).splitlines() or ["it asks for the value of a tensor"])[0]
     return RuntimeError(
         f"jit=True: the step can't be captured ({first}). The last sample statement before was "
         f"'{last.name}'; {place}. What the program does must not depend on the values of tensors: write torch.where "
