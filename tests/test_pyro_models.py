@@ -38,10 +38,11 @@ from test_pyro_bism import (
     H,
     N,
     check_hypergradient,
-    clean,  # noqa: F401  (a fixture)
     guide,
     model,
 )
+
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 DSM = DenoisingScoreMatching(0.3)
 positive = dist.constraints.positive
