@@ -10,7 +10,7 @@ import tqdm
 from jax import Array
 from numpyro.infer import Trace_ELBO
 
-from . import densities, divergences
+from . import densities, divergences, energies
 from . import visible as visibles
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused
 from .losses import OuterLoss
@@ -380,6 +380,22 @@ class BiSM:
             # a key of its own: what is drawn here is only looked at
             self._pairs[key] = pair or self._analyse(leaves, spec, jax.random.key(0), None).pair
         return self._pairs[key]
+
+    def energy(
+        self, state: BiSMState, *args: Any, rng_key: Array, **kwargs: Any
+    ) -> tuple[energies.Energy, dict[str, Any], energies.Point]:
+        """The trained log p̃(v, h) on these arguments, its parameters, and a point: the data and the guide's draw of h.
+
+        :param rng_key: a JAX random key, for that draw and for a subsampling plate's rows.
+        """
+        leaves, spec = self._checked(args, kwargs)
+        pair = self.pair(leaves, spec)
+        params = pair.params(*self._unpack(pair, state), state.mutable_state)
+        key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
+        batch = pair.batch(key_batch, leaves, spec)
+        values, _ = pair.hard_draw(key_draw, params, batch, batch.v)
+        energy, x = energies.Energy.of(pair.model, pair.sites, batch, params, key_energy, values)
+        return energy, params, x
 
     def _check_optims(self, theta: Any, phi: Any) -> None:
         """:raises ValueError: for an optimiser that wants more than gradients and the loss (line searches, L-BFGS)."""

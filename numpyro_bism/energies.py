@@ -1,0 +1,437 @@
+r"""log p̃(v, h; θ) row by row, and which of its conditionals have closed forms.
+
+Samplers and estimators of the normaliser look at a model as a density over a *point* x: the visible values, one matrix,
+and the latent ones, by site; every array leads with the rows, and a row knows nothing of the others. Continuous
+latents stand in it unconstrained, the Jacobian in the density.
+
+What can be summed, integrated or drawn in closed form is found from the energy itself, by trying it at random points:
+
+- *affine* in bits or one-hot vectors (every restricted Boltzmann machine is): they are independent given the
+  rest, their logits are one gradient;
+- *gaussian*, quadratic in real variables: mean and precision are a gradient and a Hessian;
+- *units*: other discrete sites, one unit after the other by the differences of the energy;
+- *free*: all else.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro.distributions import biject_to
+from numpyro.distributions.discrete import BernoulliLogits, BernoulliProbs, MultinomialLogits, MultinomialProbs
+from numpyro.handlers import seed
+
+from . import visible
+from .densities import Site, joint_per_example, record
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard
+
+Point = dict[str, Array]
+
+VISIBLE = "(visible)"  # the visible values' name in a point: no site of a program is called so
+NUM_TRIALS = 3
+MAX_FULL = 64  # a precision that differs from row to row is kept for at most so many variables
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent site of the model.
+
+    :ivar shape: of its value for one example.
+    :ivar kind: "bits", "onehot", "labels" (any other enumerable support) or "real".
+    :ivar values: of "labels": the support, one value a row.
+    :ivar transform: of "real": from the reals to its support.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    values: Any = None
+    transform: Any = None
+    unconstrained: tuple[int, ...] = ()
+
+    @property
+    def num_values(self) -> int:
+        """How many values one unit takes."""
+        return {"bits": 2, "onehot": self.shape[-1] if self.shape else 1}.get(self.kind) or len(self.values)
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The shape in which its units stand."""
+        if self.kind == "labels":
+            return self.shape[: len(self.shape) - (self.values.ndim - 1)]
+        return self.shape[:-1] if self.kind == "onehot" else self.shape
+
+    def support(self, dtype: Any) -> Array:
+        """The values of one unit, one a row."""
+        if self.kind == "bits":
+            return jnp.arange(2, dtype=dtype)
+        return jnp.eye(self.shape[-1], dtype=dtype) if self.kind == "onehot" else self.values
+
+
+class Block(NamedTuple):
+    """Variables that are drawn, summed or integrated together, given all others.
+
+    :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
+    :ivar is_diagonal: of "gaussian": whether its precision is.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    is_constant: bool = False
+    is_diagonal: bool = False
+
+
+@dataclass(frozen=True)
+class Density:
+    """An unnormalised log density of points, row by row.
+
+    :ivar log_prob: of a point with m rows, shape (m,); any m.
+    :ivar latents: by site.
+    :ivar blocks: a partition of all variables.
+    :ivar precisions: constant ones of "gaussian" blocks, by the block's names: shape (d, d), or (d,) if diagonal.
+    """
+
+    log_prob: Callable[[Point], Array]
+    latents: Mapping[str, Latent]
+    blocks: tuple[Block, ...]
+    precisions: Mapping[tuple[str, ...], Array]
+
+    def slope(self, x: Point, names: Sequence[str]) -> Point:
+        """The gradient of every row's log density in these variables."""
+
+        def total(part):
+            return self.log_prob({**x, **part}).sum()
+
+        return jax.grad(total)({name: x[name] for name in names})
+
+    def precision(self, x: Point, block: Block) -> Array:
+        """Of a "gaussian" block at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
+        if block.names in self.precisions:
+            return self.precisions[block.names]
+        return _curvature(self, x, block)
+
+    def mixed(self, other: "Density", weight: Any) -> "Density":
+        """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
+
+        :param other: of the same variables. self is a product of Gaussians and coins, which any block allows.
+        """
+
+        def log_prob(x):
+            return (1 - weight) * self.log_prob(x) + weight * other.log_prob(x)
+
+        def precision(block):
+            a, b = self.precisions[block.names], other.precisions[block.names]
+            if a.ndim < b.ndim:
+                a = jnp.diag(a)
+            return (1 - weight) * a + weight * b
+
+        constant = [block for block in other.blocks if block.names in other.precisions]
+        return replace(other, log_prob=log_prob, precisions={block.names: precision(block) for block in constant})
+
+
+@dataclass(frozen=True)
+class Energy:
+    """A model's log p̃(v, h; θ) on one batch.
+
+    :ivar num_rows: of the batch.
+    :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
+    :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
+    """
+
+    model: Callable
+    sites: tuple[visible.VisibleSite, ...]
+    batch: visible.Batch
+    latents: Mapping[str, Latent]
+    num_rows: int
+    resizes: bool = False
+    is_homogeneous: bool = False
+    blocks: tuple[Block, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable,
+        sites: tuple[visible.VisibleSite, ...],
+        batch: visible.Batch,
+        params: Mapping[str, Any],
+        rng_key: Array,
+        values: Mapping[str, Array] | None = None,
+    ) -> tuple["Energy", Point]:
+        """The energy, tried out on this batch, and the point where it was: the data and one draw of the latents.
+
+        :param params: all that the model is given by name.
+        :param values: of the latents, if the model should not draw them itself.
+        :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
+        """
+        key_model, key_trial = jax.random.split(rng_key)
+        args, kwargs = batch.arguments(batch.v)
+        with seed(rng_seed=key_model), record(params, {**batch.indices, **(values or {})}, harden=True) as run:
+            model(*args, **kwargs)
+        n = len(batch.v)
+        drawn = {name: site for name, site in run.sites.items() if not site.is_observed}
+        latents = {name: _latent(site, n) for name, site in drawn.items()}
+        x = {VISIBLE: batch.v}
+        for name, latent in latents.items():
+            value = drawn[name].value
+            if latent.kind == "real":
+                value = latent.transform.inv(value)
+            x[name] = value.astype(batch.v.dtype) if latent.kind in ("bits", "onehot") else value
+        energy = cls(model, sites, batch, latents, n)
+        energy = replace(energy, resizes=energy._can_resize(params, x))
+        energy = replace(energy, is_homogeneous=energy._is_homogeneous(params, x))
+        return replace(energy, blocks=_find_blocks(energy, params, x, key_trial)), x
+
+    def log_joint(self, params: Mapping[str, Any], x: Point) -> Array:
+        """log p̃ of every row, of shape (m,), with the Jacobians of transformed latents.
+
+        Row i of a point with more rows than the batch has the covariates of row i modulo ``num_rows``.
+        """
+        m, n = len(x[VISIBLE]), self.num_rows
+        if m == n:
+            return self._run(params, self.batch, x)
+        if self.resizes:
+            return self._run(params, self._resized(m), x)
+        passes = -(-m // n)
+        rows = jnp.arange(passes * n) % m  # the last pass is filled up
+        parts = jax.tree.map(lambda a: a[rows].reshape(passes, n, *a.shape[1:]), x)
+        return jax.vmap(lambda part: self._run(params, self.batch, part))(parts).reshape(-1)[:m]
+
+    def density(self, params: Mapping[str, Any], x: Point) -> Density:
+        """At these parameters; x is any point, at which the constant precisions are taken."""
+        density = Density(lambda x: self.log_joint(params, x), self.latents, self.blocks, {})
+        first = jax.tree.map(lambda a: a[:1], x) if self.resizes else x
+        constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
+        return replace(density, precisions={b.names: _curvature(density, first, b)[0] for b in constant})
+
+    def values(self, x: Point) -> dict[str, Array]:
+        """A point as the sites' own values, by name: visible and latent."""
+        found, start = {}, 0
+        for site in self.sites:
+            size = math.prod(site.shape[1:])
+            found[site.name] = x[VISIBLE][..., start : start + size].reshape(*x[VISIBLE].shape[:-1], *site.shape[1:])
+            start += size
+        for name, latent in self.latents.items():
+            if name in x:
+                found[name] = latent.transform(x[name]) if latent.kind == "real" else x[name]
+        return found
+
+    def _run(self, params: Mapping[str, Any], batch: visible.Batch, x: Point) -> Array:
+        args, kwargs = batch.arguments(x[VISIBLE])
+        m = len(x[VISIBLE])
+        values, jacobian = dict(batch.indices), jnp.zeros(m, x[VISIBLE].dtype)
+        for name, latent in self.latents.items():
+            values[name] = x[name]
+            if latent.kind == "real":
+                values[name] = latent.transform(x[name])
+                terms = latent.transform.log_abs_det_jacobian(x[name], values[name])
+                jacobian += terms.reshape(m, -1).sum(-1)
+        soft = frozenset(name for name, latent in self.latents.items() if latent.kind in ("bits", "onehot"))
+        # one key for every point: what a model draws by itself (dropout) is part of the density
+        with seed(rng_seed=0), record(params, values, soft) as run:
+            self.model(*args, **kwargs)
+        return joint_per_example(run.sites.values(), m) + jacobian
+
+    def _resized(self, m: int) -> visible.Batch:
+        """The batch with its rows repeated, or cut, to m: of all arguments that have as many rows as the data."""
+        n = self.num_rows
+        rows = jnp.arange(m) % n
+        visible_leaves = {i for site in self.sites for i in site.leaves}
+        leaves = [
+            leaf[rows] if isinstance(leaf, Array) and leaf.shape[:1] == (n,) and i not in visible_leaves else leaf
+            for i, leaf in enumerate(self.batch.leaves)
+        ]
+        sites = tuple(replace(site, shape=(m, *site.shape[1:])) for site in self.sites)
+        # the programs are given v in the visible leaves' place, so these need no more than their type
+        return replace(self.batch, sites=sites, leaves=leaves)
+
+    def _can_resize(self, params: Mapping[str, Any], x: Point) -> bool:
+        """Tried, at one row more: plates of a fixed size and subsampled ones say no."""
+        if self.batch.indices:
+            return False
+        n = self.num_rows
+        wrapped = jax.tree.map(lambda a: a[jnp.arange(n + 1) % n], x)
+        try:
+            found = replace(self, resizes=True).log_joint(params, wrapped)
+        except Exception:  # whatever a program trips over: it gets its own number of rows then
+            return False
+        return bool(_close(found[:n], self.log_joint(params, x)) & _close(found[n:], found[:1]))
+
+    def _is_homogeneous(self, params: Mapping[str, Any], x: Point) -> bool:
+        same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), x)
+        log_joint = self.log_joint(params, same)
+        return bool(_close(log_joint, log_joint[:1]))
+
+
+def _latent(site: Site, n: int) -> Latent:
+    fn, base, shape = hard(site.fn), base_of(hard(site.fn)), jnp.shape(site.value)
+    if shape[:1] != (n,):
+        raise ValueError(
+            f"Latent site '{site.name}' has shape {shape}, without the batch of {n} as its leading dimension: all "
+            "examples share it, so it is a part of no example. Put it inside the data plate, or make it a parameter."
+        )
+    if isinstance(base, BernoulliLogits | BernoulliProbs | ConcreteBernoulli):
+        return Latent(shape[1:], "bits")
+    if isinstance(base, ConcreteOneHot) or (
+        isinstance(base, MultinomialLogits | MultinomialProbs) and bool((jnp.asarray(base.total_count) == 1).all())
+    ):
+        return Latent(shape[1:], "onehot")
+    if not fn.support.is_discrete:
+        transform = biject_to(fn.support)
+        return Latent(shape[1:], "real", transform=transform, unconstrained=transform.inverse_shape(shape)[1:])
+    try:
+        values = base.enumerate_support(expand=False)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Latent site '{site.name}' ({type(base).__name__}) is discrete and its support can't be enumerated: "
+            "there is no way to draw or sum it here. Use a Bernoulli, Categorical or other finite distribution."
+        ) from error
+    return Latent(shape[1:], "labels", values.reshape(len(values), *base.event_shape))
+
+
+def pack(x: Point, names: Sequence[str]) -> Array:
+    """These variables side by side, shape (m, d)."""
+    return jnp.concatenate([x[name].reshape(len(x[name]), -1) for name in names], -1)
+
+
+def unpack(flat: Array, like: Point, names: Sequence[str]) -> Point:
+    """The inverse of :func:`pack`."""
+    found, start = {}, 0
+    for name in names:
+        size = math.prod(like[name].shape[1:])
+        found[name] = flat[:, start : start + size].reshape(len(flat), *like[name].shape[1:])
+        start += size
+    return found
+
+
+def _curvature(density: Density, x: Point, block: Block) -> Array:
+    """Minus the Hessian of the log density in a block's variables, or its diagonal, for every row."""
+    flat = pack(x, block.names)
+
+    def slope(flat):
+        return pack(density.slope({**x, **unpack(flat, x, block.names)}, block.names), block.names)
+
+    def product(tangent):
+        return -jax.jvp(slope, (flat,), (jnp.broadcast_to(tangent, flat.shape),))[1]
+
+    if block.is_diagonal:
+        return product(jnp.ones_like(flat))
+    # one row of the matrix at a time: all at once they may not fit in memory
+    return jnp.moveaxis(jax.lax.map(product, jnp.eye(flat.shape[1], dtype=flat.dtype)), 0, 1)
+
+
+def _close(a: Array, b: Array, scale: Any = None) -> Array:
+    """Whether two arrays agree to half of their digits, beside the largest number in them."""
+    tolerance = math.sqrt(float(jnp.finfo(a.dtype).eps))
+    scale = jnp.abs(b).max(initial=0.0) if scale is None else scale
+    return jnp.all(jnp.abs(a - b) <= tolerance * (scale + jnp.abs(b)))  # NaN is not
+
+
+def _find_blocks(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array) -> tuple[Block, ...]:
+    density = Density(lambda x: energy.log_joint(params, x), energy.latents, (), {})
+    if energy.resizes:
+        x = jax.tree.map(lambda a: a[:16], x)
+    spread = jnp.std(energy.batch.v, 0) + 1e-3
+    moved = [_random_points(key, x, energy.latents, spread) for key in jax.random.split(rng_key, 2 * NUM_TRIALS)]
+    pairs = list(zip(moved[::2], moved[1::2], strict=True))
+
+    @partial(jax.jit, static_argnums=0)
+    def affine(names, pairs):
+        """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
+        good = jnp.array(True)
+        for a, b in pairs:
+            b = {**a, **{name: b[name] for name in names}}
+            at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
+            change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
+            f = density.log_prob(a)
+            good &= _close(at_a, at_b) & _close(density.log_prob(b), f + change, jnp.abs(f).max())
+        return good
+
+    @partial(jax.jit, static_argnums=0)
+    def quadratic(names, pairs):
+        """f'(a + d) + f'(a - d) = 2 f'(a), f(a + d) - f(a - d) = 2 f'(a) d; and what the curvature is like."""
+        good, products, diagonals = jnp.array(True), [], []
+        tangent = None
+        for a, b in pairs:
+            flat, d = pack(a, names), pack(b, names) - pack(a, names)
+
+            def at(flat, a=a):
+                return {**a, **unpack(flat, a, names)}
+
+            def slope(flat, at=at):
+                return pack(density.slope(at(flat), names), names)
+
+            middle, up, down = slope(flat), slope(flat + d), slope(flat - d)
+            good &= _close(0.5 * (up + down), middle, jnp.abs(up).max())
+            rise, expected = density.log_prob(at(flat + d)) - density.log_prob(at(flat - d)), 2 * (middle * d).sum(-1)
+            good &= _close(rise, expected, jnp.abs(density.log_prob(at(flat + d))).max())
+            tangent = d[:1] if tangent is None else tangent
+            rows = jnp.broadcast_to(tangent, flat.shape)
+            products.append(jax.jvp(slope, (flat,), (rows,))[1])
+            diagonals.append(jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1] * rows)
+        product, diagonal = jnp.stack(products), jnp.stack(diagonals)
+        return good, _close(product, product[:1, :1]), _close(product, diagonal)
+
+    blocks = []
+    real = [VISIBLE, *(name for name, latent in energy.latents.items() if latent.kind == "real")]
+    seen: dict[tuple[str, ...], tuple[bool, bool]] = {}
+
+    def is_gaussian(names):
+        good, constant, diagonal = (bool(z) for z in quadratic(names, pairs))
+        seen[names] = constant, diagonal
+        return good and (constant or diagonal or pack(x, names).shape[1] <= MAX_FULL)
+
+    groups, rest = _partition(tuple(real), is_gaussian)
+    blocks += [Block("gaussian", names, *seen[names]) for names in groups]
+    blocks += [Block("free", (name,)) for name in rest]
+    soft = tuple(name for name, latent in energy.latents.items() if latent.kind in ("bits", "onehot"))
+    groups, rest = _partition(soft, lambda names: bool(affine(names, pairs)))
+    blocks += [Block("affine", names) for names in groups]
+    blocks += [Block("units", (name,)) for name in rest]
+    blocks += [Block("units", (name,)) for name, latent in energy.latents.items() if latent.kind == "labels"]
+    return tuple(blocks)
+
+
+def _partition(
+    names: tuple[str, ...], test: Callable[[tuple[str, ...]], bool]
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Groups of names, as large as pass the test together, and the names that fail it by themselves."""
+    if not names:
+        return [], []
+    if test(names):
+        return [names], []
+    groups: list[tuple[str, ...]] = []
+    rest = []
+    for name in names:
+        for i, group in enumerate(groups):
+            if test((*group, name)):
+                groups[i] = (*group, name)
+                break
+        else:
+            if test((name,)):
+                groups.append((name,))
+            else:
+                rest.append(name)
+    return groups, rest
+
+
+def _random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array) -> Point:
+    """Anywhere that the variables may be."""
+    found = {}
+    for key, (name, value) in zip(jax.random.split(rng_key, len(x)), x.items(), strict=True):
+        latent = latents.get(name)
+        if latent is None or latent.kind == "real":
+            scale = spread if latent is None else 1.0
+            found[name] = value + scale * jax.random.normal(key, value.shape, value.dtype)
+        else:
+            found[name] = random_labels(key, latent, len(value), value.dtype)
+    return found
+
+
+def random_labels(rng_key: Array, latent: Latent, m: int, dtype: Any) -> Array:
+    """Values of a discrete site, all as likely, for m rows."""
+    support = latent.support(dtype)
+    return support[jax.random.randint(rng_key, (m, *latent.units), 0, len(support))]
