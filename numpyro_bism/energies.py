@@ -51,7 +51,6 @@ class Latent:
     kind: str
     values: Any = None
     transform: Any = None
-    unconstrained: tuple[int, ...] = ()
 
     @property
     def num_values(self) -> int:
@@ -281,7 +280,7 @@ def _latent(site: Site, n: int) -> Latent:
         return Latent(shape[1:], "onehot")
     if not fn.support.is_discrete:
         transform = biject_to(fn.support)
-        return Latent(shape[1:], "real", transform=transform, unconstrained=transform.inverse_shape(shape)[1:])
+        return Latent(shape[1:], "real", transform=transform)
     try:
         values = base.enumerate_support(expand=False)
     except NotImplementedError as error:

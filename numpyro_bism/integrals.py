@@ -97,7 +97,7 @@ class Integral:
 
         def step(carry, start):
             numbers = start + jnp.arange(chunk)
-            rows = {name: jnp.tile(value, (chunk,) + (1,) * (value.ndim - 1)) for name, value in x.items()}
+            rows = repeated(x, chunk)
             which = jnp.repeat(jnp.minimum(numbers, total - 1), m)
             rows |= configurations(density, self.enumerated, which, x)
             value = self._closed(density, rows).reshape(chunk, m)
@@ -160,6 +160,11 @@ def _gaussian(density: Density, x: Point, block: Block) -> Array:
     return density.log_prob(x) + 0.5 * quadratic + 0.5 * d * math.log(2 * math.pi) - 0.5 * logdet
 
 
+def repeated(x: Point, num: int) -> Point:
+    """A point's rows, num times over."""
+    return {name: jnp.tile(value, (num,) + (1,) * (value.ndim - 1)) for name, value in x.items()}
+
+
 def block_precision(density: Density, x: Point, block: Block) -> Array:
     """The precision of a "gaussian" block, or of a part of one."""
     whole = next(b for b in density.blocks if set(block.names) <= set(b.names))
@@ -189,7 +194,7 @@ def _trapezoid(integral: Integral, density: Density, x: Point) -> Array:
 
         def part(unit):
             flat = low + unit[:, None] * (high - low)
-            rows = {name: jnp.tile(value, (chunk,) + (1,) * (value.ndim - 1)) for name, value in x.items()}
+            rows = repeated(x, chunk)
             rows |= unpack(flat.reshape(-1, d), rows, names)
             return integral.summed(density, rows).reshape(chunk, m)
 
@@ -207,7 +212,7 @@ def _trapezoid(integral: Integral, density: Density, x: Point) -> Array:
         return np.stack(np.meshgrid(*[np.arange(num)] * d, indexing="ij"), -1).reshape(-1, d)
 
     def total(value, low, high, num):
-        return jax.nn.logsumexp(value, 0) + np.log((high - low) / (num - 1)).sum(-1)
+        return np.logaddexp.reduce(value, 0) + np.log((high - low) / (num - 1)).sum(-1)
 
     low, high = np.asarray(centre) - 100.0, np.asarray(centre) + 100.0
     for _ in range(60):

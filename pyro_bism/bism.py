@@ -5,6 +5,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -14,7 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import densities, divergences, visible
+from . import densities, divergences, energies, visible
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, slopes
 from .jit import MAX_CAPTURES, Program
 from .losses import OuterLoss
@@ -327,6 +328,21 @@ class BiSM:
                 # nothing was initialised: a look that a resumed run takes at another time draws nothing
                 set_random_state(before)
         return pair
+
+    def energy(self, *args: Any, **kwargs: Any) -> tuple[energies.Energy, energies.Point]:
+        """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
+        pair, leaves, spec = self._prepare(args, kwargs)
+        batch = pair.batch(leaves, spec)
+        buffers = _Buffers(pair.buffers)
+        try:
+            values = pair.hard_draw(batch, batch.v)
+        finally:
+            buffers.restore()
+        # a plate that takes all rows takes any number of them
+        cut = {name for name, fn in pair.subsamples.items() if fn.size != fn.full_size}
+        batch = replace(batch, indices={name: rows for name, rows in batch.indices.items() if name in cut})
+        values = {name: value for name, value in values.items() if name not in pair.subsamples}
+        return energies.Energy.of(pair.model, pair.sites, batch, pair.buffers, values)
 
     def _buffers(self) -> list[Tensor]:
         return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())

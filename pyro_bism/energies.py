@@ -1,0 +1,457 @@
+r"""log p̃(v, h; θ) row by row, and which of its conditionals have closed forms.
+
+Samplers and estimators of the normaliser look at a model as a density over a *point* x: the visible values, one matrix,
+and the latent ones, by site; every array leads with the rows, and a row knows nothing of the others. Continuous
+latents stand in it unconstrained, the Jacobian in the density.
+
+What can be summed, integrated or drawn in closed form is found from the energy itself, by trying it at random points:
+
+- *affine* in bits or one-hot vectors (every restricted Boltzmann machine is): they are independent given the
+  rest, their logits are one gradient;
+- *gaussian*, quadratic in real variables: mean and precision are a gradient and a Hessian;
+- *units*: other discrete sites, one unit after the other by the differences of the energy;
+- *free*: all else.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from . import visible
+from .densities import Site, joint_per_example, record
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard
+
+Point = dict[str, Tensor]
+
+VISIBLE = "(visible)"  # the visible values' name in a point: no site of a program is called so
+NUM_TRIALS = 3
+MAX_FULL = 64  # a precision that differs from row to row is kept for at most so many variables
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent site of the model.
+
+    :ivar shape: of its value for one example.
+    :ivar kind: "bits", "onehot", "labels" (any other enumerable support) or "real".
+    :ivar values: of "labels": the support, one value a row.
+    :ivar transform: of "real": from the reals to its support.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    values: Any = None
+    transform: Any = None
+
+    @property
+    def num_values(self) -> int:
+        """How many values one unit takes."""
+        return {"bits": 2, "onehot": self.shape[-1] if self.shape else 1}.get(self.kind) or len(self.values)
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The shape in which its units stand."""
+        if self.kind == "labels":
+            return self.shape[: len(self.shape) - (self.values.ndim - 1)]
+        return self.shape[:-1] if self.kind == "onehot" else self.shape
+
+    def support(self, dtype: Any) -> Tensor:
+        """The values of one unit, one a row."""
+        if self.kind == "bits":
+            return torch.arange(2, dtype=dtype)
+        return torch.eye(self.shape[-1], dtype=dtype) if self.kind == "onehot" else self.values
+
+
+class Block(NamedTuple):
+    """Variables that are drawn, summed or integrated together, given all others.
+
+    :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
+    :ivar is_diagonal: of "gaussian": whether its precision is.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    is_constant: bool = False
+    is_diagonal: bool = False
+
+
+@dataclass(frozen=True)
+class Density:
+    """An unnormalised log density of points, row by row.
+
+    :ivar log_prob: of a point with m rows, shape (m,); any m.
+    :ivar latents: by site.
+    :ivar blocks: a partition of all variables.
+    :ivar precisions: constant ones of "gaussian" blocks, by the block's names: shape (d, d), or (d,) if diagonal.
+    """
+
+    log_prob: Callable[[Point], Tensor]
+    latents: Mapping[str, Latent]
+    blocks: tuple[Block, ...]
+    precisions: Mapping[tuple[str, ...], Tensor]
+
+    def slope(self, x: Point, names: Sequence[str]) -> Point:
+        """The gradient of every row's log density in these variables; it can be differentiated but under no_grad."""
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            part = [x[name] if x[name].requires_grad else x[name].detach().requires_grad_() for name in names]
+            total = self.log_prob({**x, **dict(zip(names, part, strict=True))}).sum()
+            slopes = torch.autograd.grad(total, part, create_graph=differentiable, materialize_grads=True)
+        return dict(zip(names, slopes, strict=True))
+
+    def precision(self, x: Point, block: Block) -> Tensor:
+        """Of a "gaussian" block at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
+        if block.names in self.precisions:
+            return self.precisions[block.names]
+        return _curvature(self, x, block)
+
+    def mixed(self, other: "Density", weight: Any) -> "Density":
+        """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
+
+        :param other: of the same variables. self is a product of Gaussians and coins, which any block allows.
+        """
+
+        def log_prob(x):
+            return (1 - weight) * self.log_prob(x) + weight * other.log_prob(x)
+
+        def precision(block):
+            a, b = self.precisions[block.names], other.precisions[block.names]
+            if a.ndim < b.ndim:
+                a = torch.diag(a)
+            return (1 - weight) * a + weight * b
+
+        constant = [block for block in other.blocks if block.names in other.precisions]
+        return replace(other, log_prob=log_prob, precisions={block.names: precision(block) for block in constant})
+
+
+@dataclass(frozen=True)
+class Energy:
+    """A model's log p̃(v, h; θ) on one batch.
+
+    :ivar num_rows: of the batch.
+    :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
+    :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
+    """
+
+    model: Callable
+    sites: tuple[visible.VisibleSite, ...]
+    batch: visible.Batch
+    latents: Mapping[str, Latent]
+    num_rows: int
+    resizes: bool = False
+    is_homogeneous: bool = False
+    blocks: tuple[Block, ...] = ()
+    buffers: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable,
+        sites: tuple[visible.VisibleSite, ...],
+        batch: visible.Batch,
+        buffers: Sequence[Tensor] = (),
+        values: Mapping[str, Tensor] | None = None,
+    ) -> tuple["Energy", Point]:
+        """The energy, tried out on this batch, and the point where it was: the data and one draw of the latents.
+
+        :param buffers: of the model's modules; a look at the density leaves them as they are.
+        :param values: of the latents, if the model should not draw them itself.
+        :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
+        """
+        args, kwargs = batch.arguments(batch.v)
+        kept = [b.clone() for b in buffers]
+        with torch.no_grad(), record({**batch.indices, **(values or {})}, harden=True) as run:
+            model(*args, **kwargs)
+        _restore(buffers, kept)
+        n = len(batch.v)
+        drawn = {name: site for name, site in run.sites.items() if not site.is_observed}
+        latents = {name: _latent(site, n) for name, site in drawn.items()}
+        x = {VISIBLE: batch.v}
+        for name, latent in latents.items():
+            value = drawn[name].value
+            if latent.kind == "real":
+                value = latent.transform.inv(value)
+            x[name] = value.detach().to(batch.v.dtype) if latent.kind in ("bits", "onehot") else value.detach()
+        energy = cls(model, sites, batch, latents, n, buffers=tuple(buffers))
+        energy = replace(energy, resizes=energy._can_resize(x))
+        energy = replace(energy, is_homogeneous=energy._is_homogeneous(x))
+        return replace(energy, blocks=_find_blocks(energy, x)), x
+
+    def log_joint(self, x: Point) -> Tensor:
+        """log p̃ of every row, of shape (m,), with the Jacobians of transformed latents.
+
+        Row i of a point with more rows than the batch has the covariates of row i modulo ``num_rows``.
+        """
+        m, n = len(x[VISIBLE]), self.num_rows
+        if m == n:
+            return self._run(self.batch, x)
+        if self.resizes:
+            return self._run(self._resized(m), x)
+        passes = -(-m // n)
+        rows = (torch.arange(passes * n) % m).chunk(passes)  # the last pass is filled up
+        return torch.cat([self._run(self.batch, select(x, part)) for part in rows])[:m]
+
+    def density(self, x: Point) -> Density:
+        """At these parameters; x is any point, at which the constant precisions are taken."""
+        density = Density(self.log_joint, self.latents, self.blocks, {})
+        first = select(x, slice(1)) if self.resizes else x
+        constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
+        return replace(density, precisions={b.names: _curvature(density, first, b)[0] for b in constant})
+
+    def values(self, x: Point) -> dict[str, Tensor]:
+        """A point as the sites' own values, by name: visible and latent."""
+        found, start = {}, 0
+        for site in self.sites:
+            size = math.prod(site.shape[1:])
+            found[site.name] = x[VISIBLE][..., start : start + size].reshape(*x[VISIBLE].shape[:-1], *site.shape[1:])
+            start += size
+        for name, latent in self.latents.items():
+            if name in x:
+                found[name] = latent.transform(x[name]) if latent.kind == "real" else x[name]
+        return found
+
+    def _run(self, batch: visible.Batch, x: Point) -> Tensor:
+        args, kwargs = batch.arguments(x[VISIBLE])
+        m = len(x[VISIBLE])
+        values, jacobian = dict(batch.indices), x[VISIBLE].new_zeros(m)
+        for name, latent in self.latents.items():
+            values[name] = x[name]
+            if latent.kind == "real":
+                values[name] = latent.transform(x[name])
+                terms = latent.transform.log_abs_det_jacobian(x[name], values[name])
+                jacobian = jacobian + terms.reshape(m, -1).sum(-1)
+        soft = frozenset(name for name, latent in self.latents.items() if latent.kind in ("bits", "onehot"))
+        kept = [b.clone() for b in self.buffers]
+        # one seed for every point: what a model draws by itself (dropout) is part of the density
+        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), record(values, soft) as run:
+            torch.manual_seed(0)
+            self.model(*args, **kwargs)
+        _restore(self.buffers, kept)
+        return joint_per_example(run.sites.values(), m) + jacobian
+
+    def _resized(self, m: int) -> visible.Batch:
+        """The batch with its rows repeated, or cut, to m: of all arguments that have as many rows as the data."""
+        n = self.num_rows
+        rows = torch.arange(m) % n
+        visible_leaves = {i for site in self.sites for i in site.leaves}
+        leaves = [
+            leaf[rows] if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,) and i not in visible_leaves else leaf
+            for i, leaf in enumerate(self.batch.leaves)
+        ]
+        sites = tuple(replace(site, shape=(m, *site.shape[1:])) for site in self.sites)
+        # the programs are given v in the visible leaves' place, so these need no more than their type
+        return replace(self.batch, sites=sites, leaves=leaves)
+
+    def _can_resize(self, x: Point) -> bool:
+        """Tried, at one row more: plates of a fixed size and subsampled ones say no."""
+        if self.batch.indices:
+            return False
+        n = self.num_rows
+        wrapped = select(x, torch.arange(n + 1) % n)
+        try:
+            with torch.no_grad():
+                found = replace(self, resizes=True).log_joint(wrapped)
+        except Exception:  # whatever a program trips over: it gets its own number of rows then
+            return False
+        with torch.no_grad():
+            return len(found) == n + 1 and _close(found[:n], self.log_joint(x)) and _close(found[n:], found[:1])
+
+    def _is_homogeneous(self, x: Point) -> bool:
+        with torch.no_grad():
+            log_joint = self.log_joint({name: a[:1].expand(a.shape) for name, a in x.items()})
+        return _close(log_joint, log_joint[:1])
+
+
+def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.copy_(value)
+
+
+def _latent(site: Site, n: int) -> Latent:
+    fn, base, shape = hard(site.fn), base_of(hard(site.fn)), tuple(site.value.shape)
+    if shape[:1] != (n,):
+        raise ValueError(
+            f"Latent site '{site.name}' has shape {shape}, without the batch of {n} as its leading dimension: all "
+            "examples share it, so it is a part of no example. Put it inside the data plate, or make it a parameter."
+        )
+    if isinstance(base, dist.Bernoulli | ConcreteBernoulli):
+        return Latent(shape[1:], "bits")
+    if isinstance(base, dist.OneHotCategorical | ConcreteOneHot):
+        return Latent(shape[1:], "onehot")
+    support: Any = fn.support
+    if not support.is_discrete:
+        transform = biject_to(support)
+        return Latent(shape[1:], "real", transform=transform)
+    try:
+        values = base.enumerate_support(expand=False)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Latent site '{site.name}' ({type(base).__name__}) is discrete and its support can't be enumerated: "
+            "there is no way to draw or sum it here. Use a Bernoulli, Categorical or other finite distribution."
+        ) from error
+    return Latent(shape[1:], "labels", values.reshape(len(values), *base.event_shape))
+
+
+def pack(x: Point, names: Sequence[str]) -> Tensor:
+    """These variables side by side, shape (m, d)."""
+    return torch.cat([x[name].reshape(len(x[name]), -1) for name in names], -1)
+
+
+def select(x: Point, rows: Any) -> Point:
+    """Some rows of a point."""
+    return {name: value[rows] for name, value in x.items()}
+
+
+def unpack(flat: Tensor, like: Point, names: Sequence[str]) -> Point:
+    """The inverse of :func:`pack`."""
+    found, start = {}, 0
+    for name in names:
+        size = math.prod(like[name].shape[1:])
+        found[name] = flat[:, start : start + size].reshape(len(flat), *like[name].shape[1:])
+        start += size
+    return found
+
+
+def _curvature(density: Density, x: Point, block: Block) -> Tensor:
+    """Minus the Hessian of the log density in a block's variables, or its diagonal, for every row."""
+    flat = pack(x, block.names)
+    if block.is_diagonal:
+        return -_products(density, x, block.names, [torch.ones_like(flat)])[0]
+    basis = torch.eye(flat.shape[1], dtype=flat.dtype)
+    return -torch.stack(_products(density, x, block.names, [row.expand_as(flat) for row in basis]), 1)
+
+
+def _products(density: Density, x: Point, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+    """The Hessian of every row's log density times each tangent, (m, d)."""
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {name: x[name] if x[name].requires_grad else x[name].detach().requires_grad_() for name in names}
+        slope = pack(density.slope({**x, **leaves}, names), names)
+        found = []
+        for tangent in tangents:
+            if not slope.requires_grad:  # a constant slope
+                found.append(torch.zeros_like(slope))
+                continue
+            products = torch.autograd.grad(
+                (slope * tangent).sum(),
+                list(leaves.values()),
+                create_graph=keep,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            found.append(pack(dict(zip(names, products, strict=True)), names))
+    return found
+
+
+def _close(a: Tensor, b: Tensor, scale: Any = None) -> bool:
+    """Whether two tensors agree to half of their digits, beside the largest number in them."""
+    tolerance = math.sqrt(torch.finfo(a.dtype).eps)
+    scale = b.abs().max() if scale is None else scale
+    return bool(((a - b).abs() <= tolerance * (scale + b.abs())).all())  # NaN is not
+
+
+@torch.no_grad()
+def _find_blocks(energy: Energy, x: Point) -> tuple[Block, ...]:
+    density = Density(energy.log_joint, energy.latents, (), {})
+    if energy.resizes:
+        x = select(x, slice(16))
+    spread = energy.batch.v.std(0, correction=0) + 1e-3
+    with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
+        torch.manual_seed(0)
+        pairs = [[_random_points(x, energy.latents, spread) for _ in range(2)] for _ in range(NUM_TRIALS)]
+
+    def affine(names):
+        """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
+        good = True
+        for a, b in pairs:
+            b = {**a, **{name: b[name] for name in names}}
+            at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
+            change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
+            f = density.log_prob(a)
+            good = good and _close(at_a, at_b) and _close(density.log_prob(b), f + change, f.abs().max())
+        return good
+
+    seen: dict[tuple[str, ...], tuple[bool, bool]] = {}
+
+    def gaussian(names):
+        """f'(a + d) + f'(a - d) = 2 f'(a), f(a + d) - f(a - d) = 2 f'(a) d; and what the curvature is like."""
+        good, products, diagonals, tangent = True, [], [], None
+        for a, b in pairs:
+            flat, d = pack(a, names), pack(b, names) - pack(a, names)
+            here, up, down = ({**a, **unpack(flat + k * d, a, names)} for k in (0, 1, -1))
+            middle, above, below = (pack(density.slope(u, names), names) for u in (here, up, down))
+            good = good and _close(0.5 * (above + below), middle, above.abs().max())
+            f_up = density.log_prob(up)
+            good = good and _close(f_up - density.log_prob(down), 2 * (middle * d).sum(-1), f_up.abs().max())
+            if not good:
+                return False
+            tangent = d[:1] if tangent is None else tangent
+            rows = tangent.expand_as(flat)
+            product, row_sums = _products(density, here, names, [rows, torch.ones_like(flat)])
+            products.append(product)
+            diagonals.append(row_sums * rows)
+        product, diagonal = torch.stack(products), torch.stack(diagonals)
+        constant, is_diagonal = _close(product, product[:1, :1]), _close(product, diagonal)
+        seen[names] = constant, is_diagonal
+        return constant or is_diagonal or flat.shape[1] <= MAX_FULL
+
+    blocks = []
+    groups, rest = _partition((VISIBLE, *(name for name, z in energy.latents.items() if z.kind == "real")), gaussian)
+    blocks += [Block("gaussian", names, *seen[names]) for names in groups]
+    blocks += [Block("free", (name,)) for name in rest]
+    soft = tuple(name for name, latent in energy.latents.items() if latent.kind in ("bits", "onehot"))
+    groups, rest = _partition(soft, affine)
+    blocks += [Block("affine", names) for names in groups]
+    blocks += [Block("units", (name,)) for name in rest]
+    blocks += [Block("units", (name,)) for name, latent in energy.latents.items() if latent.kind == "labels"]
+    return tuple(blocks)
+
+
+def _partition(
+    names: tuple[str, ...], test: Callable[[tuple[str, ...]], bool]
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Groups of names, as large as pass the test together, and the names that fail it by themselves."""
+    if not names:
+        return [], []
+    if test(names):
+        return [names], []
+    groups: list[tuple[str, ...]] = []
+    rest = []
+    for name in names:
+        for i, group in enumerate(groups):
+            if test((*group, name)):
+                groups[i] = (*group, name)
+                break
+        else:
+            if test((name,)):
+                groups.append((name,))
+            else:
+                rest.append(name)
+    return groups, rest
+
+
+def _random_points(x: Point, latents: Mapping[str, Latent], spread: Tensor) -> Point:
+    """Anywhere that the variables may be."""
+    found = {}
+    for name, value in x.items():
+        latent = latents.get(name)
+        if latent is None or latent.kind == "real":
+            scale = spread if latent is None else 1.0
+            found[name] = value + scale * torch.randn_like(value)
+        else:
+            found[name] = random_labels(latent, len(value), value.dtype)
+    return found
+
+
+def random_labels(latent: Latent, m: int, dtype: Any) -> Tensor:
+    """Values of a discrete site, all as likely, for m rows."""
+    support = latent.support(dtype)
+    return support[torch.randint(len(support), (m, *latent.units))]
