@@ -128,9 +128,9 @@ def ais(
     r"""Annealed importance sampling of log Z (Neal 2001), there and back.
 
     Chains start at draws of a normalised base p₀ and follow :math:`f_\beta = p_0^{1-\beta}\, \tilde p^\beta` from
-    β = 0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in which the
-    energy is affine are summed out of the weights (Salakhutdinov, Murray 2008). By Jensen's inequality the mean of
-    log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse, Ghahramani, Adams
+    β = 0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in
+    which the energy is affine are summed out of the weights (Salakhutdinov, Murray 2008). By Jensen's inequality the
+    mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse, Ghahramani, Adams
     2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and moved on by as many
     steps as a tenth of the path has.
 

@@ -65,10 +65,11 @@ class Gibbs:
 
     def __call__(self, rng_key: Array, density: Density, x: Point, state: Any) -> tuple[Point, Any, Array]:
         given = self._given(density)
-        left = [b._replace(names=tuple(n for n in b.names if n not in given)) for b in density.blocks]
-        for key, block in zip(jax.random.split(rng_key, len(left)), left, strict=True):
-            if block.names:
-                x = _draw_block(key, density, x, block)
+        for block in density.blocks:
+            names = tuple(name for name in block.names if name not in given)
+            if names:
+                rng_key, key = jax.random.split(rng_key)
+                x = _draw_block(key, density, x, block._replace(names=names))
         moving = {name for block in density.blocks for name in block.names}
         for name in sorted(moving & set(given)):
             rng_key, key = jax.random.split(rng_key)
@@ -168,8 +169,8 @@ class AnnealedLangevin:
 
     Li, Chen, Sommer 2019 (arXiv:1910.07762), section 3.2. A model of :class:`MultiscaleDenoisingScoreMatching`
     is the density of data with noise of σ₀ on them; the last step is the mean of the data given v (Tweedie). Its score
-    is the marginal's where the latents can be summed in closed form, else that of log p̃(v, h) at the chain's h, whose
-    mean over p(h|v) it is. Discrete latents are drawn at the same temperature.
+    is the marginal's where the latents that move can be summed in closed form, else that of log p̃(v, h) at the chain's
+    h, whose mean over p(h|v) it is. Discrete latents are drawn at the same temperature.
 
     The steps from the first temperature on are the warm-up: ``run_chains`` needs ``num_warmup >= num_steps *
     len(temperatures)``.
@@ -223,18 +224,18 @@ class AnnealedLangevin:
         return state
 
     def finish(self, density: Density, x: Point) -> Point:
-        if self.sigma is None:
+        moving = {name for block in density.blocks for name in block.names}
+        if self.sigma is None or VISIBLE not in moving:
             return x
-        whole = replace(density, blocks=density.energy.blocks, masks={})
         try:
-            integral: Any = Integral.of(whole, x, list(density.latents))
+            integral: Any = Integral.of(density, x, [name for name in density.latents if name in moving])
         except ValueError:
             integral = None
 
         def log_prob(v):
             y = {**x, VISIBLE: v}
             closed = integral is not None and integral.is_closed
-            return (integral(whole, y) if closed else density.log_prob(y)).sum()
+            return (integral(density, y) if closed else density.log_prob(y)).sum()
 
         v = x[VISIBLE] + self.sigma**2 * jax.grad(log_prob)(x[VISIBLE])
         return {**x, VISIBLE: jnp.where(density.masks.get(VISIBLE, True), v, x[VISIBLE])}

@@ -207,8 +207,6 @@ def _masks(energy: Energy, sites: Sequence[str] | None, missing: Any) -> dict[st
         given = {name: True for name in sites or () if name in names}
     # with missing entries all latents move, unless sites says otherwise
     moving = dict.fromkeys((n for n in energy.latents if sites is None or n in sites), True)
-    if not given and not moving:
-        raise ValueError("Nothing moves: sites and missing name no site.")
     columns = []
     for site in energy.sites:
         mask = np.asarray(given.get(site.name, False), bool)
@@ -216,6 +214,8 @@ def _masks(energy: Energy, sites: Sequence[str] | None, missing: Any) -> dict[st
             raise ValueError(f"missing['{site.name}'] has shape {mask.shape}; the site's value has {site.shape}.")
         columns.append(np.broadcast_to(mask, site.shape).reshape(site.shape[0], -1))
     mask = np.concatenate(columns, -1)
+    if not mask.any() and not moving:
+        raise ValueError("Nothing moves: sites and missing name no site.")
     if mask.all():
         return {VISIBLE: True, **moving}
     return {VISIBLE: mask, **moving} if mask.any() else moving
@@ -305,9 +305,11 @@ def program(
     if marginal and (sites is not None or missing is not None):
         raise ValueError("marginal=True sums all latents out and moves v: leave sites and missing out.")
     masks = {VISIBLE: True} if marginal else _masks(energy, sites, missing)
-    integral = None
+    integral: Any = None
+    density: Any = None
     if marginal:
-        integral = Integral.of(energy.density(params, data), data, list(energy.latents))
+        density = energy.density(params, data)
+        integral = Integral.of(density, data, list(energy.latents))
         if integral.quadrature:
             raise ValueError("marginal=True: the latents can't be summed in closed form or by enumeration.")
 
@@ -343,7 +345,7 @@ def program(
             value = numpyro.sample(name, _declared(latent, energy.num_rows))
             x[name] = latent.transform.inv(value) if latent.kind == "real" else value.astype(data[name].dtype)
         if integral is not None:
-            log_density = integral(energy.density(params, x), x)
+            log_density = integral(density, x)
         else:
             log_density = energy.log_joint(params, x, jacobian=False)
         numpyro.factor("log_density", log_density.sum())

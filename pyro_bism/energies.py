@@ -216,19 +216,19 @@ class Energy:
         energy = replace(energy, is_homogeneous=energy._is_homogeneous(x))
         return replace(energy, blocks=_find_blocks(energy, x)), x
 
-    def log_joint(self, x: Point) -> Tensor:
-        """log p̃ of every row, of shape (m,), with the Jacobians of transformed latents.
+    def log_joint(self, x: Point, jacobian: bool = True) -> Tensor:
+        """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
 
         Row i of a point with more rows than the batch has the covariates of row i modulo ``num_rows``.
         """
         m, n = len(x[VISIBLE]), self.num_rows
         if m == n:
-            return self._run(self.batch, x)
+            return self._run(self.batch, x, jacobian)
         if self.resizes:
-            return self._run(self._resized(m), x)
+            return self._run(self._resized(m), x, jacobian)
         passes = -(-m // n)
         rows = (torch.arange(passes * n) % m).chunk(passes)  # the last pass is filled up
-        return torch.cat([self._run(self.batch, select(x, part)) for part in rows])[:m]
+        return torch.cat([self._run(self.batch, select(x, part), jacobian) for part in rows])[:m]
 
     def density(self, x: Point) -> Density:
         """At these parameters; x is any point, at which the constant precisions are taken."""
@@ -256,16 +256,16 @@ class Energy:
                 found[name] = latent.transform(x[name]) if latent.kind == "real" else x[name]
         return found
 
-    def _run(self, batch: visible.Batch, x: Point) -> Tensor:
+    def _run(self, batch: visible.Batch, x: Point, jacobian: bool) -> Tensor:
         args, kwargs = batch.arguments(x[VISIBLE])
         m = len(x[VISIBLE])
-        values, jacobian = dict(batch.indices), x[VISIBLE].new_zeros(m)
+        values, total = dict(batch.indices), x[VISIBLE].new_zeros(m)
         for name, latent in self.latents.items():
             values[name] = x[name]
             if latent.kind == "real":
                 values[name] = latent.transform(x[name])
                 terms = latent.transform.log_abs_det_jacobian(x[name], values[name])
-                jacobian = jacobian + terms.reshape(m, -1).sum(-1)
+                total = total + (terms.reshape(m, -1).sum(-1) if jacobian else 0.0)
         soft = frozenset(name for name, latent in self.latents.items() if latent.kind in ("bits", "onehot"))
         kept = [b.clone() for b in self.buffers]
         # one seed for every point: what a model draws by itself (dropout) is part of the density
@@ -275,10 +275,10 @@ class Energy:
             pyro.poutine.block(),
             record(values, soft) as run,
         ):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace at every call
             self.model(*args, **kwargs)
         _restore(self.buffers, kept)
-        return joint_per_example(run.sites.values(), m) + jacobian
+        return joint_per_example(run.sites.values(), m) + total
 
     def _resized(self, m: int) -> visible.Batch:
         """The batch with its rows repeated, or cut, to m: of all arguments that have as many rows as the data."""
@@ -410,7 +410,7 @@ def _find_blocks(energy: Energy, x: Point) -> tuple[Block, ...]:
         x = select(x, slice(16))
     spread = energy.batch.v.std(0, correction=0) + 1e-3
     with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         pairs = [[_random_points(x, energy.latents, spread) for _ in range(2)] for _ in range(NUM_TRIALS)]
 
     def affine(names):
