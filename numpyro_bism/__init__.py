@@ -26,6 +26,7 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from .reports import calibration, diagnose, loo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
 
 __version__ = "0.1.0"
@@ -53,11 +54,14 @@ __all__ = [
     "SlicedScoreMatching",
     "Unrolled",
     "ais",
+    "calibration",
+    "diagnose",
     "exact_log_normalizer",
     "fisher_divergence",
     "free_energy",
     "kernel_stein_discrepancy",
     "log_likelihood",
+    "loo",
     "maximum_mean_discrepancy",
     "program",
     "psis_khat",

@@ -136,11 +136,17 @@ class Density:
 
     def slope(self, x: Point, names: Sequence[str]) -> Point:
         """The gradient of every row's log density in these variables."""
+        return self.value_and_slope(x, names)[1]
+
+    def value_and_slope(self, x: Point, names: Sequence[str]) -> tuple[Array, Point]:
+        """Every row's log density and its gradient in these variables."""
 
         def total(part):
-            return self.log_prob({**x, **part}).sum()
+            value = self.log_prob({**x, **part})
+            return value.sum(), value
 
-        return jax.grad(total)({name: x[name] for name in names})
+        slopes, value = jax.grad(total, has_aux=True)({name: x[name] for name in names})
+        return value, slopes
 
     def precision(self, x: Point, block: Block) -> Array:
         """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
@@ -192,11 +198,13 @@ class Energy:
         params: Mapping[str, Any],
         rng_key: Array,
         values: Mapping[str, Array] | None = None,
+        like: "Energy | None" = None,
     ) -> tuple["Energy", Point]:
         """The energy, tried out on this batch, and the point where it was: the data and one draw of the latents.
 
         :param params: all that the model is given by name.
         :param values: of the latents, if the model should not draw them itself.
+        :param like: the same energy, tried out before.
         :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
         """
         key_model, key_trial = jax.random.split(rng_key)
@@ -212,6 +220,8 @@ class Energy:
             if latent.kind == "real":
                 value = latent.transform.inv(value)
             x[name] = value.astype(batch.v.dtype) if latent.kind in ("bits", "onehot") else value
+        if like is not None:
+            return replace(like, batch=batch), x
         energy = cls(model, sites, batch, latents, n)
         energy = replace(energy, resizes=energy._can_resize(params, x))
         energy = replace(energy, is_homogeneous=energy._is_homogeneous(params, x))
