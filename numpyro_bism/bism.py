@@ -132,7 +132,7 @@ class BiSM:
         # These are caches of what the programs are; nothing that training changes is kept here.
         self._pairs: dict[Any, densities.Pair] = {}
         self._loops: dict[Any, Callable] = {}
-        self._energy: tuple[BiSMState, Sequence[Any], energies.Energy] | None = None
+        self._energies: list[tuple[BiSMState, Sequence[Any], energies.Energy]] = []
 
     def init(
         self, rng_key: Array, *args: Any, init_params: Mapping[str, Any] | None = None, **kwargs: Any
@@ -395,12 +395,14 @@ class BiSM:
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = pair.batch(key_batch, leaves, spec)
         values, _ = pair.hard_draw(key_draw, params, batch, batch.v)
-        known = self._energy
-        same = known is not None and known[0] is state and len(known[1]) == len(leaves)
-        same = same and all(a is b for a, b in zip(known[1], leaves, strict=True))  # type: ignore[index]
-        like = known[2] if same else None  # type: ignore[index]
+
+        def same(kept_state, kept_leaves, _):
+            return kept_state is state and all(a is b for a, b in zip(kept_leaves, leaves, strict=False))
+
+        like = next((kept[2] for kept in self._energies if len(kept[1]) == len(leaves) and same(*kept)), None)
         energy, x = energies.Energy.of(pair.model, pair.sites, batch, params, key_energy, values, like)
-        self._energy = state, leaves, energy
+        if like is None:  # two, as a report looks at all rows and at some
+            self._energies = [(state, leaves, energy), *self._energies[:1]]
         return energy, params, x
 
     def _check_optims(self, theta: Any, phi: Any) -> None:
