@@ -383,7 +383,7 @@ def _normaliser(
         exact = None
         if "covariates" in str(error):
             return None, Verdict("normaliser", None, str(error))
-    run = ais(trained, state, *args, rng_key=rng_key, progress_bar=progress_bar, **(options or {}), **kwargs)
+    run = ais(trained, state, *args, rng_key=rng_key, **{"progress_bar": progress_bar, **(options or {})}, **kwargs)
     num = len(run.log_weights)
     numbers = (
         f"log Z = {run.log_normalizer:.3f}, s.e. {run.standard_error:.3f}, AIS between {run.lower:.3f} and "

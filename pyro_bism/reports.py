@@ -358,7 +358,7 @@ def _normaliser(trained: Any, args: Any, kwargs: Any, options: Any, progress_bar
         exact = None
         if "covariates" in str(error):
             return None, Verdict("normaliser", None, str(error))
-    run = ais(trained, *args, progress_bar=progress_bar, **(options or {}), **kwargs)
+    run = ais(trained, *args, **{"progress_bar": progress_bar, **(options or {})}, **kwargs)
     num = len(run.log_weights)
     numbers = (
         f"log Z = {run.log_normalizer:.3f}, s.e. {run.standard_error:.3f}, AIS between {run.lower:.3f} and "
