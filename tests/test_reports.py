@@ -268,8 +268,8 @@ def test_a_bad_model_is_told_what_is_bad(kind):
     assert found["posterior chains"].passed is False and "not mixed" in found["posterior chains"].text
     assert found["model chains"].passed is False and "not mixed" in found["model chains"].text
     assert found["normaliser"].passed is False and "too short" in found["normaliser"].text
-    # the guide knows one of four wells
-    assert (found.guide.kl > 1).all()
+    # the guide knows one of four wells, and most chains are in another
+    assert (found.guide.kl > 1).mean() > 0.5
 
 
 @SLOW_IN_NUMPYRO
