@@ -48,6 +48,20 @@ def test_quickstart_that_learns_nothing_is_an_error(tmp_path):
     assert re.search(r"pyro: BiSM ended at -\S+, not above -\S+\. More --steps\?", done.stderr)
 
 
+@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+def test_diagnose(backend, tmp_path):
+    """A verdict on every subject; the script itself compares the likelihood with enumeration."""
+    requires(backend)
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(EXAMPLES / "diagnose.py"), "--smoke", "--backend", backend, "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for subject in ("guide", "posterior chains", "model chains", "normaliser", "log-likelihood", "fit"):
+        assert re.search(rf"^{subject} +(ok|NOT OK|-) ", done.stdout, re.MULTILINE), done.stdout
+    assert (tmp_path / "out" / f"diagnose-{backend}.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / f"diagnose-{backend}.nc").stat().st_size > 10_000
+
+
 @pytest.mark.full
 def test_hypergradients(tmp_path):
     """Two rows, from scratch; the second time they are there already."""
