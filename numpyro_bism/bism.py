@@ -13,6 +13,7 @@ from numpyro.infer import Trace_ELBO
 from . import densities, divergences
 from . import visible as visibles
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused
+from .jit import drawn_ahead
 from .losses import OuterLoss
 from .optim import as_optim
 
@@ -276,20 +277,21 @@ class BiSM:
         keys = jax.random.split(key_inner, self.num_inner_steps)
         problem = self._problem(pair, batch, mutable, keys)
 
-        def fit(inner_state, key):
+        inner_state = state.inner_optim_state
+        # without inner steps the losses are for info alone
+        noise, inner = drawn_ahead(problem.inner, keys if self.num_inner_steps else key_inner[None], theta, phi)
+
+        def fit(inner_state, noise):
             """One kept inner step."""
             phi = self.inner_optim.get_params(inner_state)
-            loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
+            loss, gradient = jax.value_and_grad(inner, argnums=2)(noise, theta, phi)
             return self.inner_optim.update(gradient, inner_state, value=loss), (loss, _norm(gradient))
 
-        inner_state = state.inner_optim_state
+        fitted, (inner_losses, inner_norms) = jax.lax.scan(
+            fit, inner_state, noise, unroll=fused(max(self.num_inner_steps, 1))
+        )
         if self.num_inner_steps:
-            inner_state, (inner_losses, inner_norms) = jax.lax.scan(
-                fit, inner_state, keys, unroll=fused(self.num_inner_steps)
-            )
-        else:  # the losses are for info alone
-            _, (loss, norm) = fit(inner_state, key_inner)
-            inner_losses, inner_norms = loss[None], norm[None]
+            inner_state = fitted
         fresh = jax.eval_shape(lambda: self.hypergradient.init(self.inner_optim, inner_state))
         if not _alike(fresh, state.hypergradient_state):
             raise ValueError(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from .jit import drawn_ahead
 from .optim import differentiable_update
 
 __all__ = ["Amortized", "Covariance", "Detached", "Exact", "Implicit", "Penalty", "Unrolled"]
@@ -149,18 +150,20 @@ class Unrolled(Hypergradient):
         key_outer, key_inner = jax.random.split(rng_key)
         keys = jax.random.split(key_inner, self.num_steps)
 
-        def whole(theta):
-            def step(fast, key):
-                phi = problem.optim.get_params(fast)
-                loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
-                return differentiable_update(problem.optim, gradient, fast, loss), None
+        if self.memory == "store" and self.num_steps:
+            noise, inner = drawn_ahead(problem.inner, keys, theta, problem.optim.get_params(inner_state))
+        else:  # noise of all steps would be memory that grows with N
+            noise, inner = keys, problem.inner
 
-            def steps(fast, keys):
-                return jax.lax.scan(step, fast, keys, unroll=fused(len(keys)))
+        def whole(theta):
+            def step(fast, noise):
+                phi = problem.optim.get_params(fast)
+                loss, gradient = jax.value_and_grad(inner, argnums=2)(noise, theta, phi)
+                return differentiable_update(problem.optim, gradient, fast, loss), None
 
             fast = inner_state
             if self.memory == "store" and self.num_steps:
-                fast, _ = steps(fast, keys)
+                fast, _ = jax.lax.scan(step, fast, noise, unroll=fused(self.num_steps))
             elif self.num_steps:
                 step = jax.checkpoint(step)
                 rows = math.isqrt(self.num_steps)
