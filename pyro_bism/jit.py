@@ -35,6 +35,7 @@ from .hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slop
 from .visible import Batch
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
+MAX_SUMS = 2**13  # multiplications
 # torch's own generator, and no check of what the graph itself has made
 OPTIONS = {
     "fallback_random": True,
@@ -259,8 +260,7 @@ class _Graph:
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         values = [*inputs, *self._closed_over]
         written = [values[i] for i in self._written]
-        with torch.no_grad():
-            found = self._run(values)
+        found = self._run(values)
         torch.autograd.graph.increment_version(written)
         leaves = list(self._constants)
         for i, x in zip(self._places, found, strict=True):
@@ -297,6 +297,7 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         # a random operation taken apart would draw other numbers than the eager step
         seeded = torch.Tag.nondeterministic_seeded
         kept = {op: f for op, f in select_decomp_table().items() if seeded not in getattr(op, "tags", ())}
+        kept |= {op: _sums(kept.get(op)) for op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)}
         found: list[Any] = []
 
         def inner(graph, *args, **kwargs):
@@ -308,7 +309,7 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
                 recorded, [*inputs], inner_compile=inner, config_patches=OPTIONS, decompositions=kept
             )
             assert callable(compiled)
-            return _bare(recorded.graph, found) or (lambda values: compiled(*values))
+            return _bare(recorded.graph, found) or torch.no_grad()(lambda values: compiled(*values))
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, exc.InvalidCxxCompiler | exc.CppCompileError):
@@ -316,7 +317,23 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
             if cause is None:
                 raise
     _warn_once()
-    return lambda values: recorded(*values)
+    return torch.no_grad()(lambda values: recorded(*values))
+
+
+def _sums(other: Callable | None) -> Callable:
+    """Small matrix products as sums, which fuse: a call of the library's takes longer than its few multiplications."""
+
+    def product(*args, beta=1, alpha=1):
+        a, b = args[-2:]
+        if a.shape[0] * a.shape[1] * b.shape[1] > MAX_SUMS:
+            scale = {"beta": beta, "alpha": alpha} if len(args) == 3 else {}
+            return other(*args, **scale) if other else NotImplemented
+        found = (a.unsqueeze(2) * b).sum(1)
+        if len(args) == 2:
+            return found
+        return (args[0] if beta == 1 else beta * args[0]) + (found if alpha == 1 else alpha * found)
+
+    return product
 
 
 def _bare(recorded: torch.fx.Graph, found: Sequence[tuple[torch.fx.Graph, Any]]) -> Callable | None:
