@@ -159,10 +159,10 @@ class Program:
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``, captured the first time. Numbers in ``args`` are scalar inputs too."""
-        leaves, spec = pytree.tree_flatten(args) if args else ([], None)
+        leaves, spec = ([], None) if all(x is None for x in args) else pytree.tree_flatten(args)
         leaves = [torch.tensor(x, dtype=torch.float64) if type(x) in (int, float) else x for x in leaves]
         given = [x.detach() for x in leaves if isinstance(x, Tensor)]
-        key = (function, spec, tuple(None if isinstance(x, Tensor) else x for x in leaves)) if args else function
+        key = (function, spec, tuple(None if isinstance(x, Tensor) else x for x in leaves)) if spec else function
         graph = self._graphs.get(key)
         if graph is None:
 
@@ -172,7 +172,7 @@ class Program:
                 problem, swaps = self._captured(stand_ins)
                 mine = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
                 with params.swapped(swaps):
-                    return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else ()))
+                    return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else args))
 
             trained = {**self.pair.theta, **self.pair.phi}
             graph = self._graphs[key] = _Graph(whole, [*self._flat, *given], trained)

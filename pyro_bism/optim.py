@@ -240,16 +240,18 @@ class Settings:
         for leaf in leaves:
             kept = torch_optimizer(optim, leaf)
             free = ("lr", "initial_lr", "params") if _is_adam(kept) else ("params",)
-            group = [(k, v) for k, v in kept.param_groups[0].items() if k not in free]
-            self._found.append((kept, group, optim._get_grad_clip_args(leaf)))  # type: ignore[arg-type]
+            whole = dict(kept.param_groups[0])
+            group = {k: v for k, v in whole.items() if k not in free}
+            self._found.append((kept, whole, group, optim._get_grad_clip_args(leaf)))  # type: ignore[arg-type]
 
     def are_current(self) -> bool:
-        for leaf, (kept, group, clip) in zip(self._leaves, self._found, strict=True):
+        for leaf, (kept, whole, group, clip) in zip(self._leaves, self._found, strict=True):
             now = torch_optimizer(self._optim, leaf)
             if now is not kept or self._optim._get_grad_clip_args(leaf) != clip:  # type: ignore[arg-type]
                 return False
             values = now.param_groups[0]
-            if any(values.get(k, math.nan) != v for k, v in group):
+            # the whole first: one comparison is all it takes while no schedule moves the rate
+            if values != whole and any(values.get(k, math.nan) != v for k, v in group.items()):
                 return False
         return True
 
