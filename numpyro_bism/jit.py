@@ -35,7 +35,7 @@ def taken_apart(
 
     :param key: a key, or its shape and type; ``args`` too may be such stand-ins.
     """
-    if jax.config.jax_disable_jit:  # for who looks at values: the function runs as it is written
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # who looks at values sees the function as written
         return lambda key: [key], lambda found, *args: function(found[0], *args)
     jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(key, *args)
     first, *others = jaxpr.jaxpr.invars
