@@ -290,7 +290,7 @@ def page(found: dict, path: Path) -> None:
         f"figure is a median of {found['rounds']} rounds in which the contenders take turns, each in a process of its",
         "own; *first step* is from the start of the set-up, imports of the framework among it, to the end of that step",
         "(of the first compiled run, for JAX), with nothing compiled before; *processor* is the computing time in it,",
-        "compilers' included, which other load on the machine does not lengthen as it does the former. `higher` is the",
+        "compilers' included, which other load on the machine lengthens less. `higher` is the",
         "paper's algorithm in plain torch, unrolled with that package as its authors did.",
     ]
     if "steps" in found:
