@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from numpyro.infer import Trace_ELBO
 from . import densities, divergences, energies
 from . import visible as visibles
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused
+from .jit import num_ahead, taken_apart
 from .losses import OuterLoss
 from .optim import as_optim
 
@@ -262,7 +264,7 @@ class BiSM:
         pair = self.pair(leaves, spec)
         theta, phi = self._unpack(pair, state)
         # split as in update, so that the same state sees the same batch
-        _, key_batch, _, _, key_outer = jax.random.split(state.rng_key, 5)
+        _, key_batch, _, _, key_outer = _keys(state.rng_key)
         batch = pair.batch(key_batch, leaves, spec)
         return pair.outer_loss(key_outer, pair.params(theta, phi, state.mutable_state), batch, self.loss)
 
@@ -271,26 +273,30 @@ class BiSM:
         pair = self.pair(leaves, spec)
         theta, phi = self._unpack(pair, state)
         mutable = state.mutable_state
-        rng_key, key_batch, key_inner, key_moved, key_outer = jax.random.split(state.rng_key, 5)
+        rng_key, key_batch, key_inner, key_moved, key_outer = _keys(state.rng_key)
         batch = pair.batch(key_batch, leaves, spec)
 
-        keys = jax.random.split(key_inner, self.num_inner_steps)
-        problem = self._problem(pair, batch, mutable, keys)
+        # without inner steps the losses are for info alone
+        num = max(self.num_inner_steps, 1)
+        keys = jax.random.split(key_inner, num) if self.num_inner_steps else key_inner[None]
+        ahead = self.hypergradient.ahead(key_outer)
+        problem = self._problem(pair, batch, mutable, keys[: self.num_inner_steps])
+        draw, inner = taken_apart(problem.inner, key_inner, theta, phi)
+        noise = jax.vmap(draw)(jnp.concatenate([keys, ahead]))
+        problem = replace(problem, ahead=([x[num:] for x in noise], inner))
+        inner_state = state.inner_optim_state
 
-        def fit(inner_state, key):
+        def fit(inner_state, noise):
             """One kept inner step."""
             phi = self.inner_optim.get_params(inner_state)
-            loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
+            loss, gradient = jax.value_and_grad(inner, argnums=2)(noise, theta, phi)
             return self.inner_optim.update(gradient, inner_state, value=loss), (loss, _norm(gradient))
 
-        inner_state = state.inner_optim_state
+        fitted, (inner_losses, inner_norms) = jax.lax.scan(
+            fit, inner_state, [x[:num] for x in noise], length=num, unroll=fused(num)
+        )
         if self.num_inner_steps:
-            inner_state, (inner_losses, inner_norms) = jax.lax.scan(
-                fit, inner_state, keys, unroll=fused(self.num_inner_steps)
-            )
-        else:  # the losses are for info alone
-            _, (loss, norm) = fit(inner_state, key_inner)
-            inner_losses, inner_norms = loss[None], norm[None]
+            inner_state = fitted
         fresh = jax.eval_shape(lambda: self.hypergradient.init(self.inner_optim, inner_state))
         if not _alike(fresh, state.hypergradient_state):
             raise ValueError(
@@ -338,15 +344,28 @@ class BiSM:
                 rest = iter(arrays)
                 filled = [next(rest) if yes else leaf for yes, leaf in zip(is_array, static, strict=True)]
 
-                def body(i, carry):
-                    state, losses = carry
-                    if stable:
-                        state, loss = self._stable_update(state, filled, spec)
-                    else:
-                        state, loss, _ = self._update(state, filled, spec)
-                    return state, losses.at[i].set(loss)
+                def update(rng_key, state):
+                    state = state._replace(rng_key=rng_key)
+                    return (self._stable_update if stable else self._update)(state, filled, spec)[:2]
 
-                return jax.lax.fori_loop(start, stop, body, (state, losses))
+                draw, rest = taken_apart(update, state.rng_key, state)
+                num = num_ahead(draw, state.rng_key)
+
+                def some(carry):
+                    """``num`` steps, or as many as are left."""
+                    start, state, losses = carry
+                    end = jnp.minimum(start + num, stop)
+                    _, keys = jax.lax.scan(lambda key, _: (_keys(key)[0], key), state.rng_key, length=num)
+                    noise = jax.vmap(draw)(keys)
+
+                    def one(i, carry):
+                        state, losses = carry
+                        state, loss = rest([x[i - start] for x in noise], state)
+                        return state, losses.at[i].set(loss)
+
+                    return end, *jax.lax.fori_loop(start, end, one, (state, losses))
+
+                return jax.lax.while_loop(lambda carry: carry[0] < stop, some, (start, state, losses))[1:]
 
             self._loops[key] = jax.jit(loop, donate_argnums=(0, 1))
         return self._loops[key], [leaf for yes, leaf in zip(is_array, leaves, strict=True) if yes]
@@ -429,6 +448,11 @@ class BiSM:
                     "made with another model, or by init() on arguments of another structure?"
                 )
         return theta, phi
+
+
+def _keys(rng_key: Array) -> Array:
+    """The state's next key, and those of the batch, the inner steps, the mutable sites and the hypergradient."""
+    return jax.random.split(rng_key, 5)
 
 
 def _static(leaf: Any) -> Any:

@@ -45,6 +45,8 @@ class Bilevel:
     :ivar covariance: the same, from a sample covariance; it takes the number of draws besides.
     :ivar optim: the inner optimiser, in NumPyro's form.
     :ivar inner_keys: the keys of the K inner steps just taken.
+    :ivar ahead: the noise of the strategy's own keys, those of ``Hypergradient.ahead``, and G as a function of
+        (noise, θ, φ); None where each step is to draw its own.
     """
 
     outer: Callable[[Array, Any, Any], Array]
@@ -53,6 +55,7 @@ class Bilevel:
     covariance: Callable[[Array, Any, Any, int], Array]
     optim: Any
     inner_keys: Array
+    ahead: tuple[Any, Callable[[Any, Any, Any], Array]] | None = None
 
 
 class Result(NamedTuple):
@@ -93,6 +96,10 @@ class Hypergradient(Protocol):
     def init(self, optim: Any, inner_state: Any) -> Any:
         """The state before the first step, from the inner optimiser and its state; None if there is none."""
         return None
+
+    def ahead(self, rng_key: Array) -> Array:
+        """The keys of inner steps that it will take, called with this one: their noise is drawn beforehand."""
+        return rng_key[None][:0]
 
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result: ...
 
@@ -145,22 +152,28 @@ class Unrolled(Hypergradient):
     def unrolls(self) -> bool:  # type: ignore[override]
         return self.num_steps > 0
 
-    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+    def ahead(self, rng_key: Array) -> Array:
+        # to recompute is to save memory: there every step draws its own
+        return self._keys(rng_key)[1] if self.memory == "store" else super().ahead(rng_key)
+
+    def _keys(self, rng_key: Array) -> tuple[Array, Array]:
         key_outer, key_inner = jax.random.split(rng_key)
-        keys = jax.random.split(key_inner, self.num_steps)
+        return key_outer, jax.random.split(key_inner, self.num_steps)
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        key_outer, keys = self._keys(rng_key)
+        stores = self.memory == "store"
+        noise, inner = problem.ahead if stores and problem.ahead else (keys, problem.inner)
 
         def whole(theta):
-            def step(fast, key):
+            def step(fast, noise):
                 phi = problem.optim.get_params(fast)
-                loss, gradient = jax.value_and_grad(problem.inner, argnums=2)(key, theta, phi)
+                loss, gradient = jax.value_and_grad(inner, argnums=2)(noise, theta, phi)
                 return differentiable_update(problem.optim, gradient, fast, loss), None
 
-            def steps(fast, keys):
-                return jax.lax.scan(step, fast, keys, unroll=fused(len(keys)))
-
             fast = inner_state
-            if self.memory == "store" and self.num_steps:
-                fast, _ = steps(fast, keys)
+            if stores and self.num_steps:
+                fast, _ = jax.lax.scan(step, fast, noise, length=self.num_steps, unroll=fused(self.num_steps))
             elif self.num_steps:
                 step = jax.checkpoint(step)
                 rows = math.isqrt(self.num_steps)

@@ -10,6 +10,8 @@ from jax.example_libraries import optimizers
 from jax.extend import core
 from numpyro.optim import Minimize, _NumPyroOptim, optax_to_numpyro
 
+from .jit import bind
+
 
 def as_optim(optim: Any, name: str) -> _NumPyroOptim:
     """An optimiser in NumPyro's form, from any of the three kinds that SVI takes.
@@ -72,15 +74,17 @@ def _branch(branch: Any) -> Any:
     return lambda *operands: _evaluate(branch.jaxpr, branch.consts, operands)
 
 
-def _bind(eqn: Any, inputs: Any) -> Any:
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    # an older JAX returns functions among the parameters apart
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    return eqn.primitive.bind(*functions, *inputs, **params)
+def _in(var: Any, known: set[Any]) -> bool:
+    return not isinstance(var, core.Literal) and var in known
+
+
+def _is_positive(var: Any) -> bool:
+    return isinstance(var, core.Literal) and jnp.ndim(var.val) == 0 and var.val > 0
 
 
 def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     values: dict[Any, Any] = {}
+    roots, positive = set(), set()  # a root and a positive number: what Adam divides by needs no guard
 
     def read(var):
         return var.val if isinstance(var, core.Literal) else values[var]
@@ -91,14 +95,19 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
         inputs = [read(v) for v in eqn.invars]
         inner = eqn.params.get("jaxpr")
         name = eqn.primitive.name
-        if name in _SAFE and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        if name == "sqrt":
+            roots.update(eqn.outvars)
+        elif name == "add" and _in(eqn.invars[0], roots) and _is_positive(eqn.invars[1]):
+            positive.update(eqn.outvars)
+        if name == "div" and _in(eqn.invars[1], positive):
+            outputs = bind(eqn, inputs)
+        elif name in _SAFE and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             outputs = [_SAFE[name](*inputs)]
         elif name == "cond":  # optax's every-k-steps and if-finite wrappers keep the optimiser in a branch
             outputs = jax.lax.switch(inputs[0], [_branch(b) for b in eqn.params["branches"]], *inputs[1:])
         elif name in ("pjit", "jit") and inner is not None:
             outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
         else:
-            outputs = _bind(eqn, inputs)
-            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+            outputs = bind(eqn, inputs)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]

@@ -173,9 +173,9 @@ class BiSM:
     def _follow(self, problem: Bilevel, program: Program | None) -> tuple[Result, float]:
         """What the hypergradient finds, and its norm; a program moves θ too."""
         assert self._carried is not None
+        if program is not None:
+            return program.follow(problem, *self._carried)
         with pyro.validation_enabled(False):
-            if program is not None:
-                return program.follow(problem, *self._carried)
             found = self.hypergradient(problem, *self._carried)
         return found, norm(found.gradient).item()
 

@@ -66,6 +66,10 @@ class Site:
                 scale = scale * (frame.size / frame.full_size)
         return scale_and_mask(self.fn.log_prob(self.value), scale, self.mask)
 
+    def total(self) -> Tensor:
+        """Σ log density as a host ELBO takes it, a subsampling plate's N/B too."""
+        return scale_and_mask(self.fn.log_prob(self.value), self.scale, self.mask).sum()
+
 
 class replay(Messenger):
     """Runs a program with some of its sites given.
@@ -246,6 +250,17 @@ class Pair:
                 dim = -(self.num_plate_dims + len(probs) + 1)
                 probs.append((name, site.fn.log_prob(site.value).exp(), dim))
         return Draw({**values, **batch.indices}, tuple(probs)), run.sites
+
+    def elbo(self, batch: visible.Batch, v: Tensor) -> Tensor:
+        """log p̃(v, h) - log q(h|v) at a reparameterised draw: Trace_ELBO's estimate, without its traces and checks."""
+        args, kwargs = batch.arguments(v.detach())
+        with record(batch.indices) as q:
+            self.guide(*args, **kwargs)
+        drawn = {name: site.value for name, site in q.sites.items() if not site.is_observed}
+        with record({**drawn, **batch.indices}, self.softened) as p:
+            self.model(*args, **kwargs)
+        total: Any = sum(site.total() for site in p.sites.values()) - sum(site.total() for site in q.sites.values())
+        return total
 
     def draws(self, batch: visible.Batch, v: Tensor, num: int, joint: bool) -> Iterator[Draw]:
         """``num`` draws; with ``joint``, each once for every joint configuration of the discrete sites."""
@@ -574,8 +589,11 @@ class _Resample:
         frame = next(f for s in sites.values() for f in s.frames if f.name == name)
         self.full_size, self.size = frame.full_size, frame.size
         self.device = next(s for s in sites.values()).subsamples[name].device
+        self.all = torch.arange(self.size, device=self.device) if self.size == self.full_size else None
 
     def __call__(self) -> Tensor:
+        if self.all is not None:
+            return self.all
         return _Subsample(self.full_size, self.size, device=self.device).sample()  # type: ignore[arg-type]
 
 

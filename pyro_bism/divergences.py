@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from .densities import Pair
@@ -64,7 +65,11 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
             "TraceMeanField_ELBO(), TraceEnum_ELBO(), TraceTMC_ELBO() or FisherDivergence()."
         )
 
+    is_plain = type(inner_loss) is Trace_ELBO and inner_loss.num_particles == 1 and not inner_loss.vectorize_particles
+
     def elbo(pair: Pair, batch: Batch, v: Tensor) -> Tensor:
+        if is_plain and not pair.unreparameterised and not is_validation_enabled():
+            return -pair.elbo(batch, v) / pair.num_data
         args, kwargs = batch.arguments(v.detach())
         model, guide = pair.programs(batch)
         return inner_loss.differentiable_loss(model, guide, *args, **kwargs) / pair.num_data

@@ -35,6 +35,7 @@ from .hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slop
 from .visible import Batch
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
+MAX_SUMS = 2**13  # multiplications
 # torch's own generator, and no check of what the graph itself has made
 OPTIONS = {
     "fallback_random": True,
@@ -76,15 +77,15 @@ def _fit(problem: Captured) -> list[Any]:
     return [loss, length, *gradient]
 
 
-def _follow(problem: Captured, state: Any) -> tuple[Result, Tensor, list[bool]]:
-    """The outer step: the strategy's result, ‖dJ/dθ‖, which leaves move."""
+def _follow(problem: Captured, state: Any) -> list[Any]:
+    """The outer step: ‖dJ/dθ‖, the rest of the strategy's result, and the gradient, or which leaves it moves."""
     assert problem.strategy is not None
     found = problem.strategy(problem, state)
-    length, moved = norm(found.gradient), [g is not None for g in found.gradient]
+    length, gradient = norm(found.gradient), found.gradient
     if problem.write_theta:
-        problem.write_theta(found.gradient, length.isfinite() & found.loss.isfinite())
-        found = found._replace(gradient=[])
-    return found, length, moved
+        problem.write_theta(gradient, length.isfinite() & found.loss.isfinite())
+        gradient = [g is not None for g in gradient]  # type: ignore[misc]
+    return [length, found.loss, found.state, found.residual, found.curvature, *gradient]
 
 
 class Program:
@@ -106,24 +107,19 @@ class Program:
         self._outer_optim, self._inner_optim = outer_optim, inner_optim
         self._outer_kept = optim.KeptAdam.of(outer_optim, self._theta)
         self._inner_kept = optim.KeptAdam.of(inner_optim, self._phi)
-        self._settings = self._settings_now()
+        # the optimisers that are part of a graph; others take their steps outside
+        inner = self._inner_kept is not None or strategy.unrolls
+        self._settings = [optim.Settings(inner_optim, self._phi)] if inner else []
+        if self._outer_kept:
+            self._settings.append(optim.Settings(outer_optim, self._theta))
         self._graphs: dict[Any, _Graph] = {}
         self._batch: Any = None
         self._inputs: Mapping[str, Sequence[Tensor]] = {}
         self._flat: list[Tensor] = []
 
-    def _settings_now(self) -> list[Any]:
-        """Of the optimisers that are part of a graph; others take their steps outside."""
-        found = []
-        if self._outer_kept:
-            found.append(optim.settings(self._outer_optim, self._theta))
-        if self._inner_kept or self._strategy.unrolls:
-            found.append(optim.settings(self._inner_optim, self._phi))
-        return found
-
     def is_current(self, pair: Pair) -> bool:
         """Whether this is the pair, and the optimisers' settings are those that were captured."""
-        return self.pair is pair and self._settings == self._settings_now()
+        return self.pair is pair and all(settings.are_current() for settings in self._settings)
 
     def bind(self, batch: Batch, unrolls: bool = False) -> None:
         """Take up a step's data; ``unrolls`` says whether an optimiser that is not Adam is read too."""
@@ -148,24 +144,25 @@ class Program:
         if self._inner_kept is None and self._strategy.unrolls:
             self.bind(self._batch, unrolls=True)
         if whole:
-            found, size, moved = self.run(_follow, state)
+            size, loss, state, residual, curvature, *gradient = self.run(_follow, state)
+            found = Result(loss, gradient, state, residual, curvature)
         else:
             found = self._strategy(problem, state)
             size = norm(found.gradient)
         length = size.item()
         if math.isfinite(length) and math.isfinite(found.loss.item()):
             if whole and self._outer_kept:
-                self._outer_kept.ticked(moved)
+                self._outer_kept.ticked(gradient)
             else:
                 optim.descend(self._outer_optim, self._theta, found.gradient)
         return found, length
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``, captured the first time. Numbers in ``args`` are scalar inputs too."""
-        leaves, spec = pytree.tree_flatten(args) if args else ([], None)
+        leaves, spec = ([], None) if all(x is None for x in args) else pytree.tree_flatten(args)
         leaves = [torch.tensor(x, dtype=torch.float64) if type(x) in (int, float) else x for x in leaves]
         given = [x.detach() for x in leaves if isinstance(x, Tensor)]
-        key = (function, spec, tuple(None if isinstance(x, Tensor) else x for x in leaves)) if args else function
+        key = (function, spec, tuple(None if isinstance(x, Tensor) else x for x in leaves)) if spec else function
         graph = self._graphs.get(key)
         if graph is None:
 
@@ -175,7 +172,7 @@ class Program:
                 problem, swaps = self._captured(stand_ins)
                 mine = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
                 with params.swapped(swaps):
-                    return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else ()))
+                    return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else args))
 
             trained = {**self.pair.theta, **self.pair.phi}
             graph = self._graphs[key] = _Graph(whole, [*self._flat, *given], trained)
@@ -256,10 +253,15 @@ class _Graph:
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
         self._run = _compiled(recorded, [*inputs, *self._closed_over])
+        placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
+        written = {node.args[0] for node in recorded.graph.nodes if "copy_" in str(node.target)}
+        self._written = [i for i, node in enumerate(placeholders) if node in written]
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        with torch.no_grad():
-            found = self._run(*inputs, *self._closed_over)
+        values = [*inputs, *self._closed_over]
+        written = [values[i] for i in self._written]
+        found = self._run(values)
+        torch.autograd.graph.increment_version(written)
         leaves = list(self._constants)
         for i, x in zip(self._places, found, strict=True):
             leaves[i] = x
@@ -272,8 +274,8 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
     placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
     tensors: list[Tensor] = []
     for node in list(recorded.graph.nodes):
-        if node.op != "get_attr" or all("lift_fresh" in str(user.target) for user in node.users):
-            continue  # the latter: made by torch.tensor in the program itself
+        if node.op != "get_attr":
+            continue
         if node.target not in places:
             with recorded.graph.inserting_after(placeholders[-1]):
                 places[node.target] = recorded.graph.placeholder(f"closed_over_{len(tensors)}")
@@ -281,10 +283,12 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
             tensors.append(getattr(recorded, node.target).detach())
         node.replace_all_uses_with(places[node.target])
         recorded.graph.erase_node(node)
+    for name in places:  # torch's compiler would take what is left for parameters, and pass them too
+        delattr(recorded, name)
     return tensors
 
 
-def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler's own making
         from torch._inductor import compile_fx, exc
@@ -293,10 +297,19 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         # a random operation taken apart would draw other numbers than the eager step
         seeded = torch.Tag.nondeterministic_seeded
         kept = {op: f for op, f in select_decomp_table().items() if seeded not in getattr(op, "tags", ())}
+        kept |= {op: _sums(kept.get(op)) for op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)}
+        found: list[Any] = []
+
+        def inner(graph, *args, **kwargs):
+            found.append((graph.graph, compile_fx.compile_fx_inner(graph, *args, **kwargs)))
+            return found[-1][1]
+
         try:
-            compiled = compile_fx.compile_fx(recorded, [*inputs], config_patches=OPTIONS, decompositions=kept)
+            compiled = compile_fx.compile_fx(
+                recorded, [*inputs], inner_compile=inner, config_patches=OPTIONS, decompositions=kept
+            )
             assert callable(compiled)
-            return compiled
+            return _bare(recorded.graph, found) or torch.no_grad()(lambda values: compiled(*values))
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, exc.InvalidCxxCompiler | exc.CppCompileError):
@@ -304,7 +317,38 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
             if cause is None:
                 raise
     _warn_once()
-    return recorded
+    return torch.no_grad()(lambda values: recorded(*values))
+
+
+def _sums(other: Callable | None) -> Callable:
+    """Small matrix products as sums, which fuse: a call of the library's takes longer than its few multiplications."""
+
+    def product(*args, beta=1, alpha=1):
+        a, b = args[-2:]
+        if a.shape[0] * a.shape[1] * b.shape[1] > MAX_SUMS:
+            scale = {"beta": beta, "alpha": alpha} if len(args) == 3 else {}
+            return other(*args, **scale) if other else NotImplemented
+        found = (a.unsqueeze(2) * b).sum(1)
+        if len(args) == 2:
+            return found
+        return (args[0] if beta == 1 else beta * args[0]) + (found if alpha == 1 else alpha * found)
+
+    return product
+
+
+def _bare(recorded: torch.fx.Graph, found: Sequence[tuple[torch.fx.Graph, Any]]) -> Callable | None:
+    """The program that the compiler made, without the layers that torch calls it through: they take as long as it.
+
+    They have nothing to do where it has the recording's own inputs and outputs: no alias to be made, nothing to be
+    written back. None if that is not so.
+    """
+
+    def face(graph):
+        return sum(node.op == "placeholder" for node in graph.nodes), len(graph.output_node().args[0])
+
+    if len(found) == 1 and face(found[0][0]) == face(recorded):
+        return getattr(found[0][1], "current_callable", None)
+    return None
 
 
 @cache

@@ -231,16 +231,29 @@ def _is_adam(kept: torch.optim.Optimizer) -> bool:
     )
 
 
-def settings(optim: PyroOptim, leaves: Sequence[Tensor]) -> list[Any]:
+class Settings:
     """What a captured step has as constants. Adam's rate is none: it is an input."""
-    found: list[Any] = []
-    for leaf in leaves:
-        kept = torch_optimizer(optim, leaf)
-        group = _group(kept)
-        if _is_adam(kept):
-            group = {k: v for k, v in group.items() if k not in ("lr", "initial_lr")}
-        found.append((type(kept), optim._get_grad_clip_args(leaf), group))  # type: ignore[arg-type]
-    return found
+
+    def __init__(self, optim: PyroOptim, leaves: Sequence[Tensor]):
+        self._optim, self._leaves = optim, leaves
+        self._found = []
+        for leaf in leaves:
+            kept = torch_optimizer(optim, leaf)
+            free = ("lr", "initial_lr", "params") if _is_adam(kept) else ("params",)
+            whole = dict(kept.param_groups[0])
+            group = {k: v for k, v in whole.items() if k not in free}
+            self._found.append((kept, whole, group, optim._get_grad_clip_args(leaf)))  # type: ignore[arg-type]
+
+    def are_current(self) -> bool:
+        for leaf, (kept, whole, group, clip) in zip(self._leaves, self._found, strict=True):
+            now = torch_optimizer(self._optim, leaf)
+            if now is not kept or self._optim._get_grad_clip_args(leaf) != clip:  # type: ignore[arg-type]
+                return False
+            values = now.param_groups[0]
+            # the whole first: one comparison is all it takes while no schedule moves the rate
+            if values != whole and any(values.get(k, math.nan) != v for k, v in group.items()):
+                return False
+        return True
 
 
 class _AdamStep:

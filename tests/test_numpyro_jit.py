@@ -1,0 +1,58 @@
+"""Noise drawn for many steps at once is the noise that each step would draw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from numpyro_bism import BiSM, DenoisingScoreMatching, Detached, Unrolled, jit
+from test_numpyro_bism import X, guide, model
+
+DATA = jnp.arange(60.0).reshape(20, 3)
+
+
+def step(key, theta):
+    """Draws of several kinds, rows of a data set, and rows written into it."""
+    key_rows, key_noise, key_mask = jax.random.split(key, 3)
+    rows = jax.random.choice(key_rows, 20, (4,), replace=False)
+    noise = jax.random.normal(key_noise, (4, 3))
+    whole = DATA.at[rows].set(noise)
+    kept = jax.random.bernoulli(key_mask, 0.5, (4, 3))
+    return jnp.where(kept, DATA[rows] + noise, 0.0) * theta, (whole * theta).sum(), key_noise
+
+
+def test_the_parts_make_up_the_whole_and_the_noise_is_no_larger_than_its_draws():
+    keys, theta = jax.random.split(jax.random.key(0), 5), jnp.array([1.0, 2.0, 3.0])
+    draw, rest = jit.taken_apart(step, keys[0], theta)
+    noise = jax.vmap(draw)(keys)
+    assert max(x[0].size for x in noise) <= 12
+    for i, key in enumerate(keys):
+        found = rest([x[i] for x in noise], 2 * theta)
+        for ours, theirs in zip(found, step(key, 2 * theta), strict=True):
+            assert (ours == theirs).all()
+
+
+def test_nothing_is_drawn_ahead_that_depends_on_the_rest():
+    draw, rest = jit.taken_apart(lambda key, x: jax.random.normal(jax.random.fold_in(key, x), ()), jax.random.key(0), 3)
+    noise = draw(jax.random.key(1))
+    assert [x.shape for x in noise] == [()]
+    assert rest(noise, 5) == jax.random.normal(jax.random.fold_in(jax.random.key(1), 5), ())
+
+
+@pytest.mark.parametrize("strategy", [Detached(), Unrolled(2)], ids=repr)
+def test_steps_drawn_ahead_are_those_taken_one_by_one(strategy, monkeypatch):
+    """Seven steps, their noise drawn three at a time."""
+    monkeypatch.setattr(jit, "MAX_STEPS", 3)
+    bism = BiSM(model, guide, optax.adam(1e-2), DenoisingScoreMatching(0.3), num_inner_steps=2, hypergradient=strategy)
+    x = jnp.asarray(X)
+    state = bism.init(jax.random.key(0), x)
+    result = bism.run(jax.random.key(0), 7, x, init_state=state, progress_bar=False)
+    update, losses = jax.jit(bism.update), []
+    for _ in range(7):
+        state, loss = update(state, x)
+        losses.append(loss)
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
+    assert (jax.random.key_data(result.state.rng_key) == jax.random.key_data(state.rng_key)).all()
+    for ours, theirs in zip(jax.tree.leaves(result.params), jax.tree.leaves(bism.get_params(state)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
