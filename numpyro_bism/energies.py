@@ -270,9 +270,7 @@ class Energy:
             self.model(*args, **kwargs)
         return joint_per_example(run.sites.values(), m) + jacobian
 
-    def _observing(
-        self, params: Mapping[str, Any], x: Point, observed: Mapping[str, Latent]
-    ) -> tuple["Energy", Point]:
+    def _observing(self, params: Mapping[str, Any], x: Point, observed: Mapping[str, Latent]) -> tuple["Energy", Point]:
         """This energy with discrete visible sites, as real numbers where the model takes them for the same; its point.
 
         Tried, for a model may look its values up in a table: such sites are "labels", whatever they are declared.
@@ -316,14 +314,14 @@ class Energy:
         n = self.num_rows
         wrapped = jax.tree.map(lambda a: a[jnp.arange(n + 1) % n], x)
         try:
-            found = replace(self, resizes=True).log_joint(params, wrapped)
+            found = jax.jit(replace(self, resizes=True).log_joint)(params, wrapped)
         except Exception:  # whatever a program trips over: it gets its own number of rows then
             return False
-        return bool(_close(found[:n], self.log_joint(params, x)) & _close(found[n:], found[:1]))
+        return bool(_close(found[:n], jax.jit(self.log_joint)(params, x)) & _close(found[n:], found[:1]))
 
     def _is_homogeneous(self, params: Mapping[str, Any], x: Point) -> bool:
         same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), x)
-        log_joint = self.log_joint(params, same)
+        log_joint = jax.jit(self.log_joint)(params, same)
         return bool(_close(log_joint, log_joint[:1]))
 
 
@@ -402,44 +400,48 @@ def _find_blocks(
     moved = jax.jit(  # one compilation instead of one for every operation
         lambda keys: [random_points(key, x, energy.latents, spread) for key in keys]
     )(jax.random.split(rng_key, 2 * NUM_TRIALS))
-    pairs = list(zip(moved[::2], moved[1::2], strict=True))
+    pairs = jax.tree.map(lambda *a: jnp.stack(a), *moved[::2]), jax.tree.map(lambda *a: jnp.stack(a), *moved[1::2])
 
     @partial(jax.jit, static_argnums=0)
     def affine(names, pairs):
         """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
-        good = jnp.array(True)
-        for a, b in pairs:
+
+        def trial(pair):
+            a, b = pair
             b = {**a, **{name: b[name] for name in names}}
             at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
             change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
             f = density.log_prob(a)
-            good &= _close(at_a, at_b) & _close(density.log_prob(b), f + change, jnp.abs(f).max())
-        return good
+            return _close(at_a, at_b) & _close(density.log_prob(b), f + change, jnp.abs(f).max())
+
+        return jax.lax.map(trial, pairs).all()
 
     @partial(jax.jit, static_argnums=0)
     def quadratic(names, pairs):
         """f'(a + d) + f'(a - d) = 2 f'(a), f(a + d) - f(a - d) = 2 f'(a) d; and what the curvature is like."""
-        good, products, diagonals = jnp.array(True), [], []
-        tangent = None
-        for a, b in pairs:
+        first = jax.tree.map(lambda a: a[0, :1], pairs)
+        tangent = pack(first[1], names) - pack(first[0], names)
+
+        def trial(pair):
+            a, b = pair
             flat, d = pack(a, names), pack(b, names) - pack(a, names)
 
-            def at(flat, a=a):
+            def at(flat):
                 return {**a, **unpack(flat, a, names)}
 
-            def slope(flat, at=at):
+            def slope(flat):
                 return pack(density.slope(at(flat), names), names)
 
             middle, up, down = slope(flat), slope(flat + d), slope(flat - d)
-            good &= _close(0.5 * (up + down), middle, jnp.abs(up).max())
+            good = _close(0.5 * (up + down), middle, jnp.abs(up).max())
             rise, expected = density.log_prob(at(flat + d)) - density.log_prob(at(flat - d)), 2 * (middle * d).sum(-1)
             good &= _close(rise, expected, jnp.abs(density.log_prob(at(flat + d))).max())
-            tangent = d[:1] if tangent is None else tangent
             rows = jnp.broadcast_to(tangent, flat.shape)
-            products.append(jax.jvp(slope, (flat,), (rows,))[1])
-            diagonals.append(jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1] * rows)
-        product, diagonal = jnp.stack(products), jnp.stack(diagonals)
-        return good, _close(product, product[:1, :1]), _close(product, diagonal)
+            product = jax.jvp(slope, (flat,), (rows,))[1]
+            return good, product, jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1] * rows
+
+        good, product, diagonal = jax.lax.map(trial, pairs)
+        return good.all(), _close(product, product[:1, :1]), _close(product, diagonal)
 
     blocks = []
     kinds = {name: energy.latents[name].kind for name in moving if name in energy.latents}

@@ -2,7 +2,7 @@ r"""log p̃(v, h; θ) row by row, and which of its conditionals have closed form
 
 Samplers and estimators of the normaliser look at a model as a density over a *point* x: the visible values, one matrix,
 and the latent ones, by site; every array leads with the rows, and a row knows nothing of the others. Continuous
-latents stand in it unconstrained, the Jacobian in the density.
+latents stand in it unconstrained, the Jacobian in the density. Discrete visible values stand by site too.
 
 What can be summed, integrated or drawn in closed form is found from the energy itself, by trying it at random points:
 
@@ -135,7 +135,9 @@ class Density:
 class Energy:
     """A model's log p̃(v, h; θ) on one batch.
 
+    :ivar latents: by site, discrete visible ones among them.
     :ivar num_rows: of the batch.
+    :ivar observed: the discrete visible sites.
     :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
     :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
     """
@@ -149,6 +151,12 @@ class Energy:
     is_homogeneous: bool = False
     blocks: tuple[Block, ...] = ()
     buffers: tuple[Tensor, ...] = ()
+    observed: tuple[str, ...] = ()
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The sites that are not visible."""
+        return tuple(name for name in self.latents if name not in self.observed)
 
     @classmethod
     def of(
@@ -158,11 +166,13 @@ class Energy:
         batch: visible.Batch,
         buffers: Sequence[Tensor] = (),
         values: Mapping[str, Tensor] | None = None,
+        moves_visible: bool = True,
     ) -> tuple["Energy", Point]:
         """The energy, tried out on this batch, and the point where it was: the data and one draw of the latents.
 
         :param buffers: of the model's modules; a look at the density leaves them as they are.
         :param values: of the latents, if the model should not draw them itself.
+        :param moves_visible: whether the visible values are of any block; else their structure is not looked for.
         :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
         """
         args, kwargs = batch.arguments(batch.v)
@@ -173,6 +183,7 @@ class Energy:
         n = len(batch.v)
         drawn = {name: site for name, site in run.sites.items() if not site.is_observed}
         latents = {name: _latent(site, n) for name, site in drawn.items()}
+        observed = {site.name: _latent(run.sites[site.name], n) for site in sites if site.is_discrete}
         x = {VISIBLE: batch.v}
         for name, latent in latents.items():
             value = drawn[name].value
@@ -180,9 +191,13 @@ class Energy:
                 value = latent.transform.inv(value)
             x[name] = value.detach().to(batch.v.dtype) if latent.kind in ("bits", "onehot") else value.detach()
         energy = cls(model, sites, batch, latents, n, buffers=tuple(buffers))
+        if observed:
+            energy, seen = energy._observing(x, observed)
+            x |= seen
         energy = replace(energy, resizes=energy._can_resize(x))
         energy = replace(energy, is_homogeneous=energy._is_homogeneous(x))
-        return replace(energy, blocks=_find_blocks(energy, x)), x
+        moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
+        return replace(energy, blocks=_find_blocks(energy, x, moving)), x
 
     def log_joint(self, x: Point) -> Tensor:
         """log p̃ of every row, of shape (m,), with the Jacobians of transformed latents.
@@ -205,10 +220,30 @@ class Energy:
         constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
         return replace(density, precisions={b.names: _curvature(density, first, b)[0] for b in constant})
 
+    def at(self, batch: visible.Batch) -> "Energy":
+        """The same on another batch."""
+        soft = {site.name for site in self.sites if site.is_soft}
+        sites = tuple(replace(site, is_soft=site.name in soft) for site in batch.sites)
+        return replace(self, sites=sites, batch=replace(batch, sites=sites), num_rows=len(batch.v))
+
+    def seen(self, v: Tensor) -> Point:
+        """The visible part of a point, from all visible values side by side as a batch has them."""
+        sizes = [math.prod(self.latents[name].shape) for name in self.observed]
+        start = v.shape[1] - sum(sizes)
+        x = {VISIBLE: v[:, :start]}
+        for name, size in zip(self.observed, sizes, strict=True):
+            latent = self.latents[name]
+            dtype = latent.values.dtype if latent.kind == "labels" else v.dtype
+            x[name] = v[:, start : start + size].reshape(len(v), *latent.shape).to(dtype)
+            start += size
+        return x
+
     def values(self, x: Point) -> dict[str, Tensor]:
         """A point as the sites' own values, by name: visible and latent."""
         found, start = {}, 0
         for site in self.sites:
+            if site.is_discrete:
+                continue
             size = math.prod(site.shape[1:])
             found[site.name] = x[VISIBLE][..., start : start + size].reshape(*x[VISIBLE].shape[:-1], *site.shape[1:])
             start += size
@@ -218,10 +253,11 @@ class Energy:
         return found
 
     def _run(self, batch: visible.Batch, x: Point) -> Tensor:
-        args, kwargs = batch.arguments(x[VISIBLE])
         m = len(x[VISIBLE])
+        args, kwargs = batch.arguments(pack(x, (VISIBLE, *self.observed)) if self.observed else x[VISIBLE])
         values, jacobian = dict(batch.indices), x[VISIBLE].new_zeros(m)
-        for name, latent in self.latents.items():
+        for name in self.hidden:
+            latent = self.latents[name]
             values[name] = x[name]
             if latent.kind == "real":
                 values[name] = latent.transform(x[name])
@@ -235,6 +271,31 @@ class Energy:
             self.model(*args, **kwargs)
         _restore(self.buffers, kept)
         return joint_per_example(run.sites.values(), m) + jacobian
+
+    @torch.no_grad()
+    def _observing(self, x: Point, observed: Mapping[str, Latent]) -> tuple["Energy", Point]:
+        """This energy with discrete visible sites, as real numbers where the model takes them for the same; its point.
+
+        Tried, for a model may look its values up in a table: such sites are "labels", whatever they are declared.
+        """
+        v = self.batch.v
+        energy = replace(self, latents={**self.latents, **observed}, observed=tuple(observed))
+        hard = energy.log_joint({**x, **energy.seen(v)})
+        for name, latent in observed.items():
+            sites = tuple(replace(site, is_soft=site.is_soft or site.name == name) for site in energy.sites)
+            trial = replace(energy, sites=sites, batch=replace(energy.batch, sites=sites))
+            takes = latent.kind != "labels"
+            if takes:
+                try:
+                    takes = _close(trial.log_joint({**x, **energy.seen(v)}), hard)
+                except Exception:  # whatever a program trips over: it gets integers then
+                    takes = False
+            if takes:
+                energy = trial
+            elif latent.kind != "labels":
+                labels = replace(latent, kind="labels", values=latent.support(torch.long))
+                energy = replace(energy, latents={**energy.latents, name: labels})
+        return energy, energy.seen(v)
 
     def _resized(self, m: int) -> visible.Batch:
         """The batch with its rows repeated, or cut, to m: of all arguments that have as many rows as the data."""
@@ -302,7 +363,7 @@ def _latent(site: Site, n: int) -> Latent:
 
 def pack(x: Point, names: Sequence[str]) -> Tensor:
     """These variables side by side, shape (m, d)."""
-    return torch.cat([x[name].reshape(len(x[name]), -1) for name in names], -1)
+    return torch.cat([x[name].reshape(len(x[name]), math.prod(x[name].shape[1:])) for name in names], -1)
 
 
 def select(x: Point, rows: Any) -> Point:
@@ -359,14 +420,14 @@ def _close(a: Tensor, b: Tensor, scale: Any = None) -> bool:
 
 
 @torch.no_grad()
-def _find_blocks(energy: Energy, x: Point) -> tuple[Block, ...]:
+def _find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block, ...]:
     density = Density(energy.log_joint, energy.latents, (), {})
     if energy.resizes:
         x = select(x, slice(16))
-    spread = energy.batch.v.std(0, correction=0) + 1e-3
+    spread = energy.batch.v[:, : x[VISIBLE].shape[1]].std(0, correction=0) + 1e-3
     with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
         torch.manual_seed(0)
-        pairs = [[_random_points(x, energy.latents, spread) for _ in range(2)] for _ in range(NUM_TRIALS)]
+        pairs = [[random_points(x, energy.latents, spread) for _ in range(2)] for _ in range(NUM_TRIALS)]
 
     def affine(names):
         """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
@@ -404,14 +465,17 @@ def _find_blocks(energy: Energy, x: Point) -> tuple[Block, ...]:
         return constant or is_diagonal or flat.shape[1] <= MAX_FULL
 
     blocks = []
-    groups, rest = _partition((VISIBLE, *(name for name, z in energy.latents.items() if z.kind == "real")), gaussian)
+    kinds = {name: energy.latents[name].kind for name in moving if name in energy.latents}
+    real = [VISIBLE] if VISIBLE in moving and x[VISIBLE].shape[1] else []
+    real += [name for name, kind in kinds.items() if kind == "real"]
+    groups, rest = _partition(tuple(real), gaussian)
     blocks += [Block("gaussian", names, *seen[names]) for names in groups]
     blocks += [Block("free", (name,)) for name in rest]
-    soft = tuple(name for name, latent in energy.latents.items() if latent.kind in ("bits", "onehot"))
+    soft = tuple(name for name, kind in kinds.items() if kind in ("bits", "onehot"))
     groups, rest = _partition(soft, affine)
     blocks += [Block("affine", names) for names in groups]
     blocks += [Block("units", (name,)) for name in rest]
-    blocks += [Block("units", (name,)) for name, latent in energy.latents.items() if latent.kind == "labels"]
+    blocks += [Block("units", (name,)) for name, kind in kinds.items() if kind == "labels"]
     return tuple(blocks)
 
 
@@ -438,7 +502,7 @@ def _partition(
     return groups, rest
 
 
-def _random_points(x: Point, latents: Mapping[str, Latent], spread: Tensor) -> Point:
+def random_points(x: Point, latents: Mapping[str, Latent], spread: Tensor) -> Point:
     """Anywhere that the variables may be."""
     found = {}
     for name, value in x.items():

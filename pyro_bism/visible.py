@@ -40,6 +40,11 @@ class VisibleSite:
     is_soft: bool = False
 
 
+def size(site: VisibleSite) -> int:
+    """How many columns of v a site takes."""
+    return torch.Size(site.shape[1:]).numel()
+
+
 @dataclass(frozen=True)
 class Batch:
     """One call's arguments as a function of the visible values.

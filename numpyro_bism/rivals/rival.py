@@ -250,8 +250,8 @@ class Rival(Trainer):
         integral = found[0]
         if integral.quadrature:
             raise ValueError(
-                f"Latent sites {list(integral.quadrature)} have no closed-form integral: the energy is not quadratic in "
-                f"them. {cure}."
+                f"Latent sites {list(integral.quadrature)} have no closed-form integral: the energy is not quadratic "
+                f"in them. {cure}."
             )
         return replace(target, integral=integral)
 
@@ -274,7 +274,7 @@ def _check_reads(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: A
     @jax.jit  # one compilation instead of one for every operation
     def moves():
         """log p̃ as it is, with each site in turn at other values, and with the first example at other ones."""
-        moved = energies.random_points(rng_key, x, energy.latents, 1.0)
+        moved = energies.random_points(rng_key, x, energy.latents, jnp.ones(()))
         found, start = [x], 0
         for site in energy.sites:
             if site.is_discrete:
