@@ -284,7 +284,7 @@ class Energy:
             takes = latent.kind != "labels"
             if takes:
                 try:
-                    takes = bool(_close(trial.log_joint(params, {**x, **energy.seen(v)}), hard))
+                    takes = bool(close(trial.log_joint(params, {**x, **energy.seen(v)}), hard))
                 except Exception:  # whatever a program trips over: it gets integers then
                     takes = False
             if takes:
@@ -317,12 +317,12 @@ class Energy:
             found = jax.jit(replace(self, resizes=True).log_joint)(params, wrapped)
         except Exception:  # whatever a program trips over: it gets its own number of rows then
             return False
-        return bool(_close(found[:n], jax.jit(self.log_joint)(params, x)) & _close(found[n:], found[:1]))
+        return bool(close(found[:n], jax.jit(self.log_joint)(params, x)) & close(found[n:], found[:1]))
 
     def _is_homogeneous(self, params: Mapping[str, Any], x: Point) -> bool:
         same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), x)
         log_joint = jax.jit(self.log_joint)(params, same)
-        return bool(_close(log_joint, log_joint[:1]))
+        return bool(close(log_joint, log_joint[:1]))
 
 
 def _latent(site: Site, n: int) -> Latent:
@@ -383,7 +383,7 @@ def _curvature(density: Density, x: Point, block: Block) -> Array:
     return jnp.moveaxis(jax.lax.map(product, jnp.eye(flat.shape[1], dtype=flat.dtype)), 0, 1)
 
 
-def _close(a: Array, b: Array, scale: Any = None) -> Array:
+def close(a: Array, b: Array, scale: Any = None) -> Array:
     """Whether two arrays agree to half of their digits, beside the largest number in them."""
     tolerance = math.sqrt(float(jnp.finfo(a.dtype).eps))
     scale = jnp.abs(b).max(initial=0.0) if scale is None else scale
@@ -412,7 +412,7 @@ def _find_blocks(
             at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
             change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
             f = density.log_prob(a)
-            return _close(at_a, at_b) & _close(density.log_prob(b), f + change, jnp.abs(f).max())
+            return close(at_a, at_b) & close(density.log_prob(b), f + change, jnp.abs(f).max())
 
         return jax.lax.map(trial, pairs).all()
 
@@ -433,15 +433,15 @@ def _find_blocks(
                 return pack(density.slope(at(flat), names), names)
 
             middle, up, down = slope(flat), slope(flat + d), slope(flat - d)
-            good = _close(0.5 * (up + down), middle, jnp.abs(up).max())
+            good = close(0.5 * (up + down), middle, jnp.abs(up).max())
             rise, expected = density.log_prob(at(flat + d)) - density.log_prob(at(flat - d)), 2 * (middle * d).sum(-1)
-            good &= _close(rise, expected, jnp.abs(density.log_prob(at(flat + d))).max())
+            good &= close(rise, expected, jnp.abs(density.log_prob(at(flat + d))).max())
             rows = jnp.broadcast_to(tangent, flat.shape)
             product = jax.jvp(slope, (flat,), (rows,))[1]
             return good, product, jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1] * rows
 
         good, product, diagonal = jax.lax.map(trial, pairs)
-        return good.all(), _close(product, product[:1, :1]), _close(product, diagonal)
+        return good.all(), close(product, product[:1, :1]), close(product, diagonal)
 
     blocks = []
     kinds = {name: energy.latents[name].kind for name in moving if name in energy.latents}

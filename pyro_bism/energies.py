@@ -287,7 +287,7 @@ class Energy:
             takes = latent.kind != "labels"
             if takes:
                 try:
-                    takes = _close(trial.log_joint({**x, **energy.seen(v)}), hard)
+                    takes = close(trial.log_joint({**x, **energy.seen(v)}), hard)
                 except Exception:  # whatever a program trips over: it gets integers then
                     takes = False
             if takes:
@@ -322,12 +322,12 @@ class Energy:
         except Exception:  # whatever a program trips over: it gets its own number of rows then
             return False
         with torch.no_grad():
-            return len(found) == n + 1 and _close(found[:n], self.log_joint(x)) and _close(found[n:], found[:1])
+            return len(found) == n + 1 and close(found[:n], self.log_joint(x)) and close(found[n:], found[:1])
 
     def _is_homogeneous(self, x: Point) -> bool:
         with torch.no_grad():
             log_joint = self.log_joint({name: a[:1].expand(a.shape) for name, a in x.items()})
-        return _close(log_joint, log_joint[:1])
+        return close(log_joint, log_joint[:1])
 
 
 def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
@@ -412,7 +412,7 @@ def _products(density: Density, x: Point, names: Sequence[str], tangents: Sequen
     return found
 
 
-def _close(a: Tensor, b: Tensor, scale: Any = None) -> bool:
+def close(a: Tensor, b: Tensor, scale: Any = None) -> bool:
     """Whether two tensors agree to half of their digits, beside the largest number in them."""
     tolerance = math.sqrt(torch.finfo(a.dtype).eps)
     scale = b.abs().max() if scale is None else scale
@@ -424,7 +424,8 @@ def _find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block
     density = Density(energy.log_joint, energy.latents, (), {})
     if energy.resizes:
         x = select(x, slice(16))
-    spread = energy.batch.v[:, : x[VISIBLE].shape[1]].std(0, correction=0) + 1e-3
+    v = energy.batch.v[:, : x[VISIBLE].shape[1]]
+    spread = (v - v.mean(0)).square().mean(0).sqrt() + 1e-3
     with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
         torch.manual_seed(0)
         pairs = [[random_points(x, energy.latents, spread) for _ in range(2)] for _ in range(NUM_TRIALS)]
@@ -437,7 +438,7 @@ def _find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block
             at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
             change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
             f = density.log_prob(a)
-            good = good and _close(at_a, at_b) and _close(density.log_prob(b), f + change, f.abs().max())
+            good = good and close(at_a, at_b) and close(density.log_prob(b), f + change, f.abs().max())
         return good
 
     seen: dict[tuple[str, ...], tuple[bool, bool]] = {}
@@ -449,9 +450,9 @@ def _find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block
             flat, d = pack(a, names), pack(b, names) - pack(a, names)
             here, up, down = ({**a, **unpack(flat + k * d, a, names)} for k in (0, 1, -1))
             middle, above, below = (pack(density.slope(u, names), names) for u in (here, up, down))
-            good = good and _close(0.5 * (above + below), middle, above.abs().max())
+            good = good and close(0.5 * (above + below), middle, above.abs().max())
             f_up = density.log_prob(up)
-            good = good and _close(f_up - density.log_prob(down), 2 * (middle * d).sum(-1), f_up.abs().max())
+            good = good and close(f_up - density.log_prob(down), 2 * (middle * d).sum(-1), f_up.abs().max())
             if not good:
                 return False
             tangent = d[:1] if tangent is None else tangent
@@ -460,7 +461,7 @@ def _find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block
             products.append(product)
             diagonals.append(row_sums * rows)
         product, diagonal = torch.stack(products), torch.stack(diagonals)
-        constant, is_diagonal = _close(product, product[:1, :1]), _close(product, diagonal)
+        constant, is_diagonal = close(product, product[:1, :1]), close(product, diagonal)
         seen[names] = constant, is_diagonal
         return constant or is_diagonal or flat.shape[1] <= MAX_FULL
 

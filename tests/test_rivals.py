@@ -39,6 +39,10 @@ class Torch:
         return pyro.param(name, lambda: self.array(value), **kwargs)
 
     @staticmethod
+    def onehot(q):
+        return pdist.OneHotCategorical(torch.full((q,), 1.0 / q))
+
+    @staticmethod
     def adam(rate):
         return pyro.optim.Adam({"lr": rate})
 
@@ -77,6 +81,10 @@ class Jax:
 
     def param(self, name, value, **kwargs):
         return numpyro.param(name, jnp.asarray(value), **kwargs)
+
+    @staticmethod
+    def onehot(q):
+        return ndist.Multinomial(1, jnp.full(q, 1.0 / q))
 
     @staticmethod
     def adam(rate):
@@ -208,3 +216,155 @@ def test_nce_learns_the_normaliser_and_conditional_noise_needs_none(host):
     found = host.fit(rival, 300, x)
     assert set(found) == {"mean", "precision"}
     assert abs(found["mean"] - 0.5) < errors["mean"] and abs(found["precision"] - 1 / 0.64) < errors["precision"]
+
+
+def log_ratios(host, rival, x, u):
+    """VNCE's log p̃(u, h) - log q(h|u), and log shares of q, at rows u; (particles, configurations, n)."""
+    args = host.start(rival, x)
+    if host.name == "pyro":
+        target = rival.target(*args)
+        batch = target.batch(*pytree.tree_flatten((tuple(args), {})))
+        return [z.detach().numpy() for z in rival._log_ratios(target.pair, batch, host.array(u))]
+    leaves, spec = flatten(tuple(args), {})
+    target = rival.target(leaves, spec)
+    params = target.params(rival._theta(target.pair, host.state), None, rival._phi(host.state.carried))
+    batch = target.pair.batch(jax.random.key(1), leaves, spec)
+    return [np.asarray(z) for z in rival._log_ratios(jax.random.key(2), target.pair, params, batch, jnp.asarray(u))]
+
+
+def test_vnce_is_nce_where_the_guide_is_the_posterior(host):
+    """Every draw of h then gives the marginal, exactly; and the gradient at the truth is zero on average."""
+    exact = GAUSS.posterior
+
+    def guide(x):
+        M, m = host.param("M", exact.M), host.param("m", exact.m)
+        with host.p.plate("data", len(x)):
+            scale = host.array(np.linalg.cholesky(exact.S))
+            host.p.sample("h", host.dist.MultivariateNormal(x @ M.T + m, scale_tril=scale))
+
+    x = GAUSS.sample(np.random.default_rng(5), 4000)[0]
+    rival = host.rivals.VNCE(
+        gaussian(host), guide, host.adam(1e-2), num_particles=2, log_normalizer=GAUSS.log_normalizer
+    )
+    ratios, _ = log_ratios(host, rival, x, x + 0.1)
+    np.testing.assert_allclose(ratios, np.broadcast_to(-GAUSS.free_energy(x + 0.1), ratios.shape), rtol=1e-8)
+    _, gradient = host.gradient(rival, x)
+    assert abs(gradient["nce.log_normalizer"]) < 5 * np.sqrt(2 / len(x))
+
+
+def summed_rbm(host):
+    """The RBM in plates, and a guide that is not its posterior, summed out."""
+
+    def model(x):
+        W, b, c = (host.param(name, getattr(RBM, name)) for name in "Wbc")
+        with host.p.plate("data", len(x), dim=-2):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            host.p.factor("quadratic", -0.5 * (((v - b) / RBM.s) ** 2).sum(-1))
+            with host.p.plate("units", 3, dim=-1):
+                h = host.p.sample("h", host.dist.Bernoulli(0.5).mask(False))
+                host.p.factor("unit", h * (c + (v @ W).squeeze(-2)))
+
+    def guide(x):
+        a = host.param("a", np.array([0.3, -0.2, 0.5]))
+        with host.p.plate("data", len(x), dim=-2), host.p.plate("units", 3, dim=-1):
+            logits = a + 0 * x.sum(-1)
+            host.p.sample("h", host.dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+
+    return model, guide
+
+
+def test_vnce_sums_discrete_latents_out(host):
+    """The sum over configurations is the marginal, whatever the guide."""
+    x = RBM.sample(np.random.default_rng(6), 50)[0]
+    rival = host.rivals.VNCE(*summed_rbm(host), host.adam(0.05), log_normalizer=RBM.log_normalizer)
+    ratios, log_shares = log_ratios(host, rival, x[:, None], x)
+    assert ratios.shape == (1, 8, 50)
+    np.testing.assert_allclose(np.exp(log_shares).sum(1), 1.0, rtol=1e-10)
+    marginal = np.log(np.exp(ratios + log_shares).sum((0, 1)))
+    np.testing.assert_allclose(marginal, -RBM.free_energy(x), rtol=1e-10)
+
+
+def couplings(d, q, rng):
+    """Of a Potts model: symmetric, none of a unit with itself."""
+    J = 0.5 * rng.normal(size=(d, q, d, q))
+    J[np.arange(d), :, np.arange(d), :] = 0.0
+    return 0.5 * (J + J.transpose(2, 3, 0, 1)).reshape(d * q, d * q), 0.3 * rng.normal(size=(d, q))
+
+
+def pseudo_likelihood(J, b, x):
+    """Mean of -Σ_i log p(x_i | x_-i) by direct evaluation of every change, and its gradient in J and b."""
+    n, d, q = x.shape
+    flat = x.reshape(n, d * q)
+    loss, dJ, db = 0.0, np.zeros_like(J), np.zeros_like(b)
+    for i in range(d):
+        logits = b[i] + flat @ (J + J.T)[:, i * q : (i + 1) * q] / 2
+        logits -= logits.max(-1, keepdims=True)
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        loss -= np.log((p * x[:, i]).sum(-1)).mean()
+        gap = (p - x[:, i]) / n
+        db[i] += gap.sum(0)
+        dJ[:, i * q : (i + 1) * q] += 0.5 * flat.T @ gap
+        dJ[i * q : (i + 1) * q] += 0.5 * gap.T @ flat
+    return loss, dJ, db
+
+
+def potts(host, J, b, labels=False):
+    d, q = b.shape
+
+    def model(x):
+        J_, b_ = host.param("J", J), host.param("b", b)
+        with host.p.plate("data", len(x)):
+            if labels:
+                fn = host.dist.Categorical(host.array(np.full(q, 1.0 / q))).expand([d]).to_event(1)
+                x = host.array(np.eye(q))[host.p.sample("v", fn.mask(False), obs=x)]
+            else:
+                x = host.p.sample("v", host.onehot(q).expand([d]).to_event(1).mask(False), obs=x)
+            flat = x.reshape(-1, d * q)
+            host.p.factor("energy", 0.5 * ((flat @ J_) * flat).sum(-1) + flat @ b_.reshape(-1))
+
+    return model
+
+
+@pytest.mark.parametrize("data", ["one-hot", "labels"])
+def test_pseudo_likelihood_of_a_potts_model(host, data):
+    """One gradient where the model takes one-hot values, every change in turn where it takes labels: one result."""
+    rng = np.random.default_rng(7)
+    J, b = couplings(4, 3, rng)
+    labels = rng.integers(3, size=(9, 4))
+    x = np.eye(3)[labels]
+    given = labels if data == "labels" else x
+    rival = host.rivals.PseudoLikelihood(potts(host, J, b, data == "labels"), host.adam(1e-2))
+    loss, gradient = host.gradient(rival, given)
+    exact, dJ, db = pseudo_likelihood(J, b, x)
+    np.testing.assert_allclose(loss, exact, rtol=1e-10)
+    np.testing.assert_allclose(gradient["b"], db, rtol=1e-8, atol=1e-12)
+    off = ~np.kron(np.eye(4), np.ones((3, 3))).astype(bool)
+    np.testing.assert_allclose((gradient["J"] + gradient["J"].T)[off], (dJ + dJ.T)[off], rtol=1e-8, atol=1e-12)
+    (target,) = rival._targets.values()
+    assert target.multilinear == (("v",) if data == "one-hot" else ())
+
+
+def test_pseudo_likelihood_sums_latents_out_of_integer_bits(host):
+    """A binary RBM's conditionals by enumeration; its free energy is affine in no bit, so every change is tried."""
+    rng = np.random.default_rng(8)
+    W, b = rng.normal(size=(3, 2)), rng.normal(size=3)
+    x = rng.integers(2, size=(6, 3))
+
+    def model(x):
+        W_, b_ = host.param("W", W), host.param("b", b)
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Bernoulli(0.5).expand([3]).to_event(1).mask(False), obs=x)
+            h = host.p.sample("h", host.dist.Bernoulli(0.5).expand([2]).to_event(1).mask(False))
+            host.p.factor("energy", host.einsum("ni,ij,nj->n", 1.0 * v, W_, h) + 1.0 * v @ b_)
+
+    def log_marginal(v):
+        return v @ b + np.logaddexp(0, v @ W).sum(-1)
+
+    exact = 0.0
+    for i in range(3):
+        flipped = x.copy()
+        flipped[:, i] = 1 - x[:, i]
+        exact += np.logaddexp(0, log_marginal(flipped) - log_marginal(x)).mean()
+    rival = host.rivals.PseudoLikelihood(model, host.adam(1e-2))
+    loss, _ = host.gradient(rival, x)
+    np.testing.assert_allclose(loss, exact, rtol=1e-10)

@@ -2,11 +2,16 @@
 
 from .marginal_sm import MarginalSM
 from .nce import NCE
+from .pseudo_likelihood import PseudoLikelihood
 from .rival import RivalInfo, RivalState
+from .vnce import VNCE, VNCEInfo
 
 __all__ = [
     "NCE",
+    "VNCE",
     "MarginalSM",
+    "PseudoLikelihood",
     "RivalInfo",
     "RivalState",
+    "VNCEInfo",
 ]

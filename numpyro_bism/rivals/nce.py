@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.nn import softplus
 
+from ..densities import Analysis
 from ..energies import VISIBLE
 from ..visible import Batch
 from .rival import Rival, Target
@@ -140,23 +141,23 @@ class NCE(Rival):
         self.conditional = conditional
         self.log_normalizer = log_normalizer
 
-    def _check(self, target: Target) -> None:
+    def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         check_width(self.noise, target)
+        return target
 
-    def _begin(
-        self, rng_key: Array, target: Target, params: Mapping[str, Any], batch: Batch
-    ) -> tuple[dict[str, Any], Any]:
+    def _begin(self, rng_key: Array, target: Target, start: Analysis, batch: Batch) -> tuple[dict[str, Any], Any]:
         if self.conditional is not None:
             return {}, None
         fitted = Gaussian.fitted(target, batch) if self.noise is None else None
         noise = self.noise if fitted is None else fitted.distribution()
         if self.log_normalizer is not None:
-            start = jnp.asarray(self.log_normalizer, jnp.result_type(float))
+            log_normalizer = jnp.asarray(self.log_normalizer, jnp.result_type(float))
         else:  # log E_y[p̃(y) / p_n(y)]
             y = noise.sample(rng_key, (len(batch.v),)).astype(batch.v.dtype)
+            params = target.params(start.theta, start.mutable)
             ratios = target.log_prob(params, batch)({VISIBLE: y}) - noise.log_prob(y)
-            start = jax.nn.logsumexp(ratios) - math.log(len(y))
-        return {LOG_NORMALIZER: start}, fitted
+            log_normalizer = jax.nn.logsumexp(ratios) - math.log(len(y))
+        return {LOG_NORMALIZER: log_normalizer}, fitted
 
     def _loss(
         self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch

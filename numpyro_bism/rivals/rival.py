@@ -53,20 +53,22 @@ class RivalState(NamedTuple):
 class Target:
     """What a rival learns, as the model's first run on arguments of this structure showed it.
 
-    :ivar pair: the model, with no guide.
+    :ivar pair: the model, and the guide if the method has one.
     :ivar energy: tried out off the initial parameters, where a structure of zeros may pass for a simpler one.
     :ivar hidden: shape of one row, and type, of each latent.
     :ivar integral: how the latents are summed out; None if there are none.
+    :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
     """
 
     pair: densities.Pair
     energy: Energy
     hidden: Mapping[str, tuple[tuple[int, ...], Any]]
     integral: Integral | None = None
+    multilinear: tuple[str, ...] = ()
 
-    def params(self, theta: Mapping[str, Any], mutable: Any) -> dict[str, Any]:
-        """What the model is given, from unconstrained parameters, a method's own among them, and mutable state."""
-        return self.pair.params({name: theta[name] for name in self.pair.theta}, {}, mutable)
+    def params(self, theta: Mapping[str, Any], mutable: Any, phi: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the programs are given, from unconstrained parameters, a method's own among them, and mutable state."""
+        return self.pair.params({name: theta[name] for name in self.pair.theta}, phi or {}, mutable)
 
     def point(self, seen: Point) -> Point:
         """A point with these visible values, its latents at zero."""
@@ -96,12 +98,21 @@ class Rival(Trainer):
     """
 
     takes_discrete = False
+    info_type: Any = RivalInfo
 
-    def __init__(self, model: Callable, optim: Any, visible: Sequence[str] | None, static_kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        model: Callable,
+        optim: Any,
+        visible: Sequence[str] | None,
+        static_kwargs: Mapping[str, Any],
+        guide: Callable | None = None,
+    ):
         super().__init__()
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
         self.model = model
+        self.guide = guide
         self.optim = as_optim(optim, "optim")
         self.visible = None if visible is None else list(visible)
         self.static_kwargs = static_kwargs
@@ -120,13 +131,33 @@ class Rival(Trainer):
         """The loss at θ, a mean over the batch, and what is carried to the next step."""
 
     def _begin(
-        self, rng_key: Array, target: Target, params: Mapping[str, Any], batch: visible.Batch
+        self, rng_key: Array, target: Target, start: densities.Analysis, batch: visible.Batch
     ) -> tuple[dict[str, Any], Any]:
         """Before the first step: parameters of the method's own, by name, and what it carries."""
         return {}, None
 
-    def _check(self, target: Target) -> None:
-        """:raises ValueError: where the method does not fit the model."""
+    def _fit(
+        self,
+        rng_key: Array,
+        theta: Mapping[str, Any],
+        carried: Any,
+        target: Target,
+        mutable: Any,
+        batch: visible.Batch,
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """What is carried, fitted to θ before θ's own step; and what of this the info tells."""
+        return carried, ()
+
+    def _phi(self, carried: Any) -> dict[str, Any]:
+        """The guide's unconstrained parameters, if there is one."""
+        return {}
+
+    def _check(self, target: Target, params: Mapping[str, Any], batch: visible.Batch, rng_key: Array) -> Target:
+        """The target, with what the method finds out of the model off its initial parameters.
+
+        :raises ValueError: where the method does not fit the model.
+        """
+        return target
 
     @property
     def _cure(self) -> str:
@@ -140,7 +171,7 @@ class Rival(Trainer):
         pair = self._last_pair()
         theta = self._theta(pair, state)
         own = {name: value for name, value in theta.items() if name not in pair.theta}
-        return {**pair.params({name: theta[name] for name in pair.theta}, {}, None), **own}
+        return {**pair.params({name: theta[name] for name in pair.theta}, self._phi(state.carried), None), **own}
 
     def evaluate(self, state: RivalState, *args: Any, **kwargs: Any) -> Array:
         """The loss at the state's parameters, with fresh noise; nothing is updated."""
@@ -148,6 +179,7 @@ class Rival(Trainer):
         target = self.target(leaves, spec)
         # split as in update, so that the same state sees the same batch
         _, key_batch, key_loss, _ = jax.random.split(state.rng_key, 4)
+        _, key_loss = jax.random.split(key_loss)
         batch = target.pair.batch(key_batch, leaves, spec)
         theta = self._theta(target.pair, state)
         return self._loss(key_loss, theta, state.carried, target, state.mutable_state, batch)[0]
@@ -155,16 +187,19 @@ class Rival(Trainer):
     def energy(
         self, state: RivalState, *args: Any, rng_key: Array, **kwargs: Any
     ) -> tuple[Energy, dict[str, Any], Point]:
-        """The trained log p̃(v, h) on these arguments, its parameters, and a point: the data, h as the model draws it.
+        """The trained log p̃(v, h) on these arguments, its parameters, and a point: the data and a draw of h.
+
+        The guide draws it; without one, the model itself.
 
         :param rng_key: a JAX random key, for that draw and for a subsampling plate's rows.
         """
         leaves, spec = self._checked(args, kwargs)
         target = self.target(leaves, spec)
-        params = target.params(self._theta(target.pair, state), state.mutable_state)
-        key_batch, key_energy = jax.random.split(rng_key)
+        params = target.params(self._theta(target.pair, state), state.mutable_state, self._phi(state.carried))
+        key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = target.pair.batch(key_batch, leaves, spec)
-        energy, x = Energy.of(target.pair.model, target.pair.sites, batch, params, key_energy)
+        values, _ = target.pair.hard_draw(key_draw, params, batch, batch.v)
+        energy, x = Energy.of(target.pair.model, target.pair.sites, batch, params, key_energy, values)
         return energy, params, x
 
     def target(self, leaves: Sequence[Any], spec: Any) -> Target:
@@ -177,11 +212,11 @@ class Rival(Trainer):
         start = self._described(leaves, spec, key_start, init_params)
         target = self.target(leaves, spec)
         batch = target.pair.batch(key_batch, leaves, spec)
-        own, carried = self._begin(key_own, target, target.params(start.theta, start.mutable), batch)
+        own, carried = self._begin(key_own, target, start, batch)
         theta = {**start.theta, **own}
         require_single_steps(self.optim, theta, "optim")
         unknown = jnp.full((), jnp.inf, jnp.result_type(float))
-        info = RivalInfo(unknown, unknown)
+        info = self.info_type(*[unknown] * len(self.info_type._fields))
         return RivalState(self.optim.init(theta), start.mutable or None, carried, rng_key, info)
 
     def _update(self, state: RivalState, leaves: Sequence[Any], spec: Any) -> tuple[RivalState, Array, Array]:
@@ -189,15 +224,17 @@ class Rival(Trainer):
         theta, mutable = self._theta(target.pair, state), state.mutable_state
         rng_key, key_batch, key_loss, key_moved = jax.random.split(state.rng_key, 4)
         batch = target.pair.batch(key_batch, leaves, spec)
+        key_fit, key_loss = jax.random.split(key_loss)
+        fitted, seen = self._fit(key_fit, theta, state.carried, target, mutable, batch)
         (loss, carried), gradient = jax.value_and_grad(self._loss, argnums=1, has_aux=True)(
-            key_loss, theta, state.carried, target, mutable, batch
+            key_loss, theta, fitted, target, mutable, batch
         )
         if mutable is not None:
-            mutable = target.pair.moved(key_moved, target.params(theta, mutable), batch, batch.v)
-        length = norm(gradient)
-        info = RivalInfo(*[jnp.asarray(x, jnp.result_type(float)) for x in (loss, length)])
+            params = target.params(theta, mutable, self._phi(carried))
+            mutable = target.pair.moved(key_moved, params, batch, batch.v)
+        info = self.info_type(*[jnp.asarray(x, jnp.result_type(float)) for x in (loss, norm(gradient), *seen)])
         optim_state = self.optim.update(gradient, state.optim_state, value=loss)
-        finite = jnp.isfinite(loss) & jnp.isfinite(length)
+        finite = jnp.isfinite(jnp.stack(info)).all()
         return RivalState(optim_state, mutable, carried, rng_key, info), info.loss, finite
 
     def _theta(self, pair: densities.Pair, state: RivalState) -> dict[str, Any]:
@@ -211,13 +248,11 @@ class Rival(Trainer):
 
     def _analyse(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> densities.Analysis:
         def look(start, batch, rng_key):
-            target = self._find(start, batch, rng_key)
-            self._check(target)
-            self._targets[ranks(structure(leaves, spec))] = target
+            self._targets[ranks(structure(leaves, spec))] = self._find(start, batch, rng_key)
 
         return densities.analyse(
             self.model,
-            None,
+            self.guide,
             leaves,
             spec,
             rng_key,
@@ -232,28 +267,28 @@ class Rival(Trainer):
 
     def _find(self, start: densities.Analysis, batch: visible.Batch, rng_key: Array) -> Target:
         """The energy, tried out, and how its latents are summed out."""
-        key_params, key_energy, key_check = jax.random.split(rng_key, 3)
+        key_params, key_energy, key_check, key_method = jax.random.split(rng_key, 4)
         params = start.pair.params(_moved(key_params, start.theta), {}, start.mutable)
         energy, x = Energy.of(start.pair.model, start.pair.sites, batch, params, key_energy, moves_visible=False)
         _check_reads(energy, params, x, key_check)
         hidden = {name: (x[name].shape[1:], x[name].dtype) for name in energy.hidden}
-        target = Target(start.pair, energy, hidden)
-        if not hidden:
-            return target
+        integral = self._integral(energy, params, x) if hidden and self.guide is None else None
+        return self._check(Target(start.pair, energy, hidden, integral), params, batch, key_method)
+
+    def _integral(self, energy: Energy, params: Mapping[str, Any], x: Point) -> Integral:
         cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
-        found = []
+        found: list[Integral] = []
         try:
             # traced alone: of the density nothing but its structure is looked at
             jax.eval_shape(lambda: found.append(Integral.of(energy.density(params, x), x, energy.hidden)))
         except ValueError as error:
             raise ValueError(f"{error} {cure}.") from error
-        integral = found[0]
-        if integral.quadrature:
+        if found[0].quadrature:
             raise ValueError(
-                f"Latent sites {list(integral.quadrature)} have no closed-form integral: the energy is not quadratic "
+                f"Latent sites {list(found[0].quadrature)} have no closed-form integral: the energy is not quadratic "
                 f"in them. {cure}."
             )
-        return replace(target, integral=integral)
+        return found[0]
 
 
 @jax.jit  # one compilation instead of one for every operation

@@ -2,10 +2,15 @@
 
 from .marginal_sm import MarginalSM
 from .nce import NCE
+from .pseudo_likelihood import PseudoLikelihood
 from .rival import RivalInfo
+from .vnce import VNCE, VNCEInfo
 
 __all__ = [
     "NCE",
+    "VNCE",
     "MarginalSM",
+    "PseudoLikelihood",
     "RivalInfo",
+    "VNCEInfo",
 ]

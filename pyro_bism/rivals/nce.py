@@ -139,8 +139,9 @@ class NCE(Rival):
         self.conditional = conditional
         self.log_normalizer = log_normalizer
 
-    def _check(self, target: Target) -> None:
+    def _check(self, target: Target, batch: Batch) -> Target:
         check_width(self.noise, target)
+        return target
 
     @property
     def _own_names(self) -> tuple[str, ...]:

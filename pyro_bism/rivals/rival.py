@@ -40,16 +40,18 @@ class RivalInfo(NamedTuple):
 class Target:
     """What a rival learns, as the model's first run on arguments of this structure showed it.
 
-    :ivar pair: the model, with no guide.
+    :ivar pair: the model, and the guide if the method has one.
     :ivar energy: tried out off the initial parameters, where a structure of zeros may pass for a simpler one.
     :ivar hidden: shape of one row, and type, of each latent.
     :ivar integral: how the latents are summed out; None if there are none.
+    :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
     """
 
     pair: densities.Pair
     energy: Energy
     hidden: Mapping[str, tuple[tuple[int, ...], Any]]
     integral: Integral | None = None
+    multilinear: tuple[str, ...] = ()
 
     def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
         """The step's batch: subsampling plates draw their rows here, once."""
@@ -82,16 +84,18 @@ class Rival(Trainer):
     """
 
     takes_discrete = False
+    info_type: Any = RivalInfo
 
-    def __init__(self, model: Callable, optim: PyroOptim, visible: Sequence[str] | None):
-        super().__init__(model)
+    def __init__(self, model: Callable, optim: PyroOptim, visible: Sequence[str] | None, guide: Callable | None = None):
+        super().__init__(model, guide)
         require_optim(optim, "optim")
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
         self.model = model
+        self.guide = guide
         self.optim = optim
         self.visible = None if visible is None else list(visible)
-        self.info: RivalInfo | None = None
+        self.info: Any = None
         self._targets: dict[int, Target] = {}
         # what the method carries from step to step, in a tuple; None before the first
         self._carried: tuple[Any] | None = None
@@ -113,8 +117,16 @@ class Rival(Trainer):
         """These parameters, unconstrained."""
         return [pyro.get_param_store()._params[name] for name in self._own_names]
 
-    def _check(self, target: Target) -> None:
-        """:raises ValueError: where the method does not fit the model."""
+    def _fit(self, target: Target, batch: visible.Batch, carried: Any) -> tuple[float, ...]:
+        """What is fitted to θ before θ's own step is fitted; what of this the info tells."""
+        return ()
+
+    def _check(self, target: Target, batch: visible.Batch) -> Target:
+        """The target, with what the method finds out of the model off its initial parameters.
+
+        :raises ValueError: where the method does not fit the model.
+        """
+        return target
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One update.
@@ -129,11 +141,12 @@ class Rival(Trainer):
         theta = [*target.pair.theta.values(), *self._own()]
         buffers = Buffers(target.pair.buffers)
         try:
+            seen = self._fit(target, batch, *self._carried)
             loss, carried = self._loss(target, batch, *self._carried)
             gradient = torch.autograd.grad(loss, theta, allow_unused=True)
         finally:
             buffers.restore()
-        self.info = RivalInfo(loss.item(), norm(gradient).item())
+        self.info = self.info_type(loss.item(), norm(gradient).item(), *seen)
         if not all(map(math.isfinite, self.info)):
             visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
             raise FloatingPointError(
@@ -155,9 +168,19 @@ class Rival(Trainer):
             buffers.restore()
 
     def energy(self, *args: Any, **kwargs: Any) -> tuple[Energy, Point]:
-        """The trained log p̃(v, h) on these arguments, and a point: the data, h as the model draws it."""
+        """The trained log p̃(v, h) on these arguments, and a point: the data and a draw of h.
+
+        The guide draws it; without one, the model itself.
+        """
         pair, leaves, spec = self._prepare(args, kwargs)
-        return Energy.of(pair.model, pair.sites, _cut(pair, pair.batch(leaves, spec)), pair.buffers)
+        batch = pair.batch(leaves, spec)
+        buffers = Buffers(pair.buffers)
+        try:
+            values = pair.hard_draw(batch, batch.v)
+        finally:
+            buffers.restore()
+        values = {name: value for name, value in values.items() if name not in pair.subsamples}
+        return Energy.of(pair.model, pair.sites, _cut(pair, batch), pair.buffers, values)
 
     def target(self, *args: Any, **kwargs: Any) -> Target:
         """The model as it runs on arguments of this structure, and how its latents are summed out."""
@@ -181,9 +204,10 @@ class Rival(Trainer):
         self._carried = kept["carried"]
 
     def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
-        pair = densities.analyse(self.model, None, leaves, spec, self.visible, None, Detached(), self.takes_discrete)
+        pair = densities.analyse(
+            self.model, self.guide, leaves, spec, self.visible, None, Detached(), self.takes_discrete
+        )
         target = self._find(pair, leaves, spec)
-        self._check(target)
         if self._carried is None or not set(self._own_names) <= set(pyro.get_param_store().keys()):
             # now, and not at the first step: a state that waits to be taken up is of all parameters
             self._carried = (self._begin(target, target.batch(leaves, spec)),)
@@ -201,14 +225,14 @@ class Rival(Trainer):
             with params.swapped(moved):
                 energy, x = Energy.of(pair.model, pair.sites, batch, pair.buffers, moves_visible=False)
                 _check_reads(energy, x)
-                density = energy.density(x)
-        hidden = {name: (tuple(x[name].shape[1:]), x[name].dtype) for name in energy.hidden}
-        target = Target(pair, energy, hidden)
-        if not hidden:
-            return target
+                hidden = {name: (tuple(x[name].shape[1:]), x[name].dtype) for name in energy.hidden}
+                integral = self._integral(energy, x) if hidden and self.guide is None else None
+                return self._check(Target(pair, energy, hidden, integral), batch)
+
+    def _integral(self, energy: Energy, x: Point) -> Integral:
         cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
         try:
-            integral = Integral.of(density, x, energy.hidden)
+            integral = Integral.of(energy.density(x), x, energy.hidden)
         except ValueError as error:
             raise ValueError(f"{error} {cure}.") from error
         if integral.quadrature:
@@ -216,7 +240,7 @@ class Rival(Trainer):
                 f"Latent sites {list(integral.quadrature)} have no closed-form integral: the energy is not quadratic "
                 f"in them. {cure}."
             )
-        return replace(target, integral=integral)
+        return integral
 
 
 def _cut(pair: densities.Pair, batch: visible.Batch) -> visible.Batch:
