@@ -188,8 +188,12 @@ def to_arviz(
     return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
 
 
-class _Run(NamedTuple):
-    """What num_draws runs of guide and model gave; the draws lead where there are any."""
+class GuideDraws(NamedTuple):
+    """What num_draws runs of guide and model gave; the draws lead where there are any.
+
+    :ivar log_p: log p̃(v, h), of shape (num_draws, n).
+    :ivar log_q: log q(h|v), of shape (num_draws, n).
+    """
 
     latents: dict[str, np.ndarray]
     visible: dict[str, np.ndarray]
@@ -198,7 +202,16 @@ class _Run(NamedTuple):
     log_q: np.ndarray
 
 
-def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch, num_draws: int) -> _Run:
+def guide_draws(bism: BiSM, state: BiSMState, *args: Any, rng_key: Array, num_draws: int, **kwargs: Any) -> GuideDraws:
+    """h ~ q(h|v; φ) at these data, relaxed sites drawn as discrete ones, with the log densities of model and guide."""
+    leaves, spec = bism._checked(args, kwargs)
+    pair = bism.pair(leaves, spec)
+    key_batch, key_draws = jax.random.split(rng_key)
+    batch = pair.batch(key_batch, leaves, spec)
+    return _run(key_draws, pair, pair.params(*bism._unpack(pair, state), state.mutable_state), batch, num_draws)
+
+
+def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch, num_draws: int) -> GuideDraws:
     n = len(batch.v)
     seen: dict[str, dict[str, Site]] = {}
 
@@ -233,7 +246,7 @@ def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.B
         chunks.append(jax.tree.map(lambda x, most=num_draws - start: np.asarray(x)[:most], (values, log_p, log_q)))
     values, log_p, log_q = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
     latents = [name for name, s in seen["guide"].items() if not s.infer.get("is_auxiliary", False)]
-    return _Run(
+    return GuideDraws(
         {name: values[name] for name in latents},
         {site.name: data.pop(site.name) for site in pair.sites},
         data,
@@ -310,7 +323,7 @@ class _Layout:
     dims: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, pair: Pair, batch: visible.Batch, run: _Run, coords: Mapping, dims: Mapping) -> "_Layout":
+    def of(cls, pair: Pair, batch: visible.Batch, run: GuideDraws, coords: Mapping, dims: Mapping) -> "_Layout":
         sites = {**run.latents, **run.visible, **run.covariates}
         obs = "obs_id" if "obs" in sites else "obs"
         plate = pair.sites[0].plate

@@ -15,15 +15,17 @@ What can be summed, integrated or drawn in closed form is found from the energy 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from numpyro.distributions import biject_to
 from numpyro.distributions.discrete import BernoulliLogits, BernoulliProbs, MultinomialLogits, MultinomialProbs
+from numpyro.handlers import block as hidden
 from numpyro.handlers import seed
 
 from . import visible
@@ -45,12 +47,16 @@ class Latent:
     :ivar kind: "bits", "onehot", "labels" (any other enumerable support) or "real".
     :ivar values: of "labels": the support, one value a row.
     :ivar transform: of "real": from the reals to its support.
+    :ivar unconstrained: of "real": the shape of one example's value in the reals.
+    :ivar fn: the distribution that declares it.
     """
 
     shape: tuple[int, ...]
     kind: str
     values: Any = None
     transform: Any = None
+    unconstrained: tuple[int, ...] = ()
+    fn: Any = None
 
     @property
     def num_values(self) -> int:
@@ -89,15 +95,44 @@ class Density:
     """An unnormalised log density of points, row by row.
 
     :ivar log_prob: of a point with m rows, shape (m,); any m.
-    :ivar latents: by site.
-    :ivar blocks: a partition of all variables.
+    :ivar energy: whose variables these are.
+    :ivar blocks: what moves, in parts; all else stands still.
     :ivar precisions: constant ones of "gaussian" blocks, by the block's names: shape (d, d), or (d,) if diagonal.
+    :ivar masks: by name, the entries that move where only some do, of the shape of the variable.
     """
 
     log_prob: Callable[[Point], Array]
-    latents: Mapping[str, Latent]
+    energy: "Energy"
     blocks: tuple[Block, ...]
     precisions: Mapping[tuple[str, ...], Array]
+    masks: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def latents(self) -> Mapping[str, Latent]:
+        """By site."""
+        return self.energy.latents
+
+    def moving(self, masks: Mapping[str, Any]) -> "Density":
+        """The same, but only these variables move: those whose mask is True, and of others the entries where it is."""
+        blocks = []
+        for block in self.blocks:
+            names = tuple(name for name in block.names if name in masks)
+            if names:
+                blocks.append(block._replace(names=names))
+        precisions = {b.names: self.part(b) for b in blocks if b.kind == "gaussian" and b.is_constant}
+        partial = {name: mask for name, mask in masks.items() if mask is not True}
+        return replace(self, blocks=tuple(blocks), precisions=precisions, masks=partial)
+
+    def part(self, block: Block) -> Array:
+        """The constant precision of a "gaussian" block, or of some variables of one."""
+        whole = next(names for names in self.precisions if set(block.names) <= set(names))
+        precision = self.precisions[whole]
+        if whole == block.names:
+            return precision
+        sizes = [self.energy.size(name) for name in whole]
+        edges = np.cumsum([0, *sizes])
+        kept = np.concatenate([np.arange(edges[i], edges[i + 1]) for i, n in enumerate(whole) if n in block.names])
+        return precision[kept] if block.is_diagonal else precision[np.ix_(kept, kept)]
 
     def slope(self, x: Point, names: Sequence[str]) -> Point:
         """The gradient of every row's log density in these variables."""
@@ -108,10 +143,8 @@ class Density:
         return jax.grad(total)({name: x[name] for name in names})
 
     def precision(self, x: Point, block: Block) -> Array:
-        """Of a "gaussian" block at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
-        if block.names in self.precisions:
-            return self.precisions[block.names]
-        return _curvature(self, x, block)
+        """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
+        return self.part(block) if block.is_constant else _curvature(self, x, block)
 
     def mixed(self, other: "Density", weight: Any) -> "Density":
         """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
@@ -199,24 +232,24 @@ class Energy:
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
         return replace(energy, blocks=_find_blocks(energy, params, x, key_trial, moving)), x
 
-    def log_joint(self, params: Mapping[str, Any], x: Point) -> Array:
-        """log p̃ of every row, of shape (m,), with the Jacobians of transformed latents.
+    def log_joint(self, params: Mapping[str, Any], x: Point, jacobian: bool = True) -> Array:
+        """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
 
         Row i of a point with more rows than the batch has the covariates of row i modulo ``num_rows``.
         """
         m, n = len(x[VISIBLE]), self.num_rows
         if m == n:
-            return self._run(params, self.batch, x)
+            return self._run(params, self.batch, x, jacobian)
         if self.resizes:
-            return self._run(params, self._resized(m), x)
+            return self._run(params, self._resized(m), x, jacobian)
         passes = -(-m // n)
         rows = jnp.arange(passes * n) % m  # the last pass is filled up
         parts = jax.tree.map(lambda a: a[rows].reshape(passes, n, *a.shape[1:]), x)
-        return jax.vmap(lambda part: self._run(params, self.batch, part))(parts).reshape(-1)[:m]
+        return jax.vmap(lambda part: self._run(params, self.batch, part, jacobian))(parts).reshape(-1)[:m]
 
     def density(self, params: Mapping[str, Any], x: Point) -> Density:
         """At these parameters; x is any point, at which the constant precisions are taken."""
-        density = Density(lambda x: self.log_joint(params, x), self.latents, self.blocks, {})
+        density = Density(lambda x: self.log_joint(params, x), self, self.blocks, {})
         first = jax.tree.map(lambda a: a[:1], x) if self.resizes else x
         constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
         return replace(density, precisions={b.names: _curvature(density, first, b)[0] for b in constant})
@@ -229,7 +262,7 @@ class Energy:
 
     def seen(self, v: Array) -> Point:
         """The visible part of a point, from all visible values side by side as a batch has them."""
-        sizes = [math.prod(self.latents[name].shape) for name in self.observed]
+        sizes = [self.size(name) for name in self.observed]
         start = v.shape[1] - sum(sizes)
         x = {VISIBLE: v[:, :start]}
         for name, size in zip(self.observed, sizes, strict=True):
@@ -238,6 +271,13 @@ class Energy:
             x[name] = v[:, start : start + size].reshape(len(v), *latent.shape).astype(dtype)
             start += size
         return x
+
+    def size(self, name: str) -> int:
+        """How many numbers a variable has in one row."""
+        if name == VISIBLE:
+            return sum(visible.size(site) for site in self.sites if not site.is_discrete)
+        latent = self.latents[name]
+        return math.prod(latent.unconstrained if latent.kind == "real" else latent.shape)
 
     def values(self, x: Point) -> dict[str, Array]:
         """A point as the sites' own values, by name: visible and latent."""
@@ -253,22 +293,22 @@ class Energy:
                 found[name] = latent.transform(x[name]) if latent.kind == "real" else x[name]
         return found
 
-    def _run(self, params: Mapping[str, Any], batch: visible.Batch, x: Point) -> Array:
+    def _run(self, params: Mapping[str, Any], batch: visible.Batch, x: Point, jacobian: bool) -> Array:
         m = len(x[VISIBLE])
         args, kwargs = batch.arguments(pack(x, (VISIBLE, *self.observed)) if self.observed else x[VISIBLE])
-        values, jacobian = dict(batch.indices), jnp.zeros(m, x[VISIBLE].dtype)
+        values, total = dict(batch.indices), jnp.zeros(m, x[VISIBLE].dtype)
         for name in self.hidden:
             latent = self.latents[name]
             values[name] = x[name]
             if latent.kind == "real":
                 values[name] = latent.transform(x[name])
                 terms = latent.transform.log_abs_det_jacobian(x[name], values[name])
-                jacobian += terms.reshape(m, -1).sum(-1)
+                total += terms.reshape(m, -1).sum(-1) if jacobian else 0.0
         soft = frozenset(name for name, latent in self.latents.items() if latent.kind in ("bits", "onehot"))
         # one key for every point: what a model draws by itself (dropout) is part of the density
-        with seed(rng_seed=0), record(params, values, soft) as run:
+        with hidden(), seed(rng_seed=0), record(params, values, soft) as run:
             self.model(*args, **kwargs)
-        return joint_per_example(run.sites.values(), m) + jacobian
+        return joint_per_example(run.sites.values(), m) + total
 
     def _observing(self, params: Mapping[str, Any], x: Point, observed: Mapping[str, Latent]) -> tuple["Energy", Point]:
         """This energy with discrete visible sites, as real numbers where the model takes them for the same; its point.
@@ -333,14 +373,15 @@ def _latent(site: Site, n: int) -> Latent:
             "examples share it, so it is a part of no example. Put it inside the data plate, or make it a parameter."
         )
     if isinstance(base, BernoulliLogits | BernoulliProbs | ConcreteBernoulli):
-        return Latent(shape[1:], "bits")
+        return Latent(shape[1:], "bits", fn=fn)
     if isinstance(base, ConcreteOneHot) or (
         isinstance(base, MultinomialLogits | MultinomialProbs) and bool((jnp.asarray(base.total_count) == 1).all())
     ):
-        return Latent(shape[1:], "onehot")
+        return Latent(shape[1:], "onehot", fn=fn)
     if not fn.support.is_discrete:
         transform = biject_to(fn.support)
-        return Latent(shape[1:], "real", transform=transform)
+        unconstrained = transform.inverse_shape(shape)[1:]
+        return Latent(shape[1:], "real", transform=transform, unconstrained=unconstrained, fn=fn)
     try:
         values = base.enumerate_support(expand=False)
     except NotImplementedError as error:
@@ -348,7 +389,7 @@ def _latent(site: Site, n: int) -> Latent:
             f"Latent site '{site.name}' ({type(base).__name__}) is discrete and its support can't be enumerated: "
             "there is no way to draw or sum it here. Use a Bernoulli, Categorical or other finite distribution."
         ) from error
-    return Latent(shape[1:], "labels", values.reshape(len(values), *base.event_shape))
+    return Latent(shape[1:], "labels", values.reshape(len(values), *base.event_shape), fn=fn)
 
 
 def pack(x: Point, names: Sequence[str]) -> Array:
@@ -393,7 +434,7 @@ def close(a: Array, b: Array, scale: Any = None) -> Array:
 def _find_blocks(
     energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array, moving: Sequence[str]
 ) -> tuple[Block, ...]:
-    density = Density(lambda x: energy.log_joint(params, x), energy.latents, (), {})
+    density = Density(lambda x: energy.log_joint(params, x), energy, (), {})
     if energy.resizes:
         x = jax.tree.map(lambda a: a[:16], x)
     spread = jnp.std(energy.batch.v[:, : x[VISIBLE].shape[1]], 0) + 1e-3

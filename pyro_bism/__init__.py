@@ -4,6 +4,15 @@ from .bism import BiSM, BiSMInfo
 from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence
+from .evaluation import (
+    ais,
+    exact_log_normalizer,
+    fisher_divergence,
+    free_energy,
+    kernel_stein_discrepancy,
+    log_likelihood,
+    maximum_mean_discrepancy,
+)
 from .hypergradients import Amortized, Covariance, Detached, Exact, Implicit, Penalty, Unrolled
 from .losses import (
     DenoisingScoreMatching,
@@ -11,11 +20,13 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Amortized",
+    "AnnealedLangevin",
     "BiSM",
     "BiSMInfo",
     "ConcreteBernoulli",
@@ -25,12 +36,23 @@ __all__ = [
     "Detached",
     "Exact",
     "FisherDivergence",
+    "Gibbs",
     "Implicit",
+    "Langevin",
     "MultiscaleDenoisingScoreMatching",
     "Penalty",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
+    "ais",
+    "exact_log_normalizer",
+    "fisher_divergence",
+    "free_energy",
+    "kernel_stein_discrepancy",
+    "log_likelihood",
+    "maximum_mean_discrepancy",
+    "program",
     "psis_khat",
+    "run_chains",
     "to_arviz",
 ]

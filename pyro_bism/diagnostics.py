@@ -183,8 +183,12 @@ def to_arviz(
     return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
 
 
-class _Run(NamedTuple):
-    """What num_draws runs of guide and model gave; the draws lead where there are any."""
+class GuideDraws(NamedTuple):
+    """What num_draws runs of guide and model gave; the draws lead where there are any.
+
+    :ivar log_p: log p̃(v, h), of shape (num_draws, n).
+    :ivar log_q: log q(h|v), of shape (num_draws, n).
+    """
 
     latents: dict[str, np.ndarray]
     visible: dict[str, np.ndarray]
@@ -193,7 +197,13 @@ class _Run(NamedTuple):
     log_q: Tensor
 
 
-def _run(pair: Pair, batch: visible.Batch, num_draws: int) -> _Run:
+def guide_draws(bism: BiSM, *args: Any, num_draws: int, **kwargs: Any) -> GuideDraws:
+    """h ~ q(h|v; φ) at these data, relaxed sites drawn as discrete ones, with the log densities of model and guide."""
+    pair, leaves, spec = bism._prepare(args, kwargs)
+    return _run(pair, pair.batch(leaves, spec), num_draws)
+
+
+def _run(pair: Pair, batch: visible.Batch, num_draws: int) -> GuideDraws:
     buffers = [b.clone() for b in pair.buffers]
     try:
         with torch.no_grad():
@@ -213,7 +223,7 @@ def _run(pair: Pair, batch: visible.Batch, num_draws: int) -> _Run:
             buffer.copy_(value)
     data = {name: _numpy(s.value) for name, s in model_sites.items() if s.is_data}
     latents = [name for name, s in first.items() if not s.infer.get("is_auxiliary", False)]
-    return _Run(
+    return GuideDraws(
         {name: _numpy(torch.cat([chunk.values[name] for chunk in chunks])) for name in latents},
         {site.name: data.pop(site.name) for site in pair.sites},
         data,
@@ -360,7 +370,7 @@ class _Layout:
     dims: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, pair: Pair, batch: visible.Batch, run: _Run, coords: Mapping, dims: Mapping) -> "_Layout":
+    def of(cls, pair: Pair, batch: visible.Batch, run: GuideDraws, coords: Mapping, dims: Mapping) -> "_Layout":
         sites = {**run.latents, **run.visible, **run.covariates}
         obs = "obs_id" if "obs" in sites else "obs"
         plate = pair.sites[0].plate

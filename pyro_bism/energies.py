@@ -15,9 +15,10 @@ What can be summed, integrated or drawn in closed form is found from the energy 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -43,12 +44,16 @@ class Latent:
     :ivar kind: "bits", "onehot", "labels" (any other enumerable support) or "real".
     :ivar values: of "labels": the support, one value a row.
     :ivar transform: of "real": from the reals to its support.
+    :ivar unconstrained: of "real": the shape of one example's value in the reals.
+    :ivar fn: the distribution that declares it.
     """
 
     shape: tuple[int, ...]
     kind: str
     values: Any = None
     transform: Any = None
+    unconstrained: tuple[int, ...] = ()
+    fn: Any = None
 
     @property
     def num_values(self) -> int:
@@ -87,15 +92,44 @@ class Density:
     """An unnormalised log density of points, row by row.
 
     :ivar log_prob: of a point with m rows, shape (m,); any m.
-    :ivar latents: by site.
-    :ivar blocks: a partition of all variables.
+    :ivar energy: whose variables these are.
+    :ivar blocks: what moves, in parts; all else stands still.
     :ivar precisions: constant ones of "gaussian" blocks, by the block's names: shape (d, d), or (d,) if diagonal.
+    :ivar masks: by name, the entries that move where only some do, of the shape of the variable.
     """
 
     log_prob: Callable[[Point], Tensor]
-    latents: Mapping[str, Latent]
+    energy: "Energy"
     blocks: tuple[Block, ...]
     precisions: Mapping[tuple[str, ...], Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def latents(self) -> Mapping[str, Latent]:
+        """By site."""
+        return self.energy.latents
+
+    def moving(self, masks: Mapping[str, Any]) -> "Density":
+        """The same, but only these variables move: those whose mask is True, and of others the entries where it is."""
+        blocks = []
+        for block in self.blocks:
+            names = tuple(name for name in block.names if name in masks)
+            if names:
+                blocks.append(block._replace(names=names))
+        precisions = {b.names: self.part(b) for b in blocks if b.kind == "gaussian" and b.is_constant}
+        partial = {name: mask for name, mask in masks.items() if mask is not True}
+        return replace(self, blocks=tuple(blocks), precisions=precisions, masks=partial)
+
+    def part(self, block: Block) -> Tensor:
+        """The constant precision of a "gaussian" block, or of some variables of one."""
+        whole = next(names for names in self.precisions if set(block.names) <= set(names))
+        precision = self.precisions[whole]
+        if whole == block.names:
+            return precision
+        sizes = [self.energy.size(name) for name in whole]
+        edges = np.cumsum([0, *sizes])
+        kept = np.concatenate([np.arange(edges[i], edges[i + 1]) for i, n in enumerate(whole) if n in block.names])
+        return precision[kept] if block.is_diagonal else precision[np.ix_(kept, kept)]
 
     def slope(self, x: Point, names: Sequence[str]) -> Point:
         """The gradient of every row's log density in these variables; it can be differentiated but under no_grad."""
@@ -107,10 +141,8 @@ class Density:
         return dict(zip(names, slopes, strict=True))
 
     def precision(self, x: Point, block: Block) -> Tensor:
-        """Of a "gaussian" block at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
-        if block.names in self.precisions:
-            return self.precisions[block.names]
-        return _curvature(self, x, block)
+        """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
+        return self.part(block) if block.is_constant else _curvature(self, x, block)
 
     def mixed(self, other: "Density", weight: Any) -> "Density":
         """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
@@ -199,23 +231,23 @@ class Energy:
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
         return replace(energy, blocks=_find_blocks(energy, x, moving)), x
 
-    def log_joint(self, x: Point) -> Tensor:
-        """log p̃ of every row, of shape (m,), with the Jacobians of transformed latents.
+    def log_joint(self, x: Point, jacobian: bool = True) -> Tensor:
+        """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
 
         Row i of a point with more rows than the batch has the covariates of row i modulo ``num_rows``.
         """
         m, n = len(x[VISIBLE]), self.num_rows
         if m == n:
-            return self._run(self.batch, x)
+            return self._run(self.batch, x, jacobian)
         if self.resizes:
-            return self._run(self._resized(m), x)
+            return self._run(self._resized(m), x, jacobian)
         passes = -(-m // n)
         rows = (torch.arange(passes * n) % m).chunk(passes)  # the last pass is filled up
-        return torch.cat([self._run(self.batch, select(x, part)) for part in rows])[:m]
+        return torch.cat([self._run(self.batch, select(x, part), jacobian) for part in rows])[:m]
 
     def density(self, x: Point) -> Density:
         """At these parameters; x is any point, at which the constant precisions are taken."""
-        density = Density(self.log_joint, self.latents, self.blocks, {})
+        density = Density(self.log_joint, self, self.blocks, {})
         first = select(x, slice(1)) if self.resizes else x
         constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
         return replace(density, precisions={b.names: _curvature(density, first, b)[0] for b in constant})
@@ -228,7 +260,7 @@ class Energy:
 
     def seen(self, v: Tensor) -> Point:
         """The visible part of a point, from all visible values side by side as a batch has them."""
-        sizes = [math.prod(self.latents[name].shape) for name in self.observed]
+        sizes = [self.size(name) for name in self.observed]
         start = v.shape[1] - sum(sizes)
         x = {VISIBLE: v[:, :start]}
         for name, size in zip(self.observed, sizes, strict=True):
@@ -237,6 +269,13 @@ class Energy:
             x[name] = v[:, start : start + size].reshape(len(v), *latent.shape).to(dtype)
             start += size
         return x
+
+    def size(self, name: str) -> int:
+        """How many numbers a variable has in one row."""
+        if name == VISIBLE:
+            return sum(visible.size(site) for site in self.sites if not site.is_discrete)
+        latent = self.latents[name]
+        return math.prod(latent.unconstrained if latent.kind == "real" else latent.shape)
 
     def values(self, x: Point) -> dict[str, Tensor]:
         """A point as the sites' own values, by name: visible and latent."""
@@ -252,25 +291,30 @@ class Energy:
                 found[name] = latent.transform(x[name]) if latent.kind == "real" else x[name]
         return found
 
-    def _run(self, batch: visible.Batch, x: Point) -> Tensor:
+    def _run(self, batch: visible.Batch, x: Point, jacobian: bool) -> Tensor:
         m = len(x[VISIBLE])
         args, kwargs = batch.arguments(pack(x, (VISIBLE, *self.observed)) if self.observed else x[VISIBLE])
-        values, jacobian = dict(batch.indices), x[VISIBLE].new_zeros(m)
+        values, total = dict(batch.indices), x[VISIBLE].new_zeros(m)
         for name in self.hidden:
             latent = self.latents[name]
             values[name] = x[name]
             if latent.kind == "real":
                 values[name] = latent.transform(x[name])
                 terms = latent.transform.log_abs_det_jacobian(x[name], values[name])
-                jacobian = jacobian + terms.reshape(m, -1).sum(-1)
+                total = total + (terms.reshape(m, -1).sum(-1) if jacobian else 0.0)
         soft = frozenset(name for name, latent in self.latents.items() if latent.kind in ("bits", "onehot"))
         kept = [b.clone() for b in self.buffers]
         # one seed for every point: what a model draws by itself (dropout) is part of the density
-        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), record(values, soft) as run:
-            torch.manual_seed(0)
+        with (
+            torch.random.fork_rng(devices=[]),
+            pyro.validation_enabled(False),
+            pyro.poutine.block(),
+            record(values, soft) as run,
+        ):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace at every call
             self.model(*args, **kwargs)
         _restore(self.buffers, kept)
-        return joint_per_example(run.sites.values(), m) + jacobian
+        return joint_per_example(run.sites.values(), m) + total
 
     @torch.no_grad()
     def _observing(self, x: Point, observed: Mapping[str, Latent]) -> tuple["Energy", Point]:
@@ -344,13 +388,14 @@ def _latent(site: Site, n: int) -> Latent:
             "examples share it, so it is a part of no example. Put it inside the data plate, or make it a parameter."
         )
     if isinstance(base, dist.Bernoulli | ConcreteBernoulli):
-        return Latent(shape[1:], "bits")
+        return Latent(shape[1:], "bits", fn=fn)
     if isinstance(base, dist.OneHotCategorical | ConcreteOneHot):
-        return Latent(shape[1:], "onehot")
+        return Latent(shape[1:], "onehot", fn=fn)
     support: Any = fn.support
     if not support.is_discrete:
         transform = biject_to(support)
-        return Latent(shape[1:], "real", transform=transform)
+        unconstrained = tuple(transform.inverse_shape(torch.Size(shape)))[1:]
+        return Latent(shape[1:], "real", transform=transform, unconstrained=unconstrained, fn=fn)
     try:
         values = base.enumerate_support(expand=False)
     except NotImplementedError as error:
@@ -358,7 +403,7 @@ def _latent(site: Site, n: int) -> Latent:
             f"Latent site '{site.name}' ({type(base).__name__}) is discrete and its support can't be enumerated: "
             "there is no way to draw or sum it here. Use a Bernoulli, Categorical or other finite distribution."
         ) from error
-    return Latent(shape[1:], "labels", values.reshape(len(values), *base.event_shape))
+    return Latent(shape[1:], "labels", values.reshape(len(values), *base.event_shape), fn=fn)
 
 
 def pack(x: Point, names: Sequence[str]) -> Tensor:
@@ -421,13 +466,13 @@ def close(a: Tensor, b: Tensor, scale: Any = None) -> bool:
 
 @torch.no_grad()
 def _find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block, ...]:
-    density = Density(energy.log_joint, energy.latents, (), {})
+    density = Density(energy.log_joint, energy, (), {})
     if energy.resizes:
         x = select(x, slice(16))
     v = energy.batch.v[:, : x[VISIBLE].shape[1]]
     spread = (v - v.mean(0)).square().mean(0).sqrt() + 1e-3
     with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         pairs = [[random_points(x, energy.latents, spread) for _ in range(2)] for _ in range(NUM_TRIALS)]
 
     def affine(names):

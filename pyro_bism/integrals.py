@@ -135,7 +135,7 @@ def _affine(density: Density, x: Point, names: tuple[str, ...]) -> Tensor:
 
 
 def _gaussian(density: Density, x: Point, block: Block) -> Tensor:
-    precision = block_precision(density, x, block)
+    precision = density.precision(x, block)
     g = pack(density.slope(x, block.names), block.names)
     d = g.shape[-1]
     # NaN for a precision that is not positive definite: there is no integral
@@ -153,20 +153,6 @@ def _gaussian(density: Density, x: Point, block: Block) -> Tensor:
 def repeated(x: Point, num: int) -> Point:
     """A point's rows, num times over."""
     return {name: value.repeat(num, *[1] * (value.ndim - 1)) for name, value in x.items()}
-
-
-def block_precision(density: Density, x: Point, block: Block) -> Tensor:
-    """The precision of a "gaussian" block, or of a part of one."""
-    whole = next(b for b in density.blocks if set(block.names) <= set(b.names))
-    if whole.names == block.names or whole.names not in density.precisions:
-        return density.precision(x, block)
-    sizes = [_size(x, (name,)) for name in whole.names]
-    edges = np.cumsum([0, *sizes])
-    kept = np.concatenate(
-        [np.arange(edges[i], edges[i + 1]) for i, name in enumerate(whole.names) if name in block.names]
-    )
-    precision = density.precisions[whole.names]
-    return precision[..., kept] if block.is_diagonal else precision[np.ix_(kept, kept)]
 
 
 def _trapezoid(integral: Integral, density: Density, x: Point) -> Tensor:

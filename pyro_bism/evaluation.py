@@ -1,0 +1,552 @@
+r"""What was learnt: the normaliser, likelihoods, and measures of fit that need no normaliser."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+from tqdm import tqdm
+
+from . import losses
+from .bism import BiSM
+from .diagnostics import guide_draws
+from .energies import VISIBLE, Density, Energy, Point, random_labels, select
+from .integrals import Integral
+from .kernels import Gibbs, Kernel, Langevin, called
+
+__all__ = [
+    "AIS",
+    "Estimate",
+    "FitTest",
+    "ais",
+    "exact_log_normalizer",
+    "fisher_divergence",
+    "free_energy",
+    "kernel_stein_discrepancy",
+    "log_likelihood",
+    "maximum_mean_discrepancy",
+]
+
+
+class Estimate(NamedTuple):
+    """
+    :ivar value: one number, or one for every row.
+    :ivar standard_error: of the same shape; 0 where the value is exact.
+    :ivar method: how it was found.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    method: str
+
+
+class FitTest(NamedTuple):
+    """
+    :ivar statistic: an unbiased estimate of the squared discrepancy; it may be negative.
+    :ivar p_value: of the hypothesis that it is 0.
+    """
+
+    statistic: float
+    p_value: float
+
+
+class AIS(NamedTuple):
+    """
+    :ivar log_normalizer: log of the mean forward weight: the estimate of log Z.
+    :ivar standard_error: of it, by the delta method.
+    :ivar effective_sample_size: of the forward weights, (Σw)² / Σw².
+    :ivar lower: mean forward log weight: log Z or less, but for its own ``lower_error``.
+    :ivar upper: mean reverse log weight: log Z or more, but for its own ``upper_error`` and for how well the forward
+        run's end stands for draws of p̃. NaN without a reverse run.
+    :ivar log_weights: forward, one a chain.
+    :ivar reverse_log_weights: log f(v) ratios collected from p̃ back to the base.
+    """
+
+    log_normalizer: float
+    standard_error: float
+    effective_sample_size: float
+    lower: float
+    lower_error: float
+    upper: float
+    upper_error: float
+    log_weights: Tensor
+    reverse_log_weights: Tensor | None
+
+
+def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
+    r"""The free energy :math:`F(v) = -\log \sum_h \int e^{-E(v, h)}\, dh` of every row, shape (n,).
+
+    Exact: see :mod:`pyro_bism.integrals` for what can be summed.
+
+    :param trained: a BiSM or a rival.
+    :param args: arguments of the model, the data among them.
+    :raises ValueError: where no exact sum is within reach; it says what it would take.
+    """
+    energy, x = _energy(trained, args, kwargs)
+    density = energy.density(x)
+    integral = Integral.of(density, x, energy.hidden)
+    return _finite(-_evaluated(integral, density, x), "free energy", "the energy grows without bound in the latents")
+
+
+def exact_log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> float:
+    r"""log Z(θ) = log ∫ Σ_h exp(-E(v, h)) dv by sums, Gaussian integrals and quadrature, to rounding.
+
+    Gaussian-Bernoulli machines of up to 20 hidden units, linear-Gaussian models of any size, anything at all with up to
+    three visible dimensions.
+
+    :param args: as for :func:`free_energy`; the data say where to look for the density.
+    :raises ValueError: where it is out of reach, or a model with covariates is given more than one row.
+    """
+    energy, x = _energy(trained, args, kwargs)
+    x = _one_row(energy, x, "exact_log_normalizer")
+    density = energy.density(x)
+    integral = Integral.of(density, x, [VISIBLE, *energy.latents])
+    value = _evaluated(integral, density, x)[:1]
+    return float(_finite(value, "normaliser", "the energy does not grow in every direction: Z is infinite")[0])
+
+
+@torch.no_grad()
+def ais(
+    trained: Any,
+    *args: Any,
+    num_temperatures: int = 1000,
+    num_chains: int = 500,
+    kernel: Kernel | None = None,
+    path: Any = None,
+    base: tuple[Any, Any] | None = None,
+    reverse: bool = True,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> AIS:
+    r"""Annealed importance sampling of log Z (Neal 2001), there and back.
+
+    Chains start at draws of a normalised base p₀ and follow :math:`f_\beta = p_0^{1-\beta}\, \tilde p^\beta` from
+    β = 0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in
+    which the energy is affine are summed out of the weights (Salakhutdinov, Murray 2008). By Jensen's inequality the
+    mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse, Ghahramani, Adams
+    2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and moved on by as many
+    steps as a tenth of the path has.
+
+    :param num_temperatures: steps on the path.
+    :param num_chains: chains, all at once.
+    :param kernel: what moves them at every β; None takes :class:`Gibbs` where the energy has the conditionals, else
+        :class:`Langevin`. A kernel that adapts learns its settings at every β from a run of its own.
+    :param path: the β's, rising from 0 to 1; None takes the sigmoid of Grosse et al., dense at both ends.
+    :param base: mean and standard deviation of v in p₀, numbers or of shape (D,); None takes the data's. Latents: fair
+        coins and dice, and normal with the mean and the spread of the guide's draws, in the reals.
+    :param reverse: whether to run back.
+    :raises ValueError: on misuse, or a model with covariates and more than one row.
+    :raises FloatingPointError: if a weight is not finite.
+    """
+    if num_chains < 2 or num_temperatures < 1:
+        raise ValueError(f"ais needs 2 chains and 1 temperature at least, got {num_chains} and {num_temperatures}.")
+    energy, data = _energy(trained, args, kwargs)
+    target = energy.density(data)
+    _one_row(energy, data, "ais")
+    betas = _path(path, num_temperatures)
+    start, draw = _base(energy, data, target, base)
+    if kernel is None:
+        free = any(block.kind == "free" for block in target.blocks)
+        kernel = Langevin(num_steps=3) if free else Gibbs()
+    if isinstance(kernel, Gibbs) and kernel.conditionals:
+        raise ValueError("ais: closed forms given to Gibbs are those of p̃, not of the path from the base to it.")
+    x = draw(num_chains)
+    initial = kernel.init(target, x)
+    tuned = [initial] * len(betas)
+    summed = next((block.names for block in target.blocks if block.kind == "affine"), ())
+    if initial != ():
+        # a run that only finds the kernel's settings at every β
+        pilot, setting = select(x, slice(max(2, num_chains // 5))), initial
+        for k, beta in enumerate(betas):
+            tempered = start.mixed(target, beta)
+            for _ in range(3):
+                pilot, setting, acceptance = kernel(tempered, pilot, setting)
+                setting = kernel.adapt(setting, acceptance)
+            tuned[k] = setting
+
+    def run(x, path, bar):
+        """Along these places of the path: forward from the base or backwards from p̃."""
+        log_weight = x[VISIBLE].new_zeros(num_chains)
+        for here, there in pairwise(path):
+            at = _tempered(start, target, summed, x)
+            change = at(betas[there]) - at(betas[here])
+            log_weight = log_weight + (change if there > here else -change)
+            x, _, _ = kernel(start.mixed(target, betas[there]), x, tuned[there])
+            bar.update()
+        if not log_weight.isfinite().all():
+            raise FloatingPointError(
+                "ais: a weight is not finite. The energy has no value where the base puts mass, or does not grow in "
+                "every direction, so that Z is infinite. Try a narrower base=(mean, sd)."
+            )
+        return x, log_weight
+
+    places = range(len(betas))
+    with tqdm(total=(1 + reverse) * (len(betas) - 1), disable=not progress_bar, desc="ais") as bar:
+        x, log_weight = run(x, places, bar)
+        back = None
+        if reverse:
+            x = select(x, torch.multinomial(log_weight.softmax(0), num_chains, replacement=True))
+            for _ in range(max(1, len(betas) // 10)):
+                x, _, _ = kernel(target, x, tuned[-1])
+            _, back = run(x, places[::-1], bar)
+    return _summary(log_weight, back)
+
+
+def _summary(log_weight: Tensor, back: Tensor | None) -> AIS:
+    w = log_weight.double().numpy()
+    n = len(w)
+    relative = np.exp(w - w.max())
+    mean = relative.mean()
+    upper = (math.nan, math.nan)
+    if back is not None:
+        b = back.double().numpy()
+        upper = float(b.mean()), float(b.std(ddof=1) / math.sqrt(n))
+    return AIS(
+        float(w.max() + math.log(mean)),
+        float(relative.std(ddof=1) / (mean * math.sqrt(n))),
+        float(relative.sum() ** 2 / (relative**2).sum()),
+        float(w.mean()),
+        float(w.std(ddof=1) / math.sqrt(n)),
+        *upper,
+        log_weight,
+        back,
+    )
+
+
+def _path(path: Any, num_temperatures: int) -> list[float]:
+    if path is None:
+        rise = torch.sigmoid(4 * torch.linspace(-1, 1, num_temperatures + 1))
+        return ((rise - rise[0]) / (rise[-1] - rise[0])).tolist()
+    betas = torch.as_tensor(path)
+    if betas.ndim != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or bool((betas.diff() <= 0).any()):
+        raise ValueError("path must rise from 0 to 1.")
+    return betas.tolist()
+
+
+def _base(
+    energy: Energy, data: Point, target: Density, base: tuple[Any, Any] | None
+) -> tuple[Density, Callable[[int], Point]]:
+    """p₀ as a density, and its draws."""
+    v = data[VISIBLE]
+    if base is None:
+        loc, scale = v.mean(0), v.std(0, correction=0)
+        scale = torch.where(scale > 0, scale, 1.0)
+    else:
+        loc, scale = (torch.as_tensor(a, dtype=v.dtype).expand(v.shape[1:]) for a in base)
+        if not (scale > 0).all():
+            raise ValueError("base: the standard deviation must be positive.")
+    normals = {VISIBLE: (loc, scale)}
+    for name, latent in energy.latents.items():
+        if latent.kind == "real":
+            u = data[name]
+            spread = u.std(0, correction=0)
+            normals[name] = u.mean(0), torch.where(spread > 0, spread, 1.0)
+    coins = -sum(
+        math.prod(latent.units) * math.log(latent.num_values)
+        for latent in energy.latents.values()
+        if latent.kind != "real"
+    )
+
+    def log_prob(x):
+        total = v.new_full((len(x[VISIBLE]),), coins)
+        for name, (loc, scale) in normals.items():
+            z = (x[name] - loc) / scale
+            each = -0.5 * z**2 - scale.log() - 0.5 * math.log(2 * math.pi)
+            total = total + each.reshape(len(each), -1).sum(-1)
+        return total
+
+    def draw(num):
+        x = {}
+        for name in data:
+            if name in normals:
+                loc, scale = normals[name]
+                x[name] = loc + scale * torch.randn(num, *loc.shape, dtype=v.dtype)
+            else:
+                x[name] = random_labels(energy.latents[name], num, data[name].dtype)
+        return x
+
+    precisions = {names: torch.cat([normals[name][1].ravel() ** -2.0 for name in names]) for names in target.precisions}
+    return Density(log_prob, energy, target.blocks, precisions), draw
+
+
+def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) -> Callable[[Any], Tensor]:
+    """log f_β of every row as a function of β, these sites summed out."""
+    zero = {**x, **{name: torch.zeros_like(x[name]) for name in summed}}
+    a, b = start.log_prob(zero), target.log_prob(zero)
+    logits = target.slope(zero, summed) if summed else {}
+
+    def at(beta):
+        total = (1 - beta) * a + beta * b
+        for name, g in logits.items():  # the base's are 0
+            each = softplus(beta * g) if target.latents[name].kind == "bits" else (beta * g).logsumexp(-1)
+            total = total + each.reshape(len(each), -1).sum(-1)
+        return total
+
+    return at
+
+
+def log_likelihood(
+    trained: Any,
+    *args: Any,
+    log_normalizer: float | AIS | None = None,
+    num_draws: int = 1000,
+    method: str | None = None,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> Estimate:
+    r"""log p(v) of every row, and how it was found.
+
+    log p̃(v) is exact where :func:`free_energy` is, else the importance-weighted bound
+    :math:`\log \tfrac1S \sum_s \tilde p(v, h_s)/q(h_s|v)` (Burda, Grosse, Salakhutdinov 2016), too low on average.
+    log Z is exact where :func:`exact_log_normalizer` is, else from :func:`ais`.
+
+    :param log_normalizer: log Z, if it is known; or what ``ais`` returned.
+    :param num_draws: S.
+    :param method: "exact" or "importance", for log p̃(v); None takes the first if it can.
+    :returns: value and standard error of shape (n,), the error of log Z in it; ``method`` says "exact" or "importance",
+        and "exact", "AIS" or "given" for the normaliser.
+    """
+    energy, x = _energy(trained, args, kwargs)
+    if method not in (None, "exact", "importance"):
+        raise ValueError(f"method should be 'exact', 'importance' or None, got {method!r}.")
+    density = energy.density(x)
+    found: Any = None
+    if method != "importance":
+        try:
+            integral = Integral.of(density, x, energy.hidden)
+            found = np.asarray(_evaluated(integral, density, x), float), np.zeros(energy.num_rows), "exact"
+        except ValueError:
+            if method == "exact" or not isinstance(trained, BiSM):
+                raise
+    if found is None:
+        run = guide_draws(trained, *args, num_draws=num_draws, **kwargs)
+        w = np.asarray(run.log_p - run.log_q, float)
+        relative = np.exp(w - w.max(0))
+        mean = relative.mean(0)
+        error = relative.std(0, ddof=1) / (mean * math.sqrt(num_draws)) if num_draws > 1 else np.full(len(mean), np.nan)
+        found = w.max(0) + np.log(mean), error, "importance"
+    value, error, how = found
+    known = "given"
+    if log_normalizer is None:
+        try:
+            log_normalizer = exact_log_normalizer(trained, *args, **kwargs)
+            known = "exact"
+        except ValueError:
+            bar = progress_bar
+            log_normalizer = ais(trained, *args, reverse=False, progress_bar=bar, **kwargs)
+    if isinstance(log_normalizer, AIS):
+        log_z, log_z_error, known = log_normalizer.log_normalizer, log_normalizer.standard_error, "AIS"
+    else:
+        log_z, log_z_error = float(log_normalizer), 0.0
+    method = how if how == known else f"log p̃: {how}, log Z: {known}"
+    return Estimate(value - log_z, np.hypot(error, log_z_error), method)
+
+
+def _scores(trained: Any, args: Any, kwargs: Any, num_draws: int) -> tuple[Tensor, Tensor, str]:
+    r"""v and ∇_v log p(v) of every row, (n, D): exact where the latents can be summed, else a mean over guide draws.
+
+    The latter is :math:`E_{q(h|v)} \nabla_v[\log\tilde p(v, h) - \log q(h|v)]` (Bao et al. 2021), exact if q is the
+    posterior.
+    """
+    density, x, integral = _summable(trained, args, kwargs)
+    if integral is not None:
+        v = x[VISIBLE]
+        return v, _gradient(lambda v: integral(density, {**x, VISIBLE: v}))(v).detach(), "exact"
+    batch, draw, score = _guide_score(trained, args, kwargs, losses.ScoreMatching())
+    return batch.v, sum(score([draw()])(batch.v).detach() for _ in range(num_draws)) / num_draws, "guide"
+
+
+def _gradient(log_prob: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The score function of a log density of rows."""
+
+    def score(v):
+        v = v if v.requires_grad else v.detach().requires_grad_()
+        return torch.autograd.grad(log_prob(v).sum(), v, create_graph=True)[0]
+
+    return score
+
+
+def _summable(trained: Any, args: Any, kwargs: Any) -> tuple[Density, Point, Any]:
+    """The density, a point, and the sum over the latents if gradients can go through it; else None."""
+    energy, x = _energy(trained, args, kwargs)
+    density = energy.density(x)
+    try:
+        integral = Integral.of(density, x, energy.hidden)
+    except ValueError:
+        integral = None
+    integral = None if integral is None or integral.quadrature else integral
+    if integral is None and not isinstance(trained, BiSM):
+        raise ValueError("The score takes a sum over latents that is out of reach, and there is no guide to draw them.")
+    return density, x, integral
+
+
+def _guide_score(trained: BiSM, args: Any, kwargs: Any, loss: Any) -> tuple[Any, Callable, Callable]:
+    """The batch; a draw of the guide; and the score function given several of them."""
+    pair, leaves, spec = trained._prepare(args, kwargs)
+    batch = pair.batch(leaves, spec)
+    return batch, lambda: pair.draw(batch, batch.v)[0], lambda draws: pair.score(batch, draws, loss)
+
+
+def fisher_divergence(
+    trained: Any,
+    *args: Any,
+    data_score: Any = None,
+    num_draws: int = 100,
+    num_projections: int | None = None,
+    **kwargs: Any,
+) -> Estimate:
+    r"""The Fisher divergence between the data and the model, a mean over the rows.
+
+    With the data's score known :math:`\tfrac12 E\|\nabla\log p_{data}(v) - s(v)\|^2`; without it the same up to a
+    constant of the data, :math:`E[\tfrac12\|s(v)\|^2 + \mathrm{tr}\,\nabla s(v)]` (Hyvärinen 2005, Theorem 1): two
+    models of the same data are compared by it. s is the exact score of the marginal where the latents can be summed,
+    else a mean over the guide's draws of h.
+
+    :param data_score: ∇ log p_data at the rows, (n, D), or a function from v to it.
+    :param num_draws: of h, if the guide is needed.
+    :param num_projections: random directions that estimate the trace; None takes it exactly, for D gradients.
+    :returns: ``standard_error`` is that of a mean over the rows.
+    """
+    if data_score is not None:
+        v, s, method = _scores(trained, args, kwargs, num_draws)
+        wanted = torch.as_tensor(data_score(v) if callable(data_score) else data_score)
+        if wanted.shape != s.shape:
+            raise ValueError(f"data_score has shape {wanted.shape}; {s.shape} is wanted.")
+        return _mean(0.5 * ((wanted - s) ** 2).sum(-1), method)
+    loss: Any = losses.ScoreMatching(num_particles=num_draws, average="score")
+    if num_projections is not None:
+        loss = losses.SlicedScoreMatching(num_projections, num_particles=num_draws, average="score")
+    density, x, integral = _summable(trained, args, kwargs)
+    if integral is not None:
+        v, marginal = x[VISIBLE], _gradient(lambda v: integral(density, {**x, VISIBLE: v}))
+        return _mean(loss(marginal, v, loss.draw(v)).detach(), "exact")
+    batch, draw, score = _guide_score(trained, args, kwargs, loss)
+    draws = [draw() for _ in range(num_draws)]
+    return _mean(loss(score(draws), batch.v, loss.draw(batch.v)).detach(), "guide")
+
+
+def _mean(values: Tensor, method: str) -> Estimate:
+    n = len(values)
+    error = values.std() / math.sqrt(n) if n > 1 else values.new_tensor(math.nan)
+    return Estimate(values.mean(), error, method)
+
+
+def kernel_stein_discrepancy(
+    trained: Any,
+    *args: Any,
+    num_bootstrap: int = 1000,
+    num_draws: int = 100,
+    **kwargs: Any,
+) -> FitTest:
+    r"""The squared kernel Stein discrepancy between data and model, and a test of fit: no normaliser is needed.
+
+    The mean over pairs of rows of (Liu, Lee, Jordan 2016; Chwialkowski, Strathmann, Gretton 2016)
+
+    .. math:: u(x, y) = s(x)^\top s(y) k + s(x)^\top \nabla_y k + s(y)^\top \nabla_x k + \mathrm{tr}\,\nabla_x\nabla_y k
+
+    with the inverse multiquadric :math:`k = (1 + (x - y)^\top M (x - y))^{-1/2}` (Gorham, Mackey 2017), which sees
+    every departure; M is the data's precision over D. The p-value is by the wild bootstrap: signs at random.
+
+    :param args: independent draws of the distribution that is tested, one a row.
+    :param num_bootstrap: its replications.
+    :param num_draws: of h, where the score needs the guide; the test is of guide and model together then.
+    :returns: a small p-value rejects that the rows come from the model.
+    """
+    v, s, _ = _scores(trained, args, kwargs, num_draws)
+    return stein_test(v, s, num_bootstrap)
+
+
+def stein_test(v: Any, score: Any, num_bootstrap: int = 1000) -> FitTest:
+    """:func:`kernel_stein_discrepancy` of rows v, (n, D), and the model's score at them, (n, D)."""
+    v, score = (torch.as_tensor(a).detach().double().numpy() for a in (v, score))
+    n, d = v.shape
+    if n < 2:
+        raise ValueError("kernel_stein_discrepancy needs two rows at least.")
+    # a ridge: more dimensions than rows, or a constant one
+    cov = np.cov(v.T).reshape(d, d)
+    precision = np.linalg.inv(cov + 1e-6 * (np.trace(cov) / d + 1e-12) * np.eye(d)) / d
+    scaled = v @ np.linalg.cholesky(precision)
+    squared = _squared_distances(scaled)
+    k = (1 + squared) ** -0.5
+    toward = v @ precision  # M x
+    s_dot, s_diff = score @ score.T, score @ toward.T
+    own = np.diag(s_diff)
+    # s(x)·M(x - y) and s(y)·M(y - x)
+    along = (own[:, None] - s_diff) + (own[None, :] - s_diff.T)
+    far = _squared_distances(toward)
+    u = s_dot * k + along * k**3 + np.trace(precision) * k**3 - 3 * far * k**5
+    np.fill_diagonal(u, 0.0)
+    return _bootstrap(u, num_bootstrap)
+
+
+def _squared_distances(x: np.ndarray) -> np.ndarray:
+    norms = (x**2).sum(-1)
+    return np.maximum(norms[:, None] + norms[None, :] - 2 * x @ x.T, 0.0)
+
+
+def _bootstrap(u: np.ndarray, num_bootstrap: int) -> FitTest:
+    n = len(u)
+    signs = 2 * torch.randint(2, (num_bootstrap, n)).double().numpy() - 1
+    statistic = u.sum() / (n * (n - 1))
+    replications = ((signs @ u) * signs).sum(-1) / (n * (n - 1))
+    return FitTest(float(statistic), float((1 + (replications >= statistic).sum()) / (num_bootstrap + 1)))
+
+
+def maximum_mean_discrepancy(
+    first: Any, second: Any, *, num_permutations: int = 1000, bandwidth: float | None = None
+) -> FitTest:
+    r"""The squared maximum mean discrepancy between two sets of draws (Gretton et al. 2012, Lemma 6).
+
+    Unbiased, with the kernel :math:`\exp(-\|x - y\|^2 / 2\ell^2)`; the p-value is by permutation.
+
+    :param first: draws of the model, (n, ...).
+    :param second: held-out data, (m, ...).
+    :param bandwidth: ℓ; None takes the median distance between all draws.
+    """
+    x, y = (torch.as_tensor(a).double().numpy().reshape(len(a), -1) for a in (first, second))
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"The draws have {x.shape[1]} and {y.shape[1]} numbers a row.")
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        raise ValueError("maximum_mean_discrepancy needs two rows of each at least.")
+    squared = _squared_distances(np.concatenate([x, y]))
+    scale = np.median(squared[np.triu_indices(n + m, 1)]) if bandwidth is None else bandwidth**2
+    k = np.exp(-0.5 * squared / max(scale, np.finfo(float).tiny))
+    np.fill_diagonal(k, 0.0)
+
+    def statistic(order):
+        weight = np.where(np.arange(n + m) < n, 1.0, 0.0)[order]
+        inside, outside = weight @ k @ weight, (1 - weight) @ k @ (1 - weight)
+        return inside / (n * (n - 1)) + outside / (m * (m - 1)) - 2 * (weight @ k @ (1 - weight)) / (n * m)
+
+    found = statistic(np.arange(n + m))
+    others = np.array([statistic(torch.randperm(n + m).numpy()) for _ in range(num_permutations)])
+    return FitTest(float(found), float((1 + (others >= found).sum()) / (num_permutations + 1)))
+
+
+def _energy(trained: Any, args: Any, kwargs: Any) -> Any:
+    return trained.energy(*args, **kwargs)
+
+
+def _evaluated(integral: Integral, density: Density, x: Point) -> Tensor:
+    with torch.no_grad():
+        return integral(density, x)
+
+
+def _one_row(energy: Energy, x: Point, role: str) -> Point:
+    if energy.num_rows > 1 and not energy.is_homogeneous:
+        raise ValueError(
+            f"{role}: the rows have densities of their own, {called(energy, VISIBLE)} given covariates, and a "
+            "normaliser each. Pass one row."
+        )
+    return {name: value[:1] for name, value in x.items()} if energy.resizes else x
+
+
+def _finite(value: Tensor, what: str, why: str) -> Tensor:
+    if not value.isfinite().all():
+        raise FloatingPointError(f"The {what} is not finite at row {int(value.isfinite().int().argmin())}: {why}.")
+    return value
