@@ -589,6 +589,7 @@ def analyse(
     strategy: Any,
     static_kwargs: Mapping[str, Any],
     discrete: bool = False,
+    partial_guide: bool = False,
     look: Callable[[Analysis, visible.Batch, Array], None] | None = None,
 ) -> Analysis:
     """Run guide and model once on these arguments, check all that can be checked, and describe them.
@@ -600,6 +601,7 @@ def analyse(
     :param loss: None for a method that takes no score of the pair.
     :param strategy: the hypergradient: it says what it needs of the guide.
     :param discrete: whether discrete sites may be visible.
+    :param partial_guide: whether the guide may leave latents out, and the model may have no parameters.
     :param look: is shown the pair, its initial values and a batch, all in concrete numbers, and a random key.
     :raises ValueError: for every misuse, naming the site and the cure.
     """
@@ -618,7 +620,7 @@ def analyse(
         p, q, soft = _first_run(model, guide, rng_key, given, leaves, spec)
         latents = {name: s for name, s in q.sites.items() if not s.is_observed}
         sites = visible.find(p.sites, leaves, names, discrete)
-        if not alone:
+        if not (alone or partial_guide):
             _check_sites(p.sites, latents)
         for name, site in q.sites.items():
             if isinstance(base_of(site.fn), Unit):
@@ -629,7 +631,7 @@ def analyse(
         theta, phi = collect(p.params), collect(q.params)
         reject_shared(theta, phi)
         # a module with priors on all its weights leaves a parameter without numbers
-        if not jax.tree.leaves({name: p.params[name]["value"] for name in theta}):
+        if not (partial_guide or jax.tree.leaves({name: p.params[name]["value"] for name in theta})):
             raise ValueError("The model has no parameter to train: no numpyro.param and no module.")
         unknown = sorted(set(given) - set(theta) - set(phi) - set(q.mutable) - set(p.mutable))
         if unknown:

@@ -468,6 +468,7 @@ def analyse(
     loss: OuterLoss | None,
     strategy: Any,
     discrete: bool = False,
+    partial_guide: bool = False,
 ) -> Pair:
     """Run guide and model once on these arguments, check all that can be checked, and describe them.
 
@@ -475,6 +476,7 @@ def analyse(
     :param loss: None for a method that takes no score of the pair.
     :param strategy: the hypergradient: it says what it needs of the guide.
     :param discrete: whether discrete sites may be visible.
+    :param partial_guide: whether the guide may leave latents out, and the model may have no parameters.
     :raises ValueError: for every misuse, naming the site and the cure.
     """
     ran: list[torch.nn.Module] = []
@@ -488,7 +490,7 @@ def analyse(
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(seen)
     try:
-        return _describe(model, guide, leaves, spec, names, loss, strategy, discrete, ran)
+        return _describe(model, guide, leaves, spec, names, loss, strategy, discrete, partial_guide, ran)
     finally:
         hook.remove()
         # a look at the programs is no step: batch-norm statistics stay where they were
@@ -500,7 +502,9 @@ def _no_guide(*args: Any, **kwargs: Any) -> None:
     """The guide of a model alone."""
 
 
-def _describe(model, guide, leaves, spec, names, loss: OuterLoss | None, strategy: Any, discrete, ran) -> Pair:
+def _describe(
+    model, guide, leaves, spec, names, loss: OuterLoss | None, strategy: Any, discrete, partial_guide, ran
+) -> Pair:
     alone = guide is None
     guide = _no_guide if alone else guide
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -521,7 +525,7 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss | None, strateg
                 raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
             raise
     sites = visible.find(p.sites, leaves, names, discrete)
-    if not alone:
+    if not (alone or partial_guide):
         _check_sites(p.sites, latents)
     for name, site in q.sites.items():
         if isinstance(base_of(site.fn), dist.Unit):
@@ -532,7 +536,7 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss | None, strateg
     theta, phi = params.collect(p.params, "model"), params.collect(q.params, "guide")
     params.reject_shared(theta, phi)
     _check_registered(ran, {**theta, **phi})
-    if not theta:
+    if not (theta or partial_guide):
         raise ValueError("The model has no parameter to train: no pyro.param, pyro.module or PyroModule.")
     enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
     sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)

@@ -3,6 +3,8 @@
 A host is what differs: how its programs are written, and how its trainers are run.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,16 +18,19 @@ import torch
 from torch.utils import _pytree as pytree
 
 import numpyro_bism
+import numpyro_bism.kernels
 import numpyro_bism.rivals
 import pyro_bism
+import pyro_bism.kernels
 import pyro_bism.rivals
 from numpyro_bism.visible import flatten
-from oracles import GaussianBernoulliRBM, LinearGaussian
+from oracles import GaussianBernoulliRBM, LinearGaussian, central_difference
 
 
 class Torch:
     name, p, dist, bism, rivals = "pyro", pyro, pdist, pyro_bism, pyro_bism.rivals
-    einsum = staticmethod(torch.einsum)
+    kernels = pyro_bism.kernels
+    einsum, exp = staticmethod(torch.einsum), staticmethod(torch.exp)
 
     def __init__(self):
         pyro.clear_param_store()
@@ -58,8 +63,8 @@ class Torch:
         target = rival.target(*args)
         batch = target.batch(*pytree.tree_flatten((tuple(args), {})))
         loss, _ = rival._loss(target, batch, *rival._carried)
-        names = [*target.pair.theta, *rival._own_names]
-        found = torch.autograd.grad(loss, [*target.pair.theta.values(), *rival._own()])
+        names = [*target.pair.theta, *(rival._own_names or target.pair.phi)]
+        found = torch.autograd.grad(loss, [*target.pair.theta.values(), *rival._own(target.pair)])
         return loss.item(), {name: g.numpy() for name, g in zip(names, found, strict=True)}
 
     def fit(self, rival, num_steps, *args):
@@ -73,7 +78,8 @@ class Torch:
 
 class Jax:
     name, p, dist, bism, rivals = "numpyro", numpyro, ndist, numpyro_bism, numpyro_bism.rivals
-    einsum = staticmethod(jnp.einsum)
+    kernels = numpyro_bism.kernels
+    einsum, exp = staticmethod(jnp.einsum), staticmethod(jnp.exp)
 
     @staticmethod
     def array(x):
@@ -227,7 +233,9 @@ def log_ratios(host, rival, x, u):
         return [z.detach().numpy() for z in rival._log_ratios(target.pair, batch, host.array(u))]
     leaves, spec = flatten(tuple(args), {})
     target = rival.target(leaves, spec)
-    params = target.params(rival._theta(target.pair, host.state), None, rival._phi(host.state.carried))
+    params = target.params(
+        rival._theta(target.pair, host.state), None, rival._phi(target.pair, None, host.state.carried)
+    )
     batch = target.pair.batch(jax.random.key(1), leaves, spec)
     return [np.asarray(z) for z in rival._log_ratios(jax.random.key(2), target.pair, params, batch, jnp.asarray(u))]
 
@@ -369,3 +377,90 @@ def test_pseudo_likelihood_sums_latents_out_of_integer_bits(host):
     rival = host.rivals.PseudoLikelihood(model, host.adam(1e-2))
     loss, _ = host.gradient(rival, x)
     np.testing.assert_allclose(loss, exact, rtol=1e-10)
+
+
+def check_likelihood(host, kernel, model, x, log_likelihood, theta, num_steps, **settings):
+    """Chains run to their end from data that are not the model's: the gradient of the exact log-likelihood."""
+    rival = host.rivals.CD(model, host.adam(1e-2), kernel, num_steps, **settings)
+    _, gradient = host.gradient(rival, x)
+    rng = np.random.default_rng(9)
+    for name, value in theta.items():
+        direction = rng.normal(size=value.shape)
+        exact = central_difference(lambda t, n=name, d=direction: -log_likelihood(**{n: theta[n] + t * d}), 1e-3)
+        # every statistic here is a product of bits or of units of order 1, a few of them a parameter
+        error = 5 * np.sqrt((direction**2).sum() / len(x)) * (1.5 if x.dtype == float else 0.5)
+        assert abs((gradient[name] * direction).sum() - exact) < error, name
+
+
+def test_cd_with_long_chains_is_maximum_likelihood(host):
+    """Block Gibbs sampling of the Gaussian-Bernoulli machine, the hidden units summed out."""
+    n = 4000
+    x = np.random.default_rng(10).normal(0.4, 1.0, (n, 2))
+    theta = {"W": RBM.W, "b": RBM.b, "c": RBM.c}
+
+    def log_likelihood(**changed):
+        return dataclasses.replace(RBM, **changed).log_prob(x).mean()
+
+    check_likelihood(host, host.kernels.Gibbs(), rbm(host), x, log_likelihood, theta, 20)
+
+
+def spins(q):
+    return np.stack(np.meshgrid(*[np.arange(2.0)] * q, indexing="ij"), -1).reshape(-1, q)
+
+
+def ising(host, J, b, labels=False):
+    d = len(b)
+    between = host.array(1 - np.eye(d))
+
+    def model(x):
+        J_, b_ = between * host.param("J", J), host.param("b", b)
+        with host.p.plate("data", len(x)):
+            x = host.p.sample("v", host.dist.Bernoulli(0.5).expand([d]).to_event(1).mask(False), obs=x)
+            host.p.factor("energy", 0.5 * ((x @ J_) * x).sum(-1) + x @ b_)
+
+    return model
+
+
+def ising_log_likelihood(x, J, b):
+    J = J * (1 - np.eye(len(b)))
+
+    def log_p(v):
+        return 0.5 * ((v @ J) * v).sum(-1) + v @ b
+
+    return (log_p(x) - np.log(np.exp(log_p(spins(len(b)))).sum())).mean()
+
+
+def test_persistent_cd_of_discrete_data(host):
+    """An Ising model's spins, one after the other."""
+    rng = np.random.default_rng(11)
+    J, b = rng.normal(size=(3, 3)), rng.normal(size=3)
+    theta = {"J": J + J.T, "b": b}
+    x = rng.integers(2, size=(2000, 3)).astype(float)
+
+    def log_likelihood(**changed):
+        return ising_log_likelihood(x, **{**theta, **changed})
+
+    check_likelihood(host, host.kernels.Gibbs(), ising(host, **theta), x, log_likelihood, theta, 20, persistent=True)
+
+
+def test_persistent_vi_finds_a_gaussian_posterior(host):
+    """Of the mean of Gaussian data under a Gaussian prior, in closed form: mean and standard deviation."""
+    rng = np.random.default_rng(12)
+    x = rng.normal(1.0, 1.0, (50, 1))
+
+    def model(x):
+        mean = host.p.sample("mean", host.dist.Normal(0.0, 0.5))
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([1]).to_event(1).mask(False), obs=x)
+            host.p.factor("energy", (v * mean - 0.5 * v**2).sum(-1))
+
+    def guide(x):
+        loc, log_scale = host.param("loc", np.zeros(())), host.param("log_scale", np.array(-1.0))
+        host.p.sample("mean", host.dist.Normal(loc, host.exp(log_scale)))
+
+    rival = host.rivals.PersistentVI(model, guide, host.adam(2e-2), host.kernels.Gibbs(), num_chains=500)
+    found = host.fit(rival, 600, x)
+    precision = 1 / 0.25 + len(x)
+    # Adam's last steps wander by its rate
+    assert abs(found["loc"] - x.sum() / precision) < 0.08
+    assert abs(np.exp(found["log_scale"]) - precision**-0.5) < 0.04

@@ -78,6 +78,9 @@ class Target:
     def log_prob(self, params: Mapping[str, Any], batch: visible.Batch) -> Callable[[Point], Array]:
         """log p̃(v; θ) of every row of a point's visible part, shape (m,): the latents summed out."""
         energy = self.energy.at(batch)
+        # of no block but the latents' is a precision wanted
+        hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
+        energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
 
         def log_prob(seen):
             x = self.point(seen)
@@ -95,9 +98,17 @@ class Rival(Trainer):
     :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
     :param visible: names of the visible sites; None takes all observed sample sites.
     :param static_kwargs: keyword arguments of the model that stay the same, as in SVI.
+    :param guide: of the methods that have one.
+    :cvar takes_discrete: whether visible sites may be discrete.
+    :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
+    :cvar moves_visible: whether the conditionals of the visible values are wanted.
+    :cvar partial_guide: whether the guide is of the model's global sites alone.
     """
 
     takes_discrete = False
+    sums_latents: bool | None = True
+    moves_visible = False
+    partial_guide = False
     info_type: Any = RivalInfo
 
     def __init__(
@@ -148,9 +159,13 @@ class Rival(Trainer):
         """What is carried, fitted to θ before θ's own step; and what of this the info tells."""
         return carried, ()
 
-    def _phi(self, carried: Any) -> dict[str, Any]:
+    def _phi(self, pair: densities.Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
         """The guide's unconstrained parameters, if there is one."""
         return {}
+
+    def _program(self, rng_key: Array, pair: densities.Pair, params: Mapping[str, Any], batch: visible.Batch) -> Any:
+        """The program whose density this is."""
+        return pair.model
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: visible.Batch, rng_key: Array) -> Target:
         """The target, with what the method finds out of the model off its initial parameters.
@@ -170,8 +185,9 @@ class Rival(Trainer):
         """
         pair = self._last_pair()
         theta = self._theta(pair, state)
-        own = {name: value for name, value in theta.items() if name not in pair.theta}
-        return {**pair.params({name: theta[name] for name in pair.theta}, self._phi(state.carried), None), **own}
+        phi = self._phi(pair, theta, state.carried)
+        own = {name: value for name, value in theta.items() if name not in {**pair.theta, **phi}}
+        return {**pair.params({name: theta[name] for name in pair.theta}, phi, None), **own}
 
     def evaluate(self, state: RivalState, *args: Any, **kwargs: Any) -> Array:
         """The loss at the state's parameters, with fresh noise; nothing is updated."""
@@ -195,11 +211,13 @@ class Rival(Trainer):
         """
         leaves, spec = self._checked(args, kwargs)
         target = self.target(leaves, spec)
-        params = target.params(self._theta(target.pair, state), state.mutable_state, self._phi(state.carried))
+        theta = self._theta(target.pair, state)
+        params = target.params(theta, state.mutable_state, self._phi(target.pair, theta, state.carried))
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = target.pair.batch(key_batch, leaves, spec)
+        program = self._program(key_draw, target.pair, params, batch)
         values, _ = target.pair.hard_draw(key_draw, params, batch, batch.v)
-        energy, x = Energy.of(target.pair.model, target.pair.sites, batch, params, key_energy, values)
+        energy, x = Energy.of(program, target.pair.sites, batch, params, key_energy, values)
         return energy, params, x
 
     def target(self, leaves: Sequence[Any], spec: Any) -> Target:
@@ -230,7 +248,7 @@ class Rival(Trainer):
             key_loss, theta, fitted, target, mutable, batch
         )
         if mutable is not None:
-            params = target.params(theta, mutable, self._phi(carried))
+            params = target.params(theta, mutable, self._phi(target.pair, theta, carried))
             mutable = target.pair.moved(key_moved, params, batch, batch.v)
         info = self.info_type(*[jnp.asarray(x, jnp.result_type(float)) for x in (loss, norm(gradient), *seen)])
         optim_state = self.optim.update(gradient, state.optim_state, value=loss)
@@ -262,28 +280,35 @@ class Rival(Trainer):
             Detached(),
             self.static_kwargs,
             self.takes_discrete,
+            self.partial_guide,
             look,
         )
 
     def _find(self, start: densities.Analysis, batch: visible.Batch, rng_key: Array) -> Target:
         """The energy, tried out, and how its latents are summed out."""
-        key_params, key_energy, key_check, key_method = jax.random.split(rng_key, 4)
-        params = start.pair.params(_moved(key_params, start.theta), {}, start.mutable)
-        energy, x = Energy.of(start.pair.model, start.pair.sites, batch, params, key_energy, moves_visible=False)
+        key_params, key_phi, key_program, key_energy, key_check, key_method = jax.random.split(rng_key, 6)
+        pair, phi = start.pair, _moved(key_phi, start.phi)
+        params = pair.params(_moved(key_params, start.theta), phi, start.mutable)
+        program = self._program(key_program, pair, params, batch)
+        energy, x = Energy.of(program, pair.sites, batch, params, key_energy, moves_visible=self.moves_visible)
         _check_reads(energy, params, x, key_check)
         hidden = {name: (x[name].shape[1:], x[name].dtype) for name in energy.hidden}
-        integral = self._integral(energy, params, x) if hidden and self.guide is None else None
-        return self._check(Target(start.pair, energy, hidden, integral), params, batch, key_method)
+        integral = self._integral(energy, params, x) if hidden and self.sums_latents is not False else None
+        return self._check(Target(pair, energy, hidden, integral), params, batch, key_method)
 
-    def _integral(self, energy: Energy, params: Mapping[str, Any], x: Point) -> Integral:
+    def _integral(self, energy: Energy, params: Mapping[str, Any], x: Point) -> Integral | None:
         cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
         found: list[Integral] = []
         try:
             # traced alone: of the density nothing but its structure is looked at
             jax.eval_shape(lambda: found.append(Integral.of(energy.density(params, x), x, energy.hidden)))
         except ValueError as error:
+            if self.sums_latents is None:
+                return None
             raise ValueError(f"{error} {cure}.") from error
         if found[0].quadrature:
+            if self.sums_latents is None:
+                return None
             raise ValueError(
                 f"Latent sites {list(found[0].quadrature)} have no closed-form integral: the energy is not quadratic "
                 f"in them. {cure}."

@@ -63,6 +63,7 @@ class VNCE(Rival):
     :raises ValueError: at construction for bad settings, at :meth:`init` for misuse.
     """
 
+    sums_latents = False
     info_type = VNCEInfo
 
     def __init__(
@@ -102,7 +103,7 @@ class VNCE(Rival):
             divergences.check(self.inner_loss, target.pair)
         return target
 
-    def _phi(self, carried: Any) -> dict[str, Any]:
+    def _phi(self, pair: Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
         return self.inner_optim.get_params(carried[0])
 
     def _begin(self, rng_key: Array, target: Target, start: Analysis, batch: Batch) -> tuple[dict[str, Any], Any]:

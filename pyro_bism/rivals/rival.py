@@ -65,6 +65,9 @@ class Target:
     def log_prob(self, batch: visible.Batch) -> Callable[[Point], Tensor]:
         """log p̃(v; θ) of every row of a point's visible part, shape (m,): the latents summed out."""
         energy = self.energy.at(batch)
+        # of no block but the latents' is a precision wanted
+        hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
+        energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
 
         def log_prob(seen):
             x = self.point(seen)
@@ -81,9 +84,17 @@ class Rival(Trainer):
     :param model: a Pyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it.
     :param optim: a ``pyro.optim`` optimiser, for θ.
     :param visible: names of the visible sites; None takes all observed sample sites.
+    :param guide: of the methods that have one.
+    :cvar takes_discrete: whether visible sites may be discrete.
+    :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
+    :cvar moves_visible: whether the conditionals of the visible values are wanted.
+    :cvar partial_guide: whether the guide is of the model's global sites alone.
     """
 
     takes_discrete = False
+    sums_latents: bool | None = True
+    moves_visible = False
+    partial_guide = False
     info_type: Any = RivalInfo
 
     def __init__(self, model: Callable, optim: PyroOptim, visible: Sequence[str] | None, guide: Callable | None = None):
@@ -113,9 +124,13 @@ class Rival(Trainer):
         """The names of parameters of the method's own in the param store."""
         return ()
 
-    def _own(self) -> list[Tensor]:
-        """These parameters, unconstrained."""
+    def _own(self, pair: densities.Pair) -> list[Tensor]:
+        """What is trained beside θ, unconstrained."""
         return [pyro.get_param_store()._params[name] for name in self._own_names]
+
+    def _program(self, pair: densities.Pair, batch: visible.Batch) -> Callable:
+        """The program whose density this is."""
+        return pair.model
 
     def _fit(self, target: Target, batch: visible.Batch, carried: Any) -> tuple[float, ...]:
         """What is fitted to θ before θ's own step is fitted; what of this the info tells."""
@@ -138,7 +153,7 @@ class Rival(Trainer):
         """
         target, leaves, spec, batch = self._ready(args, kwargs)
         assert self._carried is not None
-        theta = [*target.pair.theta.values(), *self._own()]
+        theta = [*target.pair.theta.values(), *self._own(target.pair)]
         buffers = Buffers(target.pair.buffers)
         try:
             seen = self._fit(target, batch, *self._carried)
@@ -176,11 +191,11 @@ class Rival(Trainer):
         batch = pair.batch(leaves, spec)
         buffers = Buffers(pair.buffers)
         try:
-            values = pair.hard_draw(batch, batch.v)
+            program, values = self._program(pair, batch), pair.hard_draw(batch, batch.v)
         finally:
             buffers.restore()
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
-        return Energy.of(pair.model, pair.sites, _cut(pair, batch), pair.buffers, values)
+        return Energy.of(program, pair.sites, _cut(pair, batch), pair.buffers, values)
 
     def target(self, *args: Any, **kwargs: Any) -> Target:
         """The model as it runs on arguments of this structure, and how its latents are summed out."""
@@ -205,13 +220,21 @@ class Rival(Trainer):
 
     def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
         pair = densities.analyse(
-            self.model, self.guide, leaves, spec, self.visible, None, Detached(), self.takes_discrete
+            self.model,
+            self.guide,
+            leaves,
+            spec,
+            self.visible,
+            None,
+            Detached(),
+            self.takes_discrete,
+            self.partial_guide,
         )
         target = self._find(pair, leaves, spec)
         if self._carried is None or not set(self._own_names) <= set(pyro.get_param_store().keys()):
             # now, and not at the first step: a state that waits to be taken up is of all parameters
             self._carried = (self._begin(target, target.batch(leaves, spec)),)
-        settle(self.optim, [*pair.theta.values(), *self._own()])
+        settle(self.optim, [*pair.theta.values(), *self._own(pair)])
         self._targets[id(pair)] = target
         return pair
 
@@ -221,21 +244,27 @@ class Rival(Trainer):
             torch.manual_seed(0)
             batch = _cut(pair, pair.batch(leaves, spec))
             # at weights of zero what is not read, or is linear, can't be told from what is
-            moved = {leaf: leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in pair.theta.values()}
+            leaves = [*pair.theta.values(), *pair.phi.values()]
+            moved = {leaf: leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in leaves}
             with params.swapped(moved):
-                energy, x = Energy.of(pair.model, pair.sites, batch, pair.buffers, moves_visible=False)
+                program = self._program(pair, batch)
+                energy, x = Energy.of(program, pair.sites, batch, pair.buffers, moves_visible=self.moves_visible)
                 _check_reads(energy, x)
                 hidden = {name: (tuple(x[name].shape[1:]), x[name].dtype) for name in energy.hidden}
-                integral = self._integral(energy, x) if hidden and self.guide is None else None
+                integral = self._integral(energy, x) if hidden and self.sums_latents is not False else None
                 return self._check(Target(pair, energy, hidden, integral), batch)
 
-    def _integral(self, energy: Energy, x: Point) -> Integral:
+    def _integral(self, energy: Energy, x: Point) -> Integral | None:
         cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
         try:
             integral = Integral.of(energy.density(x), x, energy.hidden)
         except ValueError as error:
+            if self.sums_latents is None:
+                return None
             raise ValueError(f"{error} {cure}.") from error
         if integral.quadrature:
+            if self.sums_latents is None:
+                return None
             raise ValueError(
                 f"Latent sites {list(integral.quadrature)} have no closed-form integral: the energy is not quadratic "
                 f"in them. {cure}."

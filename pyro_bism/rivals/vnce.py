@@ -63,6 +63,7 @@ class VNCE(Rival):
     :raises ValueError: at construction for bad settings, at the first step for misuse.
     """
 
+    sums_latents = False
     info_type = VNCEInfo
 
     def __init__(
