@@ -26,11 +26,15 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, RivalState, VNCEInfo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CD",
+    "NCE",
+    "VNCE",
     "Amortized",
     "AnnealedLangevin",
     "BiSM",
@@ -47,11 +51,17 @@ __all__ = [
     "Gibbs",
     "Implicit",
     "Langevin",
+    "MarginalSM",
     "MultiscaleDenoisingScoreMatching",
     "Penalty",
+    "PersistentVI",
+    "PseudoLikelihood",
+    "RivalInfo",
+    "RivalState",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
+    "VNCEInfo",
     "ais",
     "exact_log_normalizer",
     "fisher_divergence",

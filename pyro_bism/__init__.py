@@ -20,11 +20,15 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, VNCEInfo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CD",
+    "NCE",
+    "VNCE",
     "Amortized",
     "AnnealedLangevin",
     "BiSM",
@@ -39,11 +43,16 @@ __all__ = [
     "Gibbs",
     "Implicit",
     "Langevin",
+    "MarginalSM",
     "MultiscaleDenoisingScoreMatching",
     "Penalty",
+    "PersistentVI",
+    "PseudoLikelihood",
+    "RivalInfo",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
+    "VNCEInfo",
     "ais",
     "exact_log_normalizer",
     "fisher_divergence",

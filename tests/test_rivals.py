@@ -394,8 +394,7 @@ def check_likelihood(host, kernel, model, x, log_likelihood, theta, num_steps, *
 
 def test_cd_with_long_chains_is_maximum_likelihood(host):
     """Block Gibbs sampling of the Gaussian-Bernoulli machine, the hidden units summed out."""
-    n = 4000
-    x = np.random.default_rng(10).normal(0.4, 1.0, (n, 2))
+    x = np.random.default_rng(10).normal(1.5, 1.0, (20_000, 2))
     theta = {"W": RBM.W, "b": RBM.b, "c": RBM.c}
 
     def log_likelihood(**changed):
@@ -435,7 +434,7 @@ def test_persistent_cd_of_discrete_data(host):
     rng = np.random.default_rng(11)
     J, b = rng.normal(size=(3, 3)), rng.normal(size=3)
     theta = {"J": J + J.T, "b": b}
-    x = rng.integers(2, size=(2000, 3)).astype(float)
+    x = rng.integers(2, size=(20_000, 3)).astype(float)
 
     def log_likelihood(**changed):
         return ising_log_likelihood(x, **{**theta, **changed})
