@@ -82,12 +82,14 @@ class Block(NamedTuple):
 
     :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
     :ivar is_diagonal: of "gaussian": whether its precision is.
+    :ivar is_multilinear: of "units": whether the energy is affine in each bit or one-hot vector, the others held.
     """
 
     kind: str
     names: tuple[str, ...]
     is_constant: bool = False
     is_diagonal: bool = False
+    is_multilinear: bool = False
 
 
 @dataclass(frozen=True)
@@ -501,7 +503,9 @@ def _find_blocks(
     soft = tuple(name for name, kind in kinds.items() if kind in ("bits", "onehot"))
     groups, rest = _partition(soft, lambda names: bool(affine(names, pairs)))
     blocks += [Block("affine", names) for names in groups]
-    blocks += [Block("units", (name,)) for name in rest]
+    for name in rest:
+        multilinear = is_multilinear(rng_key, density.log_prob, x, energy.latents, name)
+        blocks.append(Block("units", (name,), is_multilinear=multilinear))
     blocks += [Block("units", (name,)) for name, kind in kinds.items() if kind == "labels"]
     return tuple(blocks)
 
@@ -546,3 +550,31 @@ def random_labels(rng_key: Array, latent: Latent, m: int, dtype: Any) -> Array:
     """Values of a discrete site, all as likely, for m rows."""
     support = latent.support(dtype)
     return support[jax.random.randint(rng_key, (m, *latent.units), 0, len(support))]
+
+
+def replaced(value: Array, latent: Latent, unit: Any, new: Array) -> Array:
+    """A site's value with one unit, counted in order, at another value: one for all rows, or one for each."""
+    flat = value.reshape(len(value), -1, *value.shape[1 + len(latent.units) :])
+    return flat.at[:, unit].set(new).reshape(value.shape)
+
+
+def is_multilinear(
+    rng_key: Array, log_prob: Callable[[Point], Array], seen: Point, latents: Mapping[str, Latent], name: str
+) -> bool:
+    """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
+
+    @jax.jit
+    def trial(rng_key):
+        a, b = (random_points(key, seen, latents, jnp.ones(())) for key in jax.random.split(rng_key))
+        latent, f = latents[name], log_prob(a)
+        slope = jax.grad(lambda value: log_prob({**a, name: value}).sum())(a[name])
+        others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
+
+        def of(unit):
+            other = replaced(a[name], latent, unit, others[:, unit])
+            expected = (slope * (other - a[name])).reshape(len(f), -1).sum(-1)
+            return close(log_prob({**a, name: other}), f + expected, jnp.abs(f).max())
+
+        return jax.lax.map(of, jnp.arange(others.shape[1])).all()
+
+    return bool(trial(rng_key))

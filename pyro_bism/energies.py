@@ -79,12 +79,14 @@ class Block(NamedTuple):
 
     :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
     :ivar is_diagonal: of "gaussian": whether its precision is.
+    :ivar is_multilinear: of "units": whether the energy is affine in each bit or one-hot vector, the others held.
     """
 
     kind: str
     names: tuple[str, ...]
     is_constant: bool = False
     is_diagonal: bool = False
+    is_multilinear: bool = False
 
 
 @dataclass(frozen=True)
@@ -520,7 +522,9 @@ def _find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block
     soft = tuple(name for name, kind in kinds.items() if kind in ("bits", "onehot"))
     groups, rest = _partition(soft, affine)
     blocks += [Block("affine", names) for names in groups]
-    blocks += [Block("units", (name,)) for name in rest]
+    for name in rest:
+        multilinear = is_multilinear(density.log_prob, x, energy.latents, name)
+        blocks.append(Block("units", (name,), is_multilinear=multilinear))
     blocks += [Block("units", (name,)) for name, kind in kinds.items() if kind == "labels"]
     return tuple(blocks)
 
@@ -565,3 +569,29 @@ def random_labels(latent: Latent, m: int, dtype: Any) -> Tensor:
     """Values of a discrete site, all as likely, for m rows."""
     support = latent.support(dtype)
     return support[torch.randint(len(support), (m, *latent.units))]
+
+
+def replaced(value: Tensor, latent: Latent, unit: int, new: Tensor) -> Tensor:
+    """A site's value with one unit, counted in order, at another value: one for all rows, or one for each."""
+    flat = value.reshape(len(value), -1, *value.shape[1 + len(latent.units) :]).clone()
+    flat[:, unit] = new
+    return flat.reshape(value.shape)
+
+
+def is_multilinear(log_prob: Callable[[Point], Tensor], seen: Point, latents: Mapping[str, Latent], name: str) -> bool:
+    """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
+    with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
+        torch.default_generator.manual_seed(1)
+        a, b = (random_points(seen, latents, torch.ones(())) for _ in range(2))
+    latent, f = latents[name], log_prob(a)
+    with torch.enable_grad():
+        soft = a[name].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(log_prob({**a, name: soft}).sum(), soft, materialize_grads=True)
+    others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
+
+    def holds(unit):
+        other = replaced(a[name], latent, unit, others[:, unit])
+        expected = (slope * (other - a[name])).reshape(len(f), -1).sum(-1)
+        return close(log_prob({**a, name: other}), f + expected, f.abs().max())
+
+    return all(holds(unit) for unit in range(others.shape[1]))

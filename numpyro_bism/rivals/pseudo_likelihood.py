@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import softplus
 
-from ..energies import Latent, Point, close, random_points
+from ..energies import Latent, Point, is_multilinear, replaced
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -57,7 +57,7 @@ class PseudoLikelihood(Rival):
         found = tuple(
             name
             for name, key in zip(energy.observed, jax.random.split(rng_key, len(energy.observed)), strict=True)
-            if energy.latents[name].kind != "labels" and _is_multilinear(key, log_prob, seen, energy.latents, name)
+            if energy.latents[name].kind != "labels" and is_multilinear(key, log_prob, seen, energy.latents, name)
         )
         return replace(target, multilinear=found)
 
@@ -94,37 +94,9 @@ def _by_changes(log_prob: Callable[[Point], Array], seen: Point, name: str, late
     @jax.checkpoint  # what a change computes is computed again on the way back: there are thousands of them
     def changed(which):
         unit, state = which // len(support), which % len(support)
-        return log_prob({**seen, name: _replaced(value, latent, unit, support[state])})
+        return log_prob({**seen, name: replaced(value, latent, unit, support[state])})
 
     num_units = value[0].size // support[0].size
     which = jnp.arange(num_units * len(support))
     each = jax.lax.map(changed, which, batch_size=max(1, min(len(which), MAX_ROWS // n)))
     return num_units * log_prob(seen) - jax.nn.logsumexp(each.reshape(num_units, len(support), n), 1).sum(0)
-
-
-def _replaced(value: Array, latent: Latent, unit: Any, new: Array) -> Array:
-    """A site's value with one unit, counted in order, at another value: one for all rows, or one for each."""
-    flat = value.reshape(len(value), -1, *value.shape[1 + len(latent.units) :])
-    return flat.at[:, unit].set(new).reshape(value.shape)
-
-
-def _is_multilinear(
-    rng_key: Array, log_prob: Callable[[Point], Array], seen: Point, latents: Mapping[str, Latent], name: str
-) -> bool:
-    """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
-
-    @jax.jit
-    def trial(rng_key):
-        a, b = (random_points(key, seen, latents, jnp.ones(())) for key in jax.random.split(rng_key))
-        latent, f = latents[name], log_prob(a)
-        slope = jax.grad(lambda value: log_prob({**a, name: value}).sum())(a[name])
-        others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
-
-        def of(unit):
-            other = _replaced(a[name], latent, unit, others[:, unit])
-            expected = (slope * (other - a[name])).reshape(len(f), -1).sum(-1)
-            return close(log_prob({**a, name: other}), f + expected, jnp.abs(f).max())
-
-        return jax.lax.map(of, jnp.arange(others.shape[1])).all()
-
-    return bool(trial(rng_key))

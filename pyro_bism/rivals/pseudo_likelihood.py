@@ -1,6 +1,6 @@
 """Pseudo-likelihood of discrete visible sites: Ising and Potts models, and all others of bits or letters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from ..energies import Latent, Point, close, random_points
+from ..energies import Latent, Point, is_multilinear, replaced
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -57,7 +57,7 @@ class PseudoLikelihood(Rival):
         found = tuple(
             name
             for name in energy.observed
-            if energy.latents[name].kind != "labels" and _is_multilinear(log_prob, seen, energy.latents, name)
+            if energy.latents[name].kind != "labels" and is_multilinear(log_prob, seen, energy.latents, name)
         )
         return replace(target, multilinear=found)
 
@@ -93,7 +93,7 @@ def _by_changes(log_prob: Callable[[Point], Tensor], seen: Point, name: str, lat
     num_units = value[0].numel() // support[0].numel()
 
     def changed(which):
-        rows = [_replaced(value, latent, i // len(support), support[i % len(support)]) for i in which]
+        rows = [replaced(value, latent, i // len(support), support[i % len(support)]) for i in which]
         others = {other: x.repeat(len(which), *[1] * (x.ndim - 1)) for other, x in seen.items() if other != name}
         return log_prob({**others, name: torch.cat(rows)})
 
@@ -101,27 +101,3 @@ def _by_changes(log_prob: Callable[[Point], Tensor], seen: Point, name: str, lat
     # what a change computes is computed again on the way back: there are thousands of them
     each = torch.cat([checkpoint(changed, part.tolist(), use_reentrant=False) for part in which])
     return num_units * log_prob(seen) - each.reshape(num_units, len(support), n).logsumexp(1).sum(0)
-
-
-def _replaced(value: Tensor, latent: Latent, unit: int, new: Tensor) -> Tensor:
-    """A site's value with one unit, counted in order, at another value: one for all rows, or one for each."""
-    flat = value.reshape(len(value), -1, *value.shape[1 + len(latent.units) :]).clone()
-    flat[:, unit] = new
-    return flat.reshape(value.shape)
-
-
-def _is_multilinear(log_prob: Callable[[Point], Tensor], seen: Point, latents: Mapping[str, Latent], name: str) -> bool:
-    """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
-    a, b = (random_points(seen, latents, torch.ones(())) for _ in range(2))
-    latent, f = latents[name], log_prob(a)
-    with torch.enable_grad():
-        soft = a[name].detach().requires_grad_()
-        (slope,) = torch.autograd.grad(log_prob({**a, name: soft}).sum(), soft, materialize_grads=True)
-    others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
-
-    def holds(unit):
-        other = _replaced(a[name], latent, unit, others[:, unit])
-        expected = (slope * (other - a[name])).reshape(len(f), -1).sum(-1)
-        return close(log_prob({**a, name: other}), f + expected, f.abs().max())
-
-    return all(holds(unit) for unit in range(others.shape[1]))
