@@ -26,6 +26,7 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from .reports import calibration, diagnose, loo
 from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, RivalState, VNCEInfo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
 
@@ -63,11 +64,14 @@ __all__ = [
     "Unrolled",
     "VNCEInfo",
     "ais",
+    "calibration",
+    "diagnose",
     "exact_log_normalizer",
     "fisher_divergence",
     "free_energy",
     "kernel_stein_discrepancy",
     "log_likelihood",
+    "loo",
     "maximum_mean_discrepancy",
     "program",
     "psis_khat",

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import visible
 from .bism import BiSM, BiSMState
 from .densities import Pair, Site, per_example, record
+from .sampling import Chains
 
 __all__ = ["psis_khat", "to_arviz"]
 
@@ -97,42 +98,55 @@ def to_arviz(
     *args: Any,
     rng_key: Array,
     num_draws: int = 1000,
+    posterior: Any = None,
+    posterior_predictive: Any = None,
+    model_samples: Any = None,
     coords: Mapping[str, Sequence] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
-    r"""Draws of the guide at these data, as ArviZ reads them.
+    r"""Draws of h at these data, of the guide or of chains, and draws of the model, as ArviZ reads them.
 
     h ~ q(h|v; φ) at the clean v and the present parameters: no noise is added and nothing is updated. Relaxed sites
     (``ConcreteBernoulli``, ``ConcreteOneHot``) are drawn and scored as the discrete distributions that they stand
     for, and so are sites marked for enumeration.
 
-    ================ ============================================================ =============================
-    group            variable                                                     dimensions
-    ================ ============================================================ =============================
-    posterior        each latent site; not the guide's auxiliary sites            chain, draw, obs, ...
-    sample_stats     ``model_energy`` = -log p̃(v, h)                              chain, draw, obs
-    \                ``log_weight`` = log p̃(v, h) - log q(h|v)                    chain, draw, obs
-    \                ``lp``: log p̃ summed over the datapoints                     chain, draw
-    \                ``pareto_k``: :func:`psis_khat`, from 25 draws on            obs
-    observed_data    each visible site                                            obs, ...
-    constant_data    other observed sites; the outer loss's noise scales          obs, ... ; none
-    ================ ============================================================ =============================
+    ==================== ======================================================== =============================
+    group                variable                                                 dimensions
+    ==================== ======================================================== =============================
+    posterior            each latent site; not the guide's auxiliary sites        chain, draw, obs, ...
+    sample_stats         ``model_energy`` = -log p̃(v, h)                          chain, draw, obs
+    \                    ``lp``: log p̃ summed over the datapoints                 chain, draw
+    \                    of the guide: ``log_weight`` = log p̃(v, h) - log q(h|v)  chain, draw, obs
+    \                    ``pareto_k``: :func:`psis_khat`, from 25 draws on        obs
+    \                    of chains: ``acceptance_rate``                           chain, draw, obs
+    \                    of HMC and NUTS: ``diverging``, and ``acceptance_rate``, chain, draw
+    \                    ``step_size``, ``energy`` if they were collected
+    posterior_predictive visible sites                                            chain, draw, obs, ...
+    model_samples        visible and latent sites                                 chain, draw, ...
+    observed_data        each visible site                                        obs, ...
+    constant_data        other observed sites; the outer loss's noise scales      obs, ... ; none
+    ==================== ======================================================== =============================
 
-    There is one chain, of independent draws, so R̂ and the effective sample size say nothing about the guide;
-    ``pareto_k`` does. The user's ``scale`` and ``mask`` are part of the densities, a subsampling plate's N/B is not;
-    where such a plate picks the rows, the coordinates of ``obs`` are their numbers. If a site is itself called
-    ``obs``, the dimension is called ``obs_id``. A ``/`` in a site's name becomes a dot. p̃ is not normalised: ``lp``
-    and ``log_weight`` are known up to a constant, and there is no ``log_likelihood`` for ``az.loo`` to read.
+    The guide gives one chain, of independent draws, so R̂ and the effective sample size say nothing about it;
+    ``pareto_k`` does. The last three groups of draws are there if they are given: chains of
+    :func:`numpyro_bism.run_chains`, or an ``MCMC`` that has run :func:`numpyro_bism.program`. The user's ``scale``
+    and ``mask`` are part of the densities, a subsampling plate's N/B is not; where such a plate picks the rows, the
+    coordinates of ``obs`` are their numbers. If a site is itself called ``obs``, the dimension is called ``obs_id``.
+    A ``/`` in a site's name becomes a dot. p̃ is not normalised: ``lp`` and ``log_weight`` are known up to a
+    constant, and there is no ``log_likelihood`` for ``az.loo`` to read.
 
-    Groups and root carry the attributes inference_library and its version, created_at, sampling_method ("guide"),
-    normalized (0) and configuration (BiSM's settings, JSON).
+    Groups and root carry the attributes inference_library and its version, created_at, sampling_method ("guide",
+    "nuts", "gibbs", "langevin", ...), normalized (0) and configuration (BiSM's settings, JSON).
 
     :param state: a state of this ``bism``, trained or not.
     :param args: arguments of model and guide, the data among them, as for ``bism.update``.
     :param rng_key: a JAX random key.
     :param num_draws: draws of h, a keyword as are the next two: a model with a keyword of one of these names is given
         it by position, or wrapped in ``functools.partial``.
+    :param posterior: chains of h given v at these data, ``run_chains(..., sites=[...])``, in the guide's place.
+    :param posterior_predictive: chains of v given h at these data.
+    :param model_samples: chains of (v, h).
     :param coords: coordinate values by dimension, ``obs`` among them; the default counts from 0.
     :param dims: by site, names of the dimensions that follow ``obs`` (``h_dim_0``, ... by default).
     :returns: an ``xarray.DataTree``; under ArviZ 0.x the ``InferenceData`` made of it. Both have ``to_netcdf``.
@@ -153,24 +167,50 @@ def to_arviz(
     leaves, spec = bism._checked(args, kwargs)
     pair = bism.pair(leaves, spec)
     key_batch, key_draws = jax.random.split(rng_key)
+    params = pair.params(*bism._unpack(pair, state), state.mutable_state)
     batch = pair.batch(key_batch, leaves, spec)
-    run = _run(key_draws, pair, pair.params(*bism._unpack(pair, state), state.mutable_state), batch, num_draws)
+    run = _run(key_draws, pair, params, batch, num_draws if posterior is None else 1)
+    n = len(batch.v)
+    known = {**run.visible, **{name: value[0] for name, value in run.latents.items()}}
+    given = {
+        group: _read(group, source, n, known, rows=group != "model_samples")
+        for group, source in (
+            ("posterior", posterior),
+            ("posterior_predictive", posterior_predictive),
+            ("model_samples", model_samples),
+        )
+        if source is not None
+    }
     layout = _Layout.of(pair, batch, run, coords or {}, dims or {})
 
     draws = ("chain", "draw")
-    log_p, log_q = run.log_p[None], run.log_q[None]
-    log_weight = log_p - log_q
-    stats = {
-        "model_energy": ((*draws, layout.obs), -log_p),
-        "log_weight": ((*draws, layout.obs), log_weight),
-        "lp": (draws, log_p.sum(-1, dtype=float)),
-    }
-    if num_draws >= MIN_DRAWS:
-        stats["pareto_k"] = ((layout.obs,), psis_khat(log_weight[0]))
+    if posterior is None:
+        log_p, log_q = run.log_p[None], run.log_q[None]
+        latents, method = {name: x[None] for name, x in run.latents.items()}, "guide"
+        stats: dict[str, Any] = {"log_weight": ((*draws, layout.obs), log_p - log_q)}
+        if num_draws >= MIN_DRAWS:
+            stats["pareto_k"] = ((layout.obs,), psis_khat((log_p - log_q)[0]))
+    else:
+        read = given["posterior"]
+        latents, method = {name: x for name, x in read.values.items() if name in run.latents}, read.method
+        missing = sorted(set(run.latents) - set(latents))
+        if missing:
+            raise ValueError(f"posterior has no draws of the latent sites {missing}.")
+        log_p = read.log_p if read.log_p is not None else _log_p(pair, params, batch, latents)
+        stats = {name: ((*draws, layout.obs)[: x.ndim], x) for name, x in read.stats.items()}
+    stats["model_energy"] = ((*draws, layout.obs), -log_p)
+    stats["lp"] = (draws, log_p.sum(-1, dtype=float))
     scales = {f.name: np.asarray(getattr(bism.loss, f.name)) for f in _fields(bism.loss) if "sigma" in f.name}
+
+    def drawn(group, names, has_rows):
+        values = given[group].values if group in given else {}
+        return {name: layout.place(name, x, draws, has_rows) for name, x in values.items() if name in names}
+
     groups = {
-        "posterior": {name: layout.place(name, x[None], draws) for name, x in run.latents.items()},
+        "posterior": {name: layout.place(name, x, draws) for name, x in latents.items()},
         "sample_stats": stats,
+        "posterior_predictive": drawn("posterior_predictive", run.visible, True),
+        "model_samples": drawn("model_samples", known, False),
         "observed_data": {name: layout.place(name, x) for name, x in run.visible.items()},
         "constant_data": {
             **{name: layout.place(name, x) for name, x in run.covariates.items()},
@@ -178,14 +218,91 @@ def to_arviz(
         },
     }
     attrs = _attributes(bism, [site.name for site in pair.sites])
-    datasets = {"/": xr.Dataset(attrs=attrs)}
+    datasets = {"/": xr.Dataset(attrs={**attrs, "sampling_method": method})}
     for group, variables in groups.items():
         if variables:
             named = {name.replace("/", "."): value for name, value in variables.items()}
-            datasets[group] = xr.Dataset(named, layout.coordinates(named.values()), attrs)
+            how = given[group].method if group in given else method
+            datasets[group] = xr.Dataset(named, layout.coordinates(named.values()), {**attrs, "sampling_method": how})
     tree = xr.DataTree.from_dict(datasets)
     # ArviZ 1.0 took the DataTree for its own, and from_datatree went
     return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
+
+
+class _Read(NamedTuple):
+    """Draws of chains, (chain, draw, [n,] ...), and what was recorded beside them."""
+
+    values: dict[str, np.ndarray]
+    stats: dict[str, np.ndarray]
+    log_p: np.ndarray | None
+    method: str
+
+
+_STATS = {
+    "diverging": "diverging",
+    "accept_prob": "acceptance_rate",
+    "adapt_state.step_size": "step_size",
+    "energy": "energy",
+}
+
+
+def _read(group: str, source: Any, n: int, known: Mapping[str, np.ndarray], rows: bool) -> _Read:
+    """Chains of this package or of the host's MCMC.
+
+    :param known: a value of every site, for every row of the data.
+    :param rows: whether the draws are wanted row by row of the data.
+    """
+    if isinstance(source, Chains):
+        if source.has_rows != rows:
+            raise ValueError(
+                f"{group} takes chains "
+                + (
+                    "at the data: run_chains(..., sites=[...])."
+                    if rows
+                    else "of all of (v, h): run_chains without sites."
+                )
+            )
+        values = {name: np.asarray(source.values[name]) for name in source.moved}
+        stats = {"acceptance_rate": np.asarray(source.acceptance)}
+        found = _Read(values, stats, np.asarray(source.log_joint), source.kernel.lower())
+    elif hasattr(source, "get_samples"):
+        samples = source.get_samples(group_by_chain=True)
+        values = {name: np.asarray(x) for name, x in samples.items() if name in known}
+        extra = source.get_extra_fields(group_by_chain=True)
+        stats = {_STATS[name]: np.asarray(x) for name, x in extra.items() if name in _STATS}
+        if not rows:  # each row is a chain of its own
+            values = {name: np.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:]) for name, x in values.items()}
+        found = _Read(values, stats, None, type(source.sampler).__name__.lower())
+    else:
+        raise ValueError(
+            f"{group} takes the result of run_chains, or an MCMC that has run; got {type(source).__name__}."
+        )
+    for name, x in found.values.items():
+        wanted = (n, *known[name].shape[1:]) if rows else known[name].shape[1:]
+        if x.shape[2:] != wanted:
+            raise ValueError(
+                f"{group}: the draws of '{name}' have shape {x.shape[2:]}, where {wanted} is wanted. Were they made at "
+                "other data?"
+            )
+    if not found.values:
+        raise ValueError(f"{group} has no draws of the sites {sorted(known)}.")
+    return found
+
+
+def _log_p(
+    pair: Pair, params: Mapping[str, Any], batch: visible.Batch, latents: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """log p̃(v, h) of draws (chain, draw, n, ...), by draw and datapoint."""
+    args, kwargs = batch.arguments(batch.v)
+
+    def one(values):
+        with seed(rng_seed=0), record(params, {**batch.indices, **values}) as p:
+            pair.model(*args, **kwargs)
+        return sum(_terms(p.sites, len(batch.v)).values())
+
+    flat = {name: jnp.asarray(x).reshape(-1, *x.shape[2:]) for name, x in latents.items()}
+    first = next(iter(latents.values()))
+    return np.asarray(jax.jit(lambda flat: jax.lax.map(one, flat))(flat)).reshape(*first.shape[:2], -1)
 
 
 class GuideDraws(NamedTuple):
@@ -345,11 +462,13 @@ class _Layout:
                 )
         return layout
 
-    def place(self, name: str, value: np.ndarray, draws: tuple[str, ...] = ()) -> tuple[tuple[str, ...], np.ndarray]:
-        """A site's dimensions beside its value, whose leading axes are the draws."""
+    def place(
+        self, name: str, value: np.ndarray, draws: tuple[str, ...] = (), has_rows: bool = True
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """A site's dimensions beside its value, whose leading axes are the draws and, it may be, the datapoints."""
         shape = value.shape[len(draws) :]
         # a covariate may be shared by all datapoints
-        lead = (*draws, self.obs) if shape[:1] == self.rows.shape else draws
+        lead = (*draws, self.obs) if has_rows and shape[:1] == self.rows.shape else draws
         rest = value.shape[len(lead) :]
         named = self.dims.get(name)
         if named is None:
@@ -380,7 +499,6 @@ def _attributes(bism: BiSM, visible_names: Sequence[str]) -> dict[str, Any]:
         "inference_library": "numpyro",
         "inference_library_version": numpyro.__version__,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        "sampling_method": "guide",
         "normalized": 0,
         "configuration": json.dumps(configuration, default=repr),
     }

@@ -138,11 +138,17 @@ class Density:
 
     def slope(self, x: Point, names: Sequence[str]) -> Point:
         """The gradient of every row's log density in these variables."""
+        return self.value_and_slope(x, names)[1]
+
+    def value_and_slope(self, x: Point, names: Sequence[str]) -> tuple[Array, Point]:
+        """Every row's log density and its gradient in these variables."""
 
         def total(part):
-            return self.log_prob({**x, **part}).sum()
+            value = self.log_prob({**x, **part})
+            return value.sum(), value
 
-        return jax.grad(total)({name: x[name] for name in names})
+        slopes, value = jax.grad(total, has_aux=True)({name: x[name] for name in names})
+        return value, slopes
 
     def precision(self, x: Point, block: Block) -> Array:
         """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
@@ -202,12 +208,14 @@ class Energy:
         params: Mapping[str, Any],
         rng_key: Array,
         values: Mapping[str, Array] | None = None,
+        like: "Energy | None" = None,
         moves_visible: bool = True,
     ) -> tuple["Energy", Point]:
         """The energy, tried out on this batch, and the point where it was: the data and one draw of the latents.
 
         :param params: all that the model is given by name.
         :param values: of the latents, if the model should not draw them itself.
+        :param like: the same energy, tried out before.
         :param moves_visible: whether the visible values are of any block; else their structure is not looked for.
         :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
         """
@@ -225,6 +233,8 @@ class Energy:
             if latent.kind == "real":
                 value = latent.transform.inv(value)
             x[name] = value.astype(batch.v.dtype) if latent.kind in ("bits", "onehot") else value
+        if like is not None:
+            return like.at(batch), {**x, **like.seen(batch.v)}
         energy = cls(model, sites, batch, latents, n)
         if observed:
             energy, seen = energy._observing(params, x, observed)

@@ -16,7 +16,7 @@ from .bism import BiSM
 from .diagnostics import guide_draws
 from .energies import VISIBLE, Density, Energy, Point, random_labels
 from .integrals import Integral
-from .kernels import Gibbs, Kernel, Langevin, called
+from .kernels import Gibbs, Kernel, Langevin, called, draw_affine
 
 __all__ = [
     "AIS",
@@ -127,12 +127,12 @@ def ais(
 ) -> AIS:
     r"""Annealed importance sampling of log Z (Neal 2001), there and back.
 
-    Chains start at draws of a normalised base p₀ and follow :math:`f_\beta = p_0^{1-\beta}\, \tilde p^\beta` from
-    β = 0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in
+    Chains start at draws of a normalised base p₀ and follow :math:`f_\beta = p_0^{1-\beta}\, \tilde p^\beta` from β =
+    0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in
     which the energy is affine are summed out of the weights (Salakhutdinov, Murray 2008). By Jensen's inequality the
-    mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse, Ghahramani, Adams
-    2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and moved on by as many
-    steps as a tenth of the path has.
+    mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse,
+    Ghahramani, Adams 2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and
+    moved on by as many steps as a tenth of the path has.
 
     :param num_temperatures: steps on the path.
     :param num_chains: chains, all at once.
@@ -162,6 +162,7 @@ def ais(
     initial = kernel.init(target, x)
     tuned = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(betas), *jnp.shape(leaf))), initial)
     summed = next((block.names for block in target.blocks if block.kind == "affine"), ())
+    rest = target.moving({name: True for block in target.blocks for name in block.names if name not in summed})
 
     @jax.jit
     def learn(key, x):
@@ -190,10 +191,13 @@ def ais(
             x, log_weight = carry
             k = jnp.where(backwards, len(betas) - 1 - i, i)
             here, there = betas[k], betas[jnp.where(backwards, k - 1, k + 1)]
-            at = _tempered(start, target, summed, x)
+            at, logits = _tempered(start, target, summed, x)
             log_weight += jnp.where(backwards, at(here) - at(there), at(there) - at(here))
             setting = jax.tree.map(lambda leaf: leaf[jnp.where(backwards, k - 1, k + 1)], tuned)
-            x, _, _ = kernel(jax.random.fold_in(key, i), start.mixed(target, there), x, setting)
+            key_summed, key_rest = jax.random.split(jax.random.fold_in(key, i))
+            # first of all and at the new β: the weights know nothing of the values that these had at the last one
+            x = {**x, **draw_affine(key_summed, target, {name: there * g for name, g in logits.items()})}
+            x, _, _ = kernel(key_rest, start.mixed(rest, there), x, setting)
             return x, log_weight
 
         return jax.lax.fori_loop(first, last, step, (x, log_weight))
@@ -312,11 +316,10 @@ def _base(
     return Density(log_prob, energy, target.blocks, precisions), draw
 
 
-def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) -> Callable[[Any], Array]:
-    """log f_β of every row as a function of β, these sites summed out."""
+def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) -> tuple[Callable[[Any], Array], Point]:
+    """log f_β of every row as a function of β, these sites summed out; and their logits at β = 1."""
     zero = {**x, **{name: jnp.zeros_like(x[name]) for name in summed}}
-    a, b = start.log_prob(zero), target.log_prob(zero)
-    logits = target.slope(zero, summed) if summed else {}
+    a, (b, logits) = start.log_prob(zero), target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
 
     def at(beta):
         total = (1 - beta) * a + beta * b
@@ -325,7 +328,7 @@ def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) 
             total += each.reshape(len(each), -1).sum(-1)
         return total
 
-    return at
+    return at, logits
 
 
 def log_likelihood(

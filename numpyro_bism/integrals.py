@@ -132,7 +132,7 @@ def _affine(density: Density, x: Point, names: tuple[str, ...]) -> Array:
     if not names:
         return density.log_prob(x)
     zero = {**x, **{name: jnp.zeros_like(x[name]) for name in names}}
-    value, logits = density.log_prob(zero), density.slope(zero, names)
+    value, logits = density.value_and_slope(zero, names)
     for name in names:
         g = logits[name]
         each = jax.nn.softplus(g) if density.latents[name].kind == "bits" else jax.nn.logsumexp(g, -1)

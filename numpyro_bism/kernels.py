@@ -276,16 +276,19 @@ def _draw_gaussian(rng_key: Array, density: Density, x: Point, block: Block) -> 
 
 
 def _draw_affine(rng_key: Array, density: Density, x: Point, names: Sequence[str]) -> Point:
-    logits = density.slope(x, names)
+    drawn = draw_affine(rng_key, density, density.slope(x, names))
+    return {**x, **{name: jnp.where(density.masks.get(name, True), new, x[name]) for name, new in drawn.items()}}
+
+
+def draw_affine(rng_key: Array, density: Density, logits: Point) -> Point:
+    """Bits and one-hot vectors that are independent, from their logits."""
     found = {}
-    for key, name in zip(jax.random.split(rng_key, len(names)), names, strict=True):
-        g, old = logits[name], x[name]
+    for key, (name, g) in zip(jax.random.split(rng_key, len(logits)), logits.items(), strict=True):
         if density.latents[name].kind == "bits":
-            new = jax.random.bernoulli(key, jax.nn.sigmoid(g)).astype(g.dtype)
+            found[name] = jax.random.bernoulli(key, jax.nn.sigmoid(g)).astype(g.dtype)
         else:
-            new = jax.nn.one_hot(jax.random.categorical(key, g), g.shape[-1], dtype=g.dtype)
-        found[name] = jnp.where(density.masks.get(name, True), new, old)
-    return {**x, **found}
+            found[name] = jax.nn.one_hot(jax.random.categorical(key, g), g.shape[-1], dtype=g.dtype)
+    return found
 
 
 def _draw_units(rng_key: Array, density: Density, x: Point, block: Block) -> Point:
@@ -343,12 +346,7 @@ def _real_names(density: Density) -> tuple[str, ...]:
 
 def _climb(density: Density, x: Point, names: Sequence[str]) -> tuple[Array, Array]:
     """log p̃ of every row and its gradient."""
-
-    def total(part):
-        value = density.log_prob({**x, **part})
-        return value.sum(), value
-
-    slopes, value = jax.grad(total, has_aux=True)({name: x[name] for name in names})
+    value, slopes = density.value_and_slope(x, names)
     return value, pack(slopes, names)
 
 

@@ -135,12 +135,16 @@ class Density:
 
     def slope(self, x: Point, names: Sequence[str]) -> Point:
         """The gradient of every row's log density in these variables; it can be differentiated but under no_grad."""
+        return self.value_and_slope(x, names)[1]
+
+    def value_and_slope(self, x: Point, names: Sequence[str]) -> tuple[Tensor, Point]:
+        """Every row's log density and its gradient in these variables; both can be differentiated but under no_grad."""
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             part = [x[name] if x[name].requires_grad else x[name].detach().requires_grad_() for name in names]
-            total = self.log_prob({**x, **dict(zip(names, part, strict=True))}).sum()
-            slopes = torch.autograd.grad(total, part, create_graph=differentiable, materialize_grads=True)
-        return dict(zip(names, slopes, strict=True))
+            value = self.log_prob({**x, **dict(zip(names, part, strict=True))})
+            slopes = torch.autograd.grad(value.sum(), part, create_graph=differentiable, materialize_grads=True)
+        return value if differentiable else value.detach(), dict(zip(names, slopes, strict=True))
 
     def precision(self, x: Point, block: Block) -> Tensor:
         """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""

@@ -16,7 +16,7 @@ from .bism import BiSM
 from .diagnostics import guide_draws
 from .energies import VISIBLE, Density, Energy, Point, random_labels, select
 from .integrals import Integral
-from .kernels import Gibbs, Kernel, Langevin, called
+from .kernels import Gibbs, Kernel, Langevin, called, draw_affine
 
 __all__ = [
     "AIS",
@@ -124,12 +124,12 @@ def ais(
 ) -> AIS:
     r"""Annealed importance sampling of log Z (Neal 2001), there and back.
 
-    Chains start at draws of a normalised base p₀ and follow :math:`f_\beta = p_0^{1-\beta}\, \tilde p^\beta` from
-    β = 0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in
+    Chains start at draws of a normalised base p₀ and follow :math:`f_\beta = p_0^{1-\beta}\, \tilde p^\beta` from β =
+    0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in
     which the energy is affine are summed out of the weights (Salakhutdinov, Murray 2008). By Jensen's inequality the
-    mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse, Ghahramani, Adams
-    2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and moved on by as many
-    steps as a tenth of the path has.
+    mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse,
+    Ghahramani, Adams 2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and
+    moved on by as many steps as a tenth of the path has.
 
     :param num_temperatures: steps on the path.
     :param num_chains: chains, all at once.
@@ -158,6 +158,7 @@ def ais(
     initial = kernel.init(target, x)
     tuned = [initial] * len(betas)
     summed = next((block.names for block in target.blocks if block.kind == "affine"), ())
+    rest = target.moving({name: True for block in target.blocks for name in block.names if name not in summed})
     if initial != ():
         # a run that only finds the kernel's settings at every β
         pilot, setting = select(x, slice(max(2, num_chains // 5))), initial
@@ -172,10 +173,12 @@ def ais(
         """Along these places of the path: forward from the base or backwards from p̃."""
         log_weight = x[VISIBLE].new_zeros(num_chains)
         for here, there in pairwise(path):
-            at = _tempered(start, target, summed, x)
+            at, logits = _tempered(start, target, summed, x)
             change = at(betas[there]) - at(betas[here])
             log_weight = log_weight + (change if there > here else -change)
-            x, _, _ = kernel(start.mixed(target, betas[there]), x, tuned[there])
+            # first of all and at the new β: the weights know nothing of the values that these had at the last one
+            x |= draw_affine(target, {name: betas[there] * g for name, g in logits.items()})
+            x, _, _ = kernel(start.mixed(rest, betas[there]), x, tuned[there])
             bar.update()
         if not log_weight.isfinite().all():
             raise FloatingPointError(
@@ -273,11 +276,12 @@ def _base(
     return Density(log_prob, energy, target.blocks, precisions), draw
 
 
-def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) -> Callable[[Any], Tensor]:
-    """log f_β of every row as a function of β, these sites summed out."""
+def _tempered(
+    start: Density, target: Density, summed: Sequence[str], x: Point
+) -> tuple[Callable[[Any], Tensor], Point]:
+    """log f_β of every row as a function of β, these sites summed out; and their logits at β = 1."""
     zero = {**x, **{name: torch.zeros_like(x[name]) for name in summed}}
-    a, b = start.log_prob(zero), target.log_prob(zero)
-    logits = target.slope(zero, summed) if summed else {}
+    a, (b, logits) = start.log_prob(zero), target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
 
     def at(beta):
         total = (1 - beta) * a + beta * b
@@ -286,7 +290,7 @@ def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) 
             total = total + each.reshape(len(each), -1).sum(-1)
         return total
 
-    return at
+    return at, logits
 
 
 def log_likelihood(
@@ -529,7 +533,8 @@ def maximum_mean_discrepancy(
 
 
 def _energy(trained: Any, args: Any, kwargs: Any) -> Any:
-    return trained.energy(*args, **kwargs)
+    with torch.enable_grad():  # the first look at the programs tries their gradients
+        return trained.energy(*args, **kwargs)
 
 
 def _evaluated(integral: Integral, density: Density, x: Point) -> Tensor:

@@ -271,16 +271,19 @@ def _draw_gaussian(density: Density, x: Point, block: Block) -> Point:
 
 
 def _draw_affine(density: Density, x: Point, names: Sequence[str]) -> Point:
-    logits = density.slope(x, names)
+    drawn = draw_affine(density, density.slope(x, names))
+    return {**x, **{name: _moved(density, name, new, x[name]) for name, new in drawn.items()}}
+
+
+def draw_affine(density: Density, logits: Point) -> Point:
+    """Bits and one-hot vectors that are independent, from their logits."""
     found = {}
-    for name in names:
-        g, old = logits[name], x[name]
+    for name, g in logits.items():
         if density.latents[name].kind == "bits":
-            new = (torch.rand_like(g) < g.sigmoid()).to(g.dtype)
+            found[name] = (torch.rand_like(g) < g.sigmoid()).to(g.dtype)
         else:
-            new = torch.nn.functional.one_hot(_categorical(g), g.shape[-1]).to(g.dtype)
-        found[name] = _moved(density, name, new, old)
-    return {**x, **found}
+            found[name] = torch.nn.functional.one_hot(_categorical(g), g.shape[-1]).to(g.dtype)
+    return found
 
 
 def _draw_units(density: Density, x: Point, block: Block) -> Point:
@@ -336,11 +339,8 @@ def _real_names(density: Density) -> tuple[str, ...]:
 
 def _climb(density: Density, x: Point, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """log p̃ of every row and its gradient."""
-    with torch.enable_grad():
-        part = [x[name].detach().requires_grad_() for name in names]
-        value = density.log_prob({**x, **dict(zip(names, part, strict=True))})
-        slopes = torch.autograd.grad(value.sum(), part, materialize_grads=True)
-    return value.detach(), pack(dict(zip(names, slopes, strict=True)), names)
+    value, slopes = density.value_and_slope(x, names)
+    return value, pack(slopes, names)
 
 
 def _langevin(
