@@ -463,3 +463,111 @@ def test_persistent_vi_finds_a_gaussian_posterior(host):
     # Adam's last steps wander by its rate
     assert abs(found["loc"] - x.sum() / precision) < 0.08
     assert abs(np.exp(found["log_scale"]) - precision**-0.5) < 0.04
+
+
+def test_a_run_goes_on_from_its_state(host):
+    """Minibatches, the noise fitted at the start, log Z and the random state among what is kept."""
+    x = RBM.sample(np.random.default_rng(13), 40)[0]
+    rival = host.rivals.NCE(rbm(host, size=10), host.adam(1e-2), num_noise=2)
+    if host.name == "pyro":
+        x = host.array(x)
+        rival.step(x)
+        state = rival.get_state()
+        losses = [rival.step(x) for _ in range(3)]
+        pyro.clear_param_store()
+        fresh = host.rivals.NCE(rbm(host, size=10), host.adam(1e-2), num_noise=2)
+        fresh.set_state(state)
+        np.testing.assert_array_equal([fresh.step(x) for _ in range(3)], losses)
+        with pytest.raises(ValueError, match="made by NCE, not by MarginalSM"):
+            other = host.rivals.MarginalSM(rbm(host, size=10), host.adam(1e-2), host.bism.ScoreMatching())
+            other.evaluate_loss(x)
+            other.set_state(state)
+    else:
+        state, update, losses = rival.init(jax.random.key(0), x), jax.jit(rival.update), []
+        for _ in range(4):
+            states, (state, loss) = state, update(state, x)
+            losses.append(loss)
+        rest = rival.run(jax.random.key(9), 1, x, init_state=states, progress_bar=False)
+        np.testing.assert_allclose(rest.losses, losses[-1:], rtol=1e-12)
+
+
+def quartic(host):
+    """A real latent that the energy is not quadratic in."""
+
+    def model(x):
+        w = host.param("w", np.ones(()))
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            h = host.p.sample("h", host.dist.Normal(0.0, 1.0).mask(False))
+            host.p.factor("energy", -0.5 * (v**2).sum(-1) - h**4 + w * h * v.sum(-1))
+
+    return model
+
+
+def unread(host):
+    def model(x):
+        w = host.param("w", np.ones(()))
+        with host.p.plate("data", len(x)):
+            host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            host.p.factor("energy", w * host.array(np.ones(len(x))))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "program", "message"),
+    [
+        ("MarginalSM", quartic, "no closed-form integral.*BiSM or VNCE"),
+        ("MarginalSM", unread, "never reads the value of visible site 'v'"),
+        ("PseudoLikelihood", rbm, "Visible site 'v' is continuous"),
+        ("CD", quartic, "conditional of site 'h' is not Gaussian"),
+    ],
+)
+def test_misuse_is_an_error_that_names_the_cure(host, method, program, message):
+    settings = {"MarginalSM": [host.bism.ScoreMatching()], "PseudoLikelihood": [], "CD": [host.kernels.Gibbs()]}
+    rival = getattr(host.rivals, method)(program(host), host.adam(1e-2), *settings[method])
+    with pytest.raises(ValueError, match=message):
+        host.start(rival, np.random.default_rng(14).normal(size=(5, 2)))
+
+
+def test_evaluation_takes_a_trained_rival(host):
+    """The normaliser of an Ising model by enumeration, its visible sites found to be discrete."""
+    rng = np.random.default_rng(15)
+    J, b = rng.normal(size=(4, 4)), rng.normal(size=4)
+    x = rng.integers(2, size=(6, 4)).astype(float)
+    rival = host.rivals.PseudoLikelihood(ising(host, J + J.T, b), host.adam(1e-2))
+    (x,) = host.start(rival, x)
+    state = () if host.name == "pyro" else (host.state,)
+    log_z = host.bism.exact_log_normalizer(rival, *state, x)
+    off = (J + J.T) * (1 - np.eye(4))
+    v = spins(4)
+    exact = np.log(np.exp(0.5 * ((v @ off) * v).sum(-1) + v @ b).sum())
+    np.testing.assert_allclose(log_z, exact, rtol=1e-10)
+
+
+def test_the_posterior_of_the_parameters_goes_to_arviz(host):
+    """Its draws are the guide's: mean and standard deviation within 5 standard errors."""
+    pytest.importorskip("arviz")
+
+    def model(x):
+        w = host.p.sample("w", host.dist.Laplace(0.0, 1.0).expand([2]).to_event(1))
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            host.p.factor("energy", (v * w - 0.5 * v**2).sum(-1))
+
+    def guide(x):
+        loc = host.param("loc", np.array([1.0, -2.0]))
+        host.p.sample("w", host.dist.Normal(loc, 0.5).to_event(1))
+
+    rival = host.rivals.PersistentVI(model, guide, host.adam(1e-2), host.kernels.Gibbs(), num_chains=3)
+    (x,) = host.start(rival, np.random.default_rng(16).normal(size=(5, 2)))
+    settings = {"num_draws": 2000, "dims": {"w": ["pixel"]}, "coords": {"pixel": ["left", "right"]}}
+    if host.name == "pyro":
+        tree = pyro_bism.to_arviz(rival, x, **settings)
+    else:
+        tree = numpyro_bism.to_arviz(rival, host.state, x, rng_key=jax.random.key(3), **settings)
+    w = tree["posterior"]["w"]
+    assert w.dims == ("chain", "draw", "pixel") and list(w.coords["pixel"].values) == ["left", "right"]
+    draws = np.asarray(w)[0]
+    np.testing.assert_allclose(draws.mean(0), [1.0, -2.0], atol=5 * 0.5 / np.sqrt(2000))
+    np.testing.assert_allclose(draws.std(0), 0.5, atol=5 * 0.5 / np.sqrt(4000))
