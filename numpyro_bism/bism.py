@@ -120,7 +120,8 @@ class BiSM(Trainer):
         self.visible = None if visible is None else list(visible)
         self.static_kwargs = static_kwargs
         self._inner = divergences.as_inner_loss(inner_loss)
-        self._energy: tuple[BiSMState, Sequence[Any], energies.Energy] | None = None  # a cache
+        # a cache of what the programs are, as the trainer's
+        self._energies: list[tuple[BiSMState, Sequence[Any], energies.Energy]] = []
 
     def _init(self, rng_key: Array, leaves: Sequence[Any], spec: Any, init_params: Any) -> BiSMState:
         rng_key, key_start = jax.random.split(rng_key)
@@ -254,12 +255,14 @@ class BiSM(Trainer):
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = pair.batch(key_batch, leaves, spec)
         values, _ = pair.hard_draw(key_draw, params, batch, batch.v)
-        known = self._energy
-        same = known is not None and known[0] is state and len(known[1]) == len(leaves)
-        same = same and all(a is b for a, b in zip(known[1], leaves, strict=True))  # type: ignore[index]
-        like = known[2] if same else None  # type: ignore[index]
+
+        def same(kept_state, kept_leaves, _):
+            return kept_state is state and all(a is b for a, b in zip(kept_leaves, leaves, strict=False))
+
+        like = next((kept[2] for kept in self._energies if len(kept[1]) == len(leaves) and same(*kept)), None)
         energy, x = energies.Energy.of(pair.model, pair.sites, batch, params, key_energy, values, like)
-        self._energy = state, leaves, energy
+        if like is None:  # two, as a report looks at all rows and at some
+            self._energies = [(state, leaves, energy), *self._energies[:1]]
         return energy, params, x
 
     def _unpack(self, pair: densities.Pair, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:

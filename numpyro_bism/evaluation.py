@@ -286,18 +286,19 @@ def _base(
             u = data[name]
             spread = u.std(0) if len(u) > 1 else jnp.ones_like(u[0])
             normals[name] = u.mean(0), jnp.where(spread > 0, spread, 1.0)
-    coins = -sum(
+    constant: Any = -sum(
         math.prod(latent.units) * math.log(latent.num_values)
         for latent in energy.latents.values()
         if latent.kind != "real"
     )
+    for _, scale in normals.values():
+        constant -= jnp.log(scale).sum() + 0.5 * math.log(2 * math.pi) * scale.size
 
     def log_prob(x):
-        total = jnp.full(len(x[VISIBLE]), coins, v.dtype)
+        total = jnp.full(len(x[VISIBLE]), constant, v.dtype)
         for name, (loc, scale) in normals.items():
             z = (x[name] - loc) / scale
-            each = -0.5 * z**2 - jnp.log(scale) - 0.5 * math.log(2 * math.pi)
-            total += each.reshape(len(each), -1).sum(-1)
+            total -= 0.5 * (z**2).reshape(len(z), -1).sum(-1)
         return total
 
     def draw(key, num):
@@ -319,7 +320,8 @@ def _base(
 def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) -> tuple[Callable[[Any], Array], Point]:
     """log f_β of every row as a function of β, these sites summed out; and their logits at β = 1."""
     zero = {**x, **{name: jnp.zeros_like(x[name]) for name in summed}}
-    a, (b, logits) = start.log_prob(zero), target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
+    a = start.log_prob(zero)
+    b, logits = target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
 
     def at(beta):
         total = (1 - beta) * a + beta * b

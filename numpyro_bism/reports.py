@@ -367,7 +367,9 @@ def _rhat_and_ess(flat: np.ndarray) -> tuple[float, float]:
     import xarray as xr
 
     dataset = xr.Dataset({"x": (("chain", "draw", "unit"), flat)})
-    return float(az.rhat(dataset)["x"].max()), float(az.ess(dataset)["x"].min())
+    with np.errstate(divide="ignore", invalid="ignore"):  # a rare bit that no chain or only one has seen
+        rhat, ess = az.rhat(dataset)["x"].values, az.ess(dataset)["x"].values
+    return float(np.nanmax(rhat, initial=1.0)), float(np.nanmin(ess, initial=math.inf))
 
 
 def _normaliser(
@@ -381,7 +383,7 @@ def _normaliser(
         exact = None
         if "covariates" in str(error):
             return None, Verdict("normaliser", None, str(error))
-    run = ais(trained, state, *args, rng_key=rng_key, progress_bar=progress_bar, **(options or {}), **kwargs)
+    run = ais(trained, state, *args, rng_key=rng_key, **{"progress_bar": progress_bar, **(options or {})}, **kwargs)
     num = len(run.log_weights)
     numbers = (
         f"log Z = {run.log_normalizer:.3f}, s.e. {run.standard_error:.3f}, AIS between {run.lower:.3f} and "

@@ -248,18 +248,19 @@ def _base(
             u = data[name]
             spread = u.std(0, correction=0)
             normals[name] = u.mean(0), torch.where(spread > 0, spread, 1.0)
-    coins = -sum(
+    constant: Any = -sum(
         math.prod(latent.units) * math.log(latent.num_values)
         for latent in energy.latents.values()
         if latent.kind != "real"
     )
+    for _, scale in normals.values():
+        constant -= scale.log().sum() + 0.5 * math.log(2 * math.pi) * scale.numel()
 
     def log_prob(x):
-        total = v.new_full((len(x[VISIBLE]),), coins)
+        total = v.new_zeros(len(x[VISIBLE])) + constant
         for name, (loc, scale) in normals.items():
             z = (x[name] - loc) / scale
-            each = -0.5 * z**2 - scale.log() - 0.5 * math.log(2 * math.pi)
-            total = total + each.reshape(len(each), -1).sum(-1)
+            total = total - 0.5 * z.square().reshape(len(z), -1).sum(-1)
         return total
 
     def draw(num):
@@ -281,7 +282,8 @@ def _tempered(
 ) -> tuple[Callable[[Any], Tensor], Point]:
     """log f_β of every row as a function of β, these sites summed out; and their logits at β = 1."""
     zero = {**x, **{name: torch.zeros_like(x[name]) for name in summed}}
-    a, (b, logits) = start.log_prob(zero), target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
+    a = start.log_prob(zero)
+    b, logits = target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
 
     def at(beta):
         total = (1 - beta) * a + beta * b
