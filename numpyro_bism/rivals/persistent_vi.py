@@ -31,6 +31,10 @@ class PersistentVI(Rival):
     other scale mixture is written as the model writes it: centred, or not, with the scales as sites (the paper's
     "fadeout" is a mean-field guide over the product's factors in the non-centred form).
 
+    N is the data plate's full size: minibatches come from a subsampling plate, or the prior would count at each of them
+    as if it were all the data. In such a model the chains run as many at a time as the plate has rows, so that fewer
+    of them take no less time.
+
     The value is minus that bound a datum without log Z, which no chain tells: the mean of log p̃ over the chains stands
     in its place, so its gradient is right and its level is not.
 
