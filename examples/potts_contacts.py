@@ -23,7 +23,7 @@ import optax
 from numpyro_bism import PseudoLikelihood
 
 LETTERS = 21
-RATE, DECAY = 1e-2, 1e-2
+RATE, DECAY = 3e-2, 1e-2
 
 
 def potts(x, batch_size=None):
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
-        letters, args.steps, args.batch_size = made_up(500, np.random.default_rng(args.seed)), 100, 100
+        letters, args.steps, args.batch_size = made_up(2000, np.random.default_rng(args.seed)), 200, 500
     elif args.data is None:
         parser.error("give an alignment: --data kunitz.npz, or --smoke")
     else:
