@@ -27,11 +27,15 @@ from .losses import (
     SlicedScoreMatching,
 )
 from .reports import calibration, diagnose, loo
+from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, RivalState, VNCEInfo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CD",
+    "NCE",
+    "VNCE",
     "Amortized",
     "AnnealedLangevin",
     "BiSM",
@@ -48,11 +52,17 @@ __all__ = [
     "Gibbs",
     "Implicit",
     "Langevin",
+    "MarginalSM",
     "MultiscaleDenoisingScoreMatching",
     "Penalty",
+    "PersistentVI",
+    "PseudoLikelihood",
+    "RivalInfo",
+    "RivalState",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
+    "VNCEInfo",
     "ais",
     "calibration",
     "diagnose",

@@ -579,24 +579,34 @@ class Analysis(NamedTuple):
 
 def analyse(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     leaves: Sequence[Any],
     spec: Any,
     rng_key: Array,
     init_params: Mapping[str, Any] | None,
     names: Sequence[str] | None,
-    loss: OuterLoss,
+    loss: OuterLoss | None,
     strategy: Any,
     static_kwargs: Mapping[str, Any],
+    discrete: bool = False,
+    partial_guide: bool = False,
+    look: Callable[[Analysis, visible.Batch, Array], None] | None = None,
 ) -> Analysis:
     """Run guide and model once on these arguments, check all that can be checked, and describe them.
 
     It always runs on concrete numbers: inside a compiled function, where the arguments have none, on stand-ins
     of the same shapes.
 
+    :param guide: None for a model alone: its latents are then nobody's.
+    :param loss: None for a method that takes no score of the pair.
     :param strategy: the hypergradient: it says what it needs of the guide.
+    :param discrete: whether discrete sites may be visible.
+    :param partial_guide: whether the guide may leave latents out, and the model may have no parameters.
+    :param look: is shown the pair, its initial values and a batch, all in concrete numbers, and a random key.
     :raises ValueError: for every misuse, naming the site and the cure.
     """
+    alone = guide is None
+    guide = _no_guide if guide is None else guide
     with jax.ensure_compile_time_eval():
         asked = (rng_key, leaves, init_params)
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(asked))
@@ -609,8 +619,9 @@ def analyse(
         model, guide = (partial(p, **static_kwargs) if static_kwargs else p for p in (model, guide))
         p, q, soft = _first_run(model, guide, rng_key, given, leaves, spec)
         latents = {name: s for name, s in q.sites.items() if not s.is_observed}
-        sites = visible.find(p.sites, leaves, names)
-        _check_sites(p.sites, latents)
+        sites = visible.find(p.sites, leaves, names, discrete)
+        if not (alone or partial_guide):
+            _check_sites(p.sites, latents)
         for name, site in q.sites.items():
             if isinstance(base_of(site.fn), Unit):
                 raise ValueError(
@@ -620,7 +631,7 @@ def analyse(
         theta, phi = collect(p.params), collect(q.params)
         reject_shared(theta, phi)
         # a module with priors on all its weights leaves a parameter without numbers
-        if not jax.tree.leaves({name: p.params[name]["value"] for name in theta}):
+        if not (partial_guide or jax.tree.leaves({name: p.params[name]["value"] for name in theta})):
             raise ValueError("The model has no parameter to train: no numpyro.param and no module.")
         unknown = sorted(set(given) - set(theta) - set(phi) - set(q.mutable) - set(p.mutable))
         if unknown:
@@ -645,19 +656,27 @@ def analyse(
             max(dims),
             tuple(name for name in sampled if not latents[name].fn.has_rsample),
         )
-        strategy.check(loss, pair)
+        if loss is not None:
+            strategy.check(loss, pair)
         start = _start(pair, p, q)
         batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)
         _check_guide(start, latents, batch, key_guide, strategy)
-        _check_scores(start, batch, key_scores, loss)
-        if not strategy.reparameterises:
-            _check_examples(start, batch, key_scores)
+        if loss is not None:
+            _check_scores(start, batch, key_scores, loss)
+            if not strategy.reparameterises:
+                _check_examples(start, batch, key_scores)
         start = start._replace(pair=replace(pair, reads_rows=_reads_rows(start, batch)))
+        if look is not None:
+            look(start, batch, key_scores)
     if traced:  # initial values may depend on the key and on the data: these come from the ones asked for
         rng_key, leaves, init_params = asked
         p, q, _ = _first_run(model, guide, rng_key, init_params or {}, leaves, spec)
         start = _start(start.pair, p, q)
     return start
+
+
+def _no_guide(*args: Any, **kwargs: Any) -> None:
+    """The guide of a model alone."""
 
 
 def _reads_rows(start: Analysis, batch: visible.Batch) -> bool:
@@ -911,7 +930,7 @@ def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: O
             "single draws is biased. Let the guide depend on v, or use average='score' with several "
             "num_particles.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
     if not jnp.allclose(score[1:], after[1:], rtol=1e-4, atol=1e-6 * float(jnp.abs(score).max())):
         raise ValueError(

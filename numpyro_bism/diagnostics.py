@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import visible
 from .bism import BiSM, BiSMState
 from .densities import Pair, Site, per_example, record
+from .rivals import PersistentVI
 from .sampling import Chains
 
 __all__ = ["psis_khat", "to_arviz"]
@@ -93,8 +94,8 @@ def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:
 
 
 def to_arviz(
-    bism: BiSM,
-    state: BiSMState,
+    bism: BiSM | PersistentVI,
+    state: Any,
     *args: Any,
     rng_key: Array,
     num_draws: int = 1000,
@@ -106,6 +107,8 @@ def to_arviz(
     **kwargs: Any,
 ) -> Any:
     r"""Draws of h at these data, of the guide or of chains, and draws of the model, as ArviZ reads them.
+
+    Of a :class:`PersistentVI` the posterior is one of θ: ``num_draws`` draws of its guide, and no other group.
 
     h ~ q(h|v; φ) at the clean v and the present parameters: no noise is added and nothing is updated. Relaxed sites
     (``ConcreteBernoulli``, ``ConcreteOneHot``) are drawn and scored as the discrete distributions that they stand
@@ -160,10 +163,14 @@ def to_arviz(
         import xarray as xr
     except ImportError as error:
         raise ImportError("to_arviz needs ArviZ and xarray: pip install 'bism[arviz]'.") from error
-    if not isinstance(bism, BiSM):
-        raise ValueError(f"to_arviz reads a BiSM, got {type(bism).__name__}.")
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    if isinstance(bism, PersistentVI):
+        given_draws = bism.posterior(state, *args, rng_key=rng_key, num_draws=num_draws, **kwargs)
+        draws_of = {name: np.asarray(value) for name, value in given_draws.items()}
+        return _of_parameters(bism, draws_of, coords or {}, dims or {})
+    if not isinstance(bism, BiSM):
+        raise ValueError(f"to_arviz reads a BiSM or a PersistentVI, got {type(bism).__name__}.")
     leaves, spec = bism._checked(args, kwargs)
     pair = bism.pair(leaves, spec)
     key_batch, key_draws = jax.random.split(rng_key)
@@ -486,6 +493,27 @@ class _Layout:
         return {dim: self.coords.get(dim, counted) for dim, counted in default.items()}
 
 
+def _of_parameters(trained: PersistentVI, draws: Mapping[str, np.ndarray], coords: Mapping, dims: Mapping) -> Any:
+    """Draws of θ as ArviZ's posterior: one chain, of independent draws of the guide."""
+    import arviz as az
+    import xarray as xr
+
+    variables = {}
+    for name, value in draws.items():
+        trailing = dims.get(name, [f"{name}_dim_{i}" for i in range(value.ndim - 1)])
+        if len(trailing) != value.ndim - 1:
+            raise ValueError(f"dims['{name}'] has {len(trailing)} names, but the site has {value.ndim - 1} dimensions.")
+        variables[name.replace("/", ".")] = (("chain", "draw", *trailing), value[None])
+    used = {dim for names, _ in variables.values() for dim in names}
+    known = {dim: list(values) for dim, values in coords.items() if dim in used}
+    configuration = {"kernel": _settings(trained.kernel), "num_chains": trained.num_chains, "method": "PersistentVI"}
+    attrs = {**_library(), "normalized": 0, "sampling_method": "guide"}
+    attrs["configuration"] = json.dumps(configuration, default=repr)
+    posterior = xr.Dataset(variables, known, attrs)
+    tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), "posterior": posterior})
+    return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
+
+
 def _attributes(bism: BiSM, visible_names: Sequence[str]) -> dict[str, Any]:
     """Strings and numbers only: netCDF takes nothing else."""
     configuration = {
@@ -496,11 +524,17 @@ def _attributes(bism: BiSM, visible_names: Sequence[str]) -> dict[str, Any]:
         "visible": list(visible_names),
     }
     return {
+        **_library(),
+        "normalized": 0,
+        "configuration": json.dumps(configuration, default=repr),
+    }
+
+
+def _library() -> dict[str, Any]:
+    return {
         "inference_library": "numpyro",
         "inference_library_version": numpyro.__version__,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        "normalized": 0,
-        "configuration": json.dumps(configuration, default=repr),
     }
 
 

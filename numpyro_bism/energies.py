@@ -2,7 +2,7 @@ r"""log p̃(v, h; θ) row by row, and which of its conditionals have closed form
 
 Samplers and estimators of the normaliser look at a model as a density over a *point* x: the visible values, one matrix,
 and the latent ones, by site; every array leads with the rows, and a row knows nothing of the others. Continuous
-latents stand in it unconstrained, the Jacobian in the density.
+latents stand in it unconstrained, the Jacobian in the density. Discrete visible values stand by site too.
 
 What can be summed, integrated or drawn in closed form is found from the energy itself, by trying it at random points:
 
@@ -82,12 +82,14 @@ class Block(NamedTuple):
 
     :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
     :ivar is_diagonal: of "gaussian": whether its precision is.
+    :ivar is_multilinear: of "units": whether the energy is affine in each bit or one-hot vector, the others held.
     """
 
     kind: str
     names: tuple[str, ...]
     is_constant: bool = False
     is_diagonal: bool = False
+    is_multilinear: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ class Density:
 class Energy:
     """A model's log p̃(v, h; θ) on one batch.
 
+    :ivar latents: by site, discrete visible ones among them.
     :ivar num_rows: of the batch.
+    :ivar observed: the discrete visible sites.
     :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
     :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
     """
@@ -188,6 +192,12 @@ class Energy:
     resizes: bool = False
     is_homogeneous: bool = False
     blocks: tuple[Block, ...] = ()
+    observed: tuple[str, ...] = ()
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The sites that are not visible."""
+        return tuple(name for name in self.latents if name not in self.observed)
 
     @classmethod
     def of(
@@ -199,12 +209,14 @@ class Energy:
         rng_key: Array,
         values: Mapping[str, Array] | None = None,
         like: "Energy | None" = None,
+        moves_visible: bool = True,
     ) -> tuple["Energy", Point]:
         """The energy, tried out on this batch, and the point where it was: the data and one draw of the latents.
 
         :param params: all that the model is given by name.
         :param values: of the latents, if the model should not draw them itself.
         :param like: the same energy, tried out before.
+        :param moves_visible: whether the visible values are of any block; else their structure is not looked for.
         :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
         """
         key_model, key_trial = jax.random.split(rng_key)
@@ -214,6 +226,7 @@ class Energy:
         n = len(batch.v)
         drawn = {name: site for name, site in run.sites.items() if not site.is_observed}
         latents = {name: _latent(site, n) for name, site in drawn.items()}
+        observed = {site.name: _latent(run.sites[site.name], n) for site in sites if site.is_discrete}
         x = {VISIBLE: batch.v}
         for name, latent in latents.items():
             value = drawn[name].value
@@ -221,11 +234,15 @@ class Energy:
                 value = latent.transform.inv(value)
             x[name] = value.astype(batch.v.dtype) if latent.kind in ("bits", "onehot") else value
         if like is not None:
-            return replace(like, batch=batch), x
+            return like.at(batch), {**x, **like.seen(batch.v)}
         energy = cls(model, sites, batch, latents, n)
+        if observed:
+            energy, seen = energy._observing(params, x, observed)
+            x |= seen
         energy = replace(energy, resizes=energy._can_resize(params, x))
         energy = replace(energy, is_homogeneous=energy._is_homogeneous(params, x))
-        return replace(energy, blocks=_find_blocks(energy, params, x, key_trial)), x
+        moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
+        return replace(energy, blocks=_find_blocks(energy, params, x, key_trial, moving)), x
 
     def log_joint(self, params: Mapping[str, Any], x: Point, jacobian: bool = True) -> Array:
         """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
@@ -249,10 +266,28 @@ class Energy:
         constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
         return replace(density, precisions={b.names: _curvature(density, first, b)[0] for b in constant})
 
+    def at(self, batch: visible.Batch) -> "Energy":
+        """The same on another batch."""
+        soft = {site.name for site in self.sites if site.is_soft}
+        sites = tuple(replace(site, is_soft=site.name in soft) for site in batch.sites)
+        return replace(self, sites=sites, batch=replace(batch, sites=sites), num_rows=len(batch.v))
+
+    def seen(self, v: Array) -> Point:
+        """The visible part of a point, from all visible values side by side as a batch has them."""
+        sizes = [self.size(name) for name in self.observed]
+        start = v.shape[1] - sum(sizes)
+        x = {VISIBLE: v[:, :start]}
+        for name, size in zip(self.observed, sizes, strict=True):
+            latent = self.latents[name]
+            dtype = latent.values.dtype if latent.kind == "labels" else v.dtype
+            x[name] = v[:, start : start + size].reshape(len(v), *latent.shape).astype(dtype)
+            start += size
+        return x
+
     def size(self, name: str) -> int:
         """How many numbers a variable has in one row."""
         if name == VISIBLE:
-            return self.batch.v.shape[1]
+            return sum(visible.size(site) for site in self.sites if not site.is_discrete)
         latent = self.latents[name]
         return math.prod(latent.unconstrained if latent.kind == "real" else latent.shape)
 
@@ -260,6 +295,8 @@ class Energy:
         """A point as the sites' own values, by name: visible and latent."""
         found, start = {}, 0
         for site in self.sites:
+            if site.is_discrete:
+                continue
             size = math.prod(site.shape[1:])
             found[site.name] = x[VISIBLE][..., start : start + size].reshape(*x[VISIBLE].shape[:-1], *site.shape[1:])
             start += size
@@ -269,10 +306,11 @@ class Energy:
         return found
 
     def _run(self, params: Mapping[str, Any], batch: visible.Batch, x: Point, jacobian: bool) -> Array:
-        args, kwargs = batch.arguments(x[VISIBLE])
         m = len(x[VISIBLE])
+        args, kwargs = batch.arguments(pack(x, (VISIBLE, *self.observed)) if self.observed else x[VISIBLE])
         values, total = dict(batch.indices), jnp.zeros(m, x[VISIBLE].dtype)
-        for name, latent in self.latents.items():
+        for name in self.hidden:
+            latent = self.latents[name]
             values[name] = x[name]
             if latent.kind == "real":
                 values[name] = latent.transform(x[name])
@@ -283,6 +321,30 @@ class Energy:
         with hidden(), seed(rng_seed=0), record(params, values, soft) as run:
             self.model(*args, **kwargs)
         return joint_per_example(run.sites.values(), m) + total
+
+    def _observing(self, params: Mapping[str, Any], x: Point, observed: Mapping[str, Latent]) -> tuple["Energy", Point]:
+        """This energy with discrete visible sites, as real numbers where the model takes them for the same; its point.
+
+        Tried, for a model may look its values up in a table: such sites are "labels", whatever they are declared.
+        """
+        v = self.batch.v
+        energy = replace(self, latents={**self.latents, **observed}, observed=tuple(observed))
+        hard = energy.log_joint(params, {**x, **energy.seen(v)})
+        for name, latent in observed.items():
+            sites = tuple(replace(site, is_soft=site.is_soft or site.name == name) for site in energy.sites)
+            trial = replace(energy, sites=sites, batch=replace(energy.batch, sites=sites))
+            takes = latent.kind != "labels"
+            if takes:
+                try:
+                    takes = bool(close(trial.log_joint(params, {**x, **energy.seen(v)}), hard))
+                except Exception:  # whatever a program trips over: it gets integers then
+                    takes = False
+            if takes:
+                energy = trial
+            elif latent.kind != "labels":
+                labels = replace(latent, kind="labels", values=latent.support(int))
+                energy = replace(energy, latents={**energy.latents, name: labels})
+        return energy, energy.seen(v)
 
     def _resized(self, m: int) -> visible.Batch:
         """The batch with its rows repeated, or cut, to m: of all arguments that have as many rows as the data."""
@@ -304,15 +366,15 @@ class Energy:
         n = self.num_rows
         wrapped = jax.tree.map(lambda a: a[jnp.arange(n + 1) % n], x)
         try:
-            found = replace(self, resizes=True).log_joint(params, wrapped)
+            found = jax.jit(replace(self, resizes=True).log_joint)(params, wrapped)
         except Exception:  # whatever a program trips over: it gets its own number of rows then
             return False
-        return bool(_close(found[:n], self.log_joint(params, x)) & _close(found[n:], found[:1]))
+        return bool(close(found[:n], jax.jit(self.log_joint)(params, x)) & close(found[n:], found[:1]))
 
     def _is_homogeneous(self, params: Mapping[str, Any], x: Point) -> bool:
         same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), x)
-        log_joint = self.log_joint(params, same)
-        return bool(_close(log_joint, log_joint[:1]))
+        log_joint = jax.jit(self.log_joint)(params, same)
+        return bool(close(log_joint, log_joint[:1]))
 
 
 def _latent(site: Site, n: int) -> Latent:
@@ -344,7 +406,8 @@ def _latent(site: Site, n: int) -> Latent:
 
 def pack(x: Point, names: Sequence[str]) -> Array:
     """These variables side by side, shape (m, d)."""
-    return jnp.concatenate([x[name].reshape(len(x[name]), -1) for name in names], -1)
+    parts = [x[name].reshape(len(x[name]), math.prod(x[name].shape[1:])) for name in names]
+    return jnp.concatenate(parts, -1)
 
 
 def unpack(flat: Array, like: Point, names: Sequence[str]) -> Point:
@@ -373,60 +436,70 @@ def _curvature(density: Density, x: Point, block: Block) -> Array:
     return jnp.moveaxis(jax.lax.map(product, jnp.eye(flat.shape[1], dtype=flat.dtype)), 0, 1)
 
 
-def _close(a: Array, b: Array, scale: Any = None) -> Array:
+def close(a: Array, b: Array, scale: Any = None) -> Array:
     """Whether two arrays agree to half of their digits, beside the largest number in them."""
     tolerance = math.sqrt(float(jnp.finfo(a.dtype).eps))
     scale = jnp.abs(b).max(initial=0.0) if scale is None else scale
     return jnp.all(jnp.abs(a - b) <= tolerance * (scale + jnp.abs(b)))  # NaN is not
 
 
-def _find_blocks(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array) -> tuple[Block, ...]:
+def _find_blocks(
+    energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array, moving: Sequence[str]
+) -> tuple[Block, ...]:
     density = Density(lambda x: energy.log_joint(params, x), energy, (), {})
     if energy.resizes:
         x = jax.tree.map(lambda a: a[:16], x)
-    spread = jnp.std(energy.batch.v, 0) + 1e-3
-    moved = [_random_points(key, x, energy.latents, spread) for key in jax.random.split(rng_key, 2 * NUM_TRIALS)]
-    pairs = list(zip(moved[::2], moved[1::2], strict=True))
+    spread = jnp.std(energy.batch.v[:, : x[VISIBLE].shape[1]], 0) + 1e-3
+    moved = jax.jit(  # one compilation instead of one for every operation
+        lambda keys: [random_points(key, x, energy.latents, spread) for key in keys]
+    )(jax.random.split(rng_key, 2 * NUM_TRIALS))
+    pairs = jax.tree.map(lambda *a: jnp.stack(a), *moved[::2]), jax.tree.map(lambda *a: jnp.stack(a), *moved[1::2])
 
     @partial(jax.jit, static_argnums=0)
     def affine(names, pairs):
         """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
-        good = jnp.array(True)
-        for a, b in pairs:
+
+        def trial(pair):
+            a, b = pair
             b = {**a, **{name: b[name] for name in names}}
             at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
             change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
             f = density.log_prob(a)
-            good &= _close(at_a, at_b) & _close(density.log_prob(b), f + change, jnp.abs(f).max())
-        return good
+            return close(at_a, at_b) & close(density.log_prob(b), f + change, jnp.abs(f).max())
+
+        return jax.lax.map(trial, pairs).all()
 
     @partial(jax.jit, static_argnums=0)
     def quadratic(names, pairs):
         """f'(a + d) + f'(a - d) = 2 f'(a), f(a + d) - f(a - d) = 2 f'(a) d; and what the curvature is like."""
-        good, products, diagonals = jnp.array(True), [], []
-        tangent = None
-        for a, b in pairs:
+        first = jax.tree.map(lambda a: a[0, :1], pairs)
+        tangent = pack(first[1], names) - pack(first[0], names)
+
+        def trial(pair):
+            a, b = pair
             flat, d = pack(a, names), pack(b, names) - pack(a, names)
 
-            def at(flat, a=a):
+            def at(flat):
                 return {**a, **unpack(flat, a, names)}
 
-            def slope(flat, at=at):
+            def slope(flat):
                 return pack(density.slope(at(flat), names), names)
 
             middle, up, down = slope(flat), slope(flat + d), slope(flat - d)
-            good &= _close(0.5 * (up + down), middle, jnp.abs(up).max())
+            good = close(0.5 * (up + down), middle, jnp.abs(up).max())
             rise, expected = density.log_prob(at(flat + d)) - density.log_prob(at(flat - d)), 2 * (middle * d).sum(-1)
-            good &= _close(rise, expected, jnp.abs(density.log_prob(at(flat + d))).max())
-            tangent = d[:1] if tangent is None else tangent
+            good &= close(rise, expected, jnp.abs(density.log_prob(at(flat + d))).max())
             rows = jnp.broadcast_to(tangent, flat.shape)
-            products.append(jax.jvp(slope, (flat,), (rows,))[1])
-            diagonals.append(jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1] * rows)
-        product, diagonal = jnp.stack(products), jnp.stack(diagonals)
-        return good, _close(product, product[:1, :1]), _close(product, diagonal)
+            product = jax.jvp(slope, (flat,), (rows,))[1]
+            return good, product, jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1] * rows
+
+        good, product, diagonal = jax.lax.map(trial, pairs)
+        return good.all(), close(product, product[:1, :1]), close(product, diagonal)
 
     blocks = []
-    real = [VISIBLE, *(name for name, latent in energy.latents.items() if latent.kind == "real")]
+    kinds = {name: energy.latents[name].kind for name in moving if name in energy.latents}
+    real = [VISIBLE] if VISIBLE in moving and x[VISIBLE].shape[1] else []
+    real += [name for name, kind in kinds.items() if kind == "real"]
     seen: dict[tuple[str, ...], tuple[bool, bool]] = {}
 
     def is_gaussian(names):
@@ -437,11 +510,13 @@ def _find_blocks(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: A
     groups, rest = _partition(tuple(real), is_gaussian)
     blocks += [Block("gaussian", names, *seen[names]) for names in groups]
     blocks += [Block("free", (name,)) for name in rest]
-    soft = tuple(name for name, latent in energy.latents.items() if latent.kind in ("bits", "onehot"))
+    soft = tuple(name for name, kind in kinds.items() if kind in ("bits", "onehot"))
     groups, rest = _partition(soft, lambda names: bool(affine(names, pairs)))
     blocks += [Block("affine", names) for names in groups]
-    blocks += [Block("units", (name,)) for name in rest]
-    blocks += [Block("units", (name,)) for name, latent in energy.latents.items() if latent.kind == "labels"]
+    for name in rest:
+        multilinear = is_multilinear(rng_key, density.log_prob, x, energy.latents, name)
+        blocks.append(Block("units", (name,), is_multilinear=multilinear))
+    blocks += [Block("units", (name,)) for name, kind in kinds.items() if kind == "labels"]
     return tuple(blocks)
 
 
@@ -468,7 +543,7 @@ def _partition(
     return groups, rest
 
 
-def _random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array) -> Point:
+def random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array) -> Point:
     """Anywhere that the variables may be."""
     found = {}
     for key, (name, value) in zip(jax.random.split(rng_key, len(x)), x.items(), strict=True):
@@ -485,3 +560,31 @@ def random_labels(rng_key: Array, latent: Latent, m: int, dtype: Any) -> Array:
     """Values of a discrete site, all as likely, for m rows."""
     support = latent.support(dtype)
     return support[jax.random.randint(rng_key, (m, *latent.units), 0, len(support))]
+
+
+def replaced(value: Array, latent: Latent, unit: Any, new: Array) -> Array:
+    """A site's value with one unit, counted in order, at another value: one for all rows, or one for each."""
+    flat = value.reshape(len(value), -1, *value.shape[1 + len(latent.units) :])
+    return flat.at[:, unit].set(new).reshape(value.shape)
+
+
+def is_multilinear(
+    rng_key: Array, log_prob: Callable[[Point], Array], seen: Point, latents: Mapping[str, Latent], name: str
+) -> bool:
+    """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
+
+    @jax.jit
+    def trial(rng_key):
+        a, b = (random_points(key, seen, latents, jnp.ones(())) for key in jax.random.split(rng_key))
+        latent, f = latents[name], log_prob(a)
+        slope = jax.grad(lambda value: log_prob({**a, name: value}).sum())(a[name])
+        others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
+
+        def of(unit):
+            other = replaced(a[name], latent, unit, others[:, unit])
+            expected = (slope * (other - a[name])).reshape(len(f), -1).sum(-1)
+            return close(log_prob({**a, name: other}), f + expected, jnp.abs(f).max())
+
+        return jax.lax.map(of, jnp.arange(others.shape[1])).all()
+
+    return bool(trial(rng_key))

@@ -90,7 +90,7 @@ def free_energy(trained: Any, state: Any, *args: Any, rng_key: Array | None = No
     """
     energy, params, x = _energy(trained, state, args, kwargs, rng_key)
     density = energy.density(params, x)
-    integral = Integral.of(density, x, list(energy.latents))
+    integral = Integral.of(density, x, energy.hidden)
     return _finite(-_evaluated(integral, density, x), "free energy", "the energy grows without bound in the latents")
 
 
@@ -364,7 +364,7 @@ def log_likelihood(
     found: Any = None
     if method != "importance":
         try:
-            integral = Integral.of(density, x, list(energy.latents))
+            integral = Integral.of(density, x, energy.hidden)
             found = np.asarray(_evaluated(integral, density, x), float), np.zeros(energy.num_rows), "exact"
         except ValueError:
             if method == "exact" or not isinstance(trained, BiSM):
@@ -419,7 +419,7 @@ def _summable(trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array) 
     energy, params, x = _energy(trained, state, args, kwargs, rng_key)
     density = energy.density(params, x)
     try:
-        integral = Integral.of(density, x, list(energy.latents))
+        integral = Integral.of(density, x, energy.hidden)
     except ValueError:
         integral = None
     integral = None if integral is None or integral.quadrature else integral

@@ -42,7 +42,8 @@ class Gibbs:
     The conditionals are found from f = log p̃ itself: bits and one-hot vectors in which it is affine have the logits
     :math:`\nabla_h f`, all at once; real variables in which it is quadratic, v among them, have the precision
     :math:`P = -\nabla^2 f` and the mean :math:`x + P^{-1} \nabla f`; the units of other discrete sites are drawn one
-    after the other from the differences of f. For a restricted Boltzmann machine this is block Gibbs sampling.
+    after the other from the differences of f, which are a gradient too where f is affine in each. For a restricted
+    Boltzmann machine this is block Gibbs sampling.
 
     :param conditionals: closed forms for sites that have no other: by site, a function from the values of all sites, by
         name, to a NumPyro distribution of that site's value.
@@ -246,8 +247,7 @@ def _draw_block(rng_key: Array, density: Density, x: Point, block: Block) -> Poi
         return _draw_gaussian(rng_key, density, x, block)
     if block.kind == "affine":
         return _draw_affine(rng_key, density, x, block.names)
-    (name,) = block.names
-    return _draw_units(rng_key, density, x, name)
+    return _draw_units(rng_key, density, x, block)
 
 
 def _draw_gaussian(rng_key: Array, density: Density, x: Point, block: Block) -> Point:
@@ -291,8 +291,9 @@ def draw_affine(rng_key: Array, density: Density, logits: Point) -> Point:
     return found
 
 
-def _draw_units(rng_key: Array, density: Density, x: Point, name: str) -> Point:
+def _draw_units(rng_key: Array, density: Density, x: Point, block: Block) -> Point:
     """One unit after the other."""
+    (name,) = block.names
     latent = density.latents[name]
     support = latent.support(x[name].dtype)
     m, num_units = len(x[name]), math.prod(latent.units)
@@ -301,9 +302,14 @@ def _draw_units(rng_key: Array, density: Density, x: Point, name: str) -> Point:
 
     def one(j, value):
         """``value`` with unit j drawn anew."""
-        tried = jnp.tile(value[None], (len(support), *[1] * value.ndim))
-        tried = tried.at[:, :, j].set(jnp.broadcast_to(support[:, None], (len(support), m, *support.shape[1:])))
-        logits = density.log_prob({**rows, name: tried.reshape(-1, *latent.shape)}).reshape(len(support), m)
+        if block.is_multilinear:
+            whole = {**x, name: value.reshape(x[name].shape)}
+            slope = density.slope(whole, block.names)[name].reshape(flat)[:, j]
+            logits = support[:, None] * slope if latent.kind == "bits" else slope.T
+        else:
+            tried = jnp.tile(value[None], (len(support), *[1] * value.ndim))
+            tried = tried.at[:, :, j].set(jnp.broadcast_to(support[:, None], (len(support), m, *support.shape[1:])))
+            logits = density.log_prob({**rows, name: tried.reshape(-1, *latent.shape)}).reshape(len(support), m)
         pick = jax.random.categorical(jax.random.fold_in(rng_key, j), logits, axis=0)
         return value.at[:, j].set(support[pick])
 

@@ -36,6 +36,17 @@ def as_optim(optim: Any, name: str) -> _NumPyroOptim:
     )
 
 
+def require_single_steps(optim: _NumPyroOptim, params: Any, name: str) -> None:
+    """:raises ValueError: for an optimiser that wants more than gradients and the loss (line searches, L-BFGS)."""
+    try:
+        jax.eval_shape(lambda p: optim.update(p, optim.init(p), value=jnp.zeros(())), params)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} can't be stepped with a gradient and a loss alone ({error}). Line searches and L-BFGS "
+            "evaluate the loss again and again, on other noise each time; use a stochastic optimiser."
+        ) from error
+
+
 def differentiable_update(optim: Any, gradient: Any, state: Any, value: Array) -> Any:
     """``optim.update``, in which √0 and x/0 have derivative 0; the new state is the same number for number.
 

@@ -309,7 +309,7 @@ def program(
     density: Any = None
     if marginal:
         density = energy.density(params, data)
-        integral = Integral.of(density, data, list(energy.latents))
+        integral = Integral.of(density, data, energy.hidden)
         if integral.quadrature:
             raise ValueError("marginal=True: the latents can't be summed in closed form or by enumeration.")
 

@@ -28,6 +28,8 @@ class VisibleSite:
     :ivar plate: the subsampling plate whose indices pick the value's rows out of the leaf, or None.
     :ivar axis: the leaf's axis that the plate subsamples, counted from the right.
     :ivar shape: the value's shape, the batch first.
+    :ivar is_discrete: whether its support is; a method that needs scores takes no such site.
+    :ivar is_soft: whether the programs take real numbers in its stead, so that it keeps no integer type.
     """
 
     name: str
@@ -35,6 +37,13 @@ class VisibleSite:
     plate: str | None
     axis: int
     shape: tuple[int, ...]
+    is_discrete: bool = False
+    is_soft: bool = False
+
+
+def size(site: VisibleSite) -> int:
+    """How many columns of v a site takes."""
+    return math.prod(site.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,14 @@ class Batch:
             start += size
             for i in site.leaves:
                 # side by side in v the sites share a type, the widest; each argument keeps its own
-                own = value.astype(leaves[i].dtype)
+                own = value if site.is_soft else value.astype(leaves[i].dtype)
                 if site.plate is None:
                     leaves[i] = own
                 elif self.reads_rows:
                     leaves[i] = Rows(leaves[i], self.indices[site.plate], own)
                 else:  # a copy of all the data
                     rows = (..., self.indices[site.plate]) + (slice(None),) * (-site.axis - 1)
-                    leaves[i] = leaves[i].at[rows].set(own)
+                    leaves[i] = leaves[i].astype(own.dtype).at[rows].set(own)
         return jax.tree.unflatten(self.spec, leaves)
 
 
@@ -113,7 +122,8 @@ def batch(
         value = leaves[site.leaves[0]]
         if site.plate is not None:
             value = jnp.take(value, indices[site.plate], site.axis)
-        columns.append(value.reshape(site.shape[0], -1))
+        value = value.reshape(site.shape[0], -1)
+        columns.append(value.astype(float) if site.is_discrete else value)
     v = columns[0] if len(columns) == 1 else jnp.concatenate(columns, -1)
     return Batch(v, sites, indices, leaves, spec, reads_rows)
 
@@ -126,10 +136,13 @@ def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
     return [converted.get(id(leaf), leaf) for leaf in leaves], spec
 
 
-def find(model_sites: Mapping[str, Any], leaves: Sequence[Any], names: Sequence[str] | None) -> tuple[VisibleSite, ...]:
-    """The visible sites among the model's recorded sites, checked.
+def find(
+    model_sites: Mapping[str, Any], leaves: Sequence[Any], names: Sequence[str] | None, discrete: bool = False
+) -> tuple[VisibleSite, ...]:
+    """The visible sites among the model's recorded sites, checked; continuous ones first.
 
     :param names: ``BiSM``'s argument ``visible``.
+    :param discrete: whether discrete ones are taken.
     :raises ValueError: naming the site, what was found, and the cure.
     """
     observed = {name: site for name, site in model_sites.items() if site.is_data}
@@ -147,7 +160,8 @@ def find(model_sites: Mapping[str, Any], leaves: Sequence[Any], names: Sequence[
             "numpyro.sample('x', dist.Normal(0., 1.).expand([D]).to_event(1).mask(False), obs=x) and pass "
             "x to init() and update()."
         )
-    found = tuple(_locate(name, site, leaves) for name, site in observed.items())
+    found = tuple(_locate(name, site, leaves, discrete) for name, site in observed.items())
+    found = tuple(sorted(found, key=lambda site: site.is_discrete))
     for i, site in enumerate(found):
         for other in found[:i]:
             if set(site.leaves) & set(other.leaves):
@@ -164,15 +178,16 @@ def find(model_sites: Mapping[str, Any], leaves: Sequence[Any], names: Sequence[
     return found
 
 
-def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
+def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> VisibleSite:
     value = site.value
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    is_discrete = discrete and site.fn.support.is_discrete
+    if not is_discrete and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ValueError(
             f"Visible site '{name}' holds {jnp.result_type(value)}: a score needs floating-point data. If it is "
             "discrete, leave it out with visible=[...] naming the continuous sites; otherwise cast it first."
         )
     support = site.fn.support
-    if not _is_real(support):
+    if not is_discrete and not _is_real(support):
         kind, cure = (
             "of bounded support",
             "Transform the data to the reals first (and add the log Jacobian to the energy)",
@@ -199,7 +214,7 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
         )
     same = tuple(i for i, leaf in enumerate(leaves) if leaf is value)
     if same:
-        return VisibleSite(name, same, None, 0, shape)
+        return VisibleSite(name, same, None, 0, shape, is_discrete)
     for frame in site.frames:
         axis = frame.dim - site.fn.event_dim
         full_size, size = site.plates[frame.name]
@@ -215,7 +230,8 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
         )
         if rows:
             # a plate that takes all rows takes them in order
-            return VisibleSite(name, rows, frame.name if size != full_size else None, axis, shape)
+            plate = frame.name if size != full_size else None
+            return VisibleSite(name, rows, plate, axis, shape, is_discrete)
     raise ValueError(
         f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments, "
         "nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "

@@ -21,11 +21,15 @@ from .losses import (
     SlicedScoreMatching,
 )
 from .reports import calibration, diagnose, loo
+from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, VNCEInfo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CD",
+    "NCE",
+    "VNCE",
     "Amortized",
     "AnnealedLangevin",
     "BiSM",
@@ -40,11 +44,16 @@ __all__ = [
     "Gibbs",
     "Implicit",
     "Langevin",
+    "MarginalSM",
     "MultiscaleDenoisingScoreMatching",
     "Penalty",
+    "PersistentVI",
+    "PseudoLikelihood",
+    "RivalInfo",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unrolled",
+    "VNCEInfo",
     "ais",
     "calibration",
     "diagnose",

@@ -1,26 +1,23 @@
 """BiSM: the bi-level loop (Bao et al. 2020, Algorithm 1), with the face of ``pyro.infer.SVI``."""
 
-import copy
 import math
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
-import torch
 from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import densities, divergences, energies, visible
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, slopes
 from .jit import MAX_CAPTURES, Program
 from .losses import OuterLoss
-from .optim import descend, require_unrollable, settle, torch_optimizer
-from .params import random_state, set_random_state
+from .optim import descend, require_unrollable, settle
+from .params import random_state
+from .training import Buffers, Trainer, require_optim, same_settings
 
 __all__ = ["BiSM", "BiSMInfo"]
 
@@ -45,7 +42,7 @@ class BiSMInfo(NamedTuple):
     curvature: float
 
 
-class BiSM:
+class BiSM(Trainer):
     """Bi-level score matching of an unnormalised latent-variable model.
 
     .. code-block:: python
@@ -88,18 +85,16 @@ class BiSM:
         visible: Sequence[str] | None = None,
         jit: bool = False,
     ):
+        super().__init__(model, guide)
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
         if not isinstance(loss, OuterLoss):
             raise ValueError(
                 f"loss={type(loss).__name__} is not an outer loss. BiSM matches scores: use "
                 "DenoisingScoreMatching(sigma=...) or another of pyro_bism.losses; an ELBO goes to inner_loss."
             )
-        for name, given in (("optim", optim), ("inner_optim", inner_optim)):
-            if not isinstance(given, PyroOptim) and not (given is None and name == "inner_optim"):
-                raise ValueError(
-                    f"{name} should be an instance of pyro.optim.PyroOptim, such as "
-                    f"pyro.optim.Adam({{'lr': 1e-3}}); got {type(given).__name__}."
-                )
+        require_optim(optim, "optim")
+        if inner_optim is not None:
+            require_optim(inner_optim, "inner_optim")
         if num_inner_steps < 0:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
         if isinstance(hypergradient, type) or not callable(hypergradient):
@@ -113,7 +108,7 @@ class BiSM:
         self.guide = guide
         self.optim = optim
         self.loss = loss
-        self.inner_optim = _same_settings(optim) if inner_optim is None else inner_optim
+        self.inner_optim = same_settings(optim) if inner_optim is None else inner_optim
         self.inner_loss = inner_loss
         self.num_inner_steps = num_inner_steps
         self.hypergradient = hypergradient
@@ -121,11 +116,8 @@ class BiSM:
         self.jit = jit
         self.info: BiSMInfo | None = None
         self._inner = divergences.as_inner_loss(inner_loss)
-        self._pairs: dict[Any, densities.Pair] = {}
         self._programs: dict[Any, Program] = {}
         self._num_captures = 0
-        self._waiting: dict[str, Any] | None = None
-        self._finite: dict[int, tuple[int, int]] = {}
         # what the hypergradient carries from step to step, in a tuple; None before the first
         self._carried: tuple[Any] | None = None
 
@@ -141,7 +133,7 @@ class BiSM:
         pair, leaves, spec = self._prepare(args, kwargs)
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
         batch = pair.batch(leaves, spec)
-        buffers = _Buffers(pair.buffers)
+        buffers = Buffers(pair.buffers)
         problem = self._problem(pair, batch, theta, phi)
         program = self._program(pair, batch) if self.jit else None
         if program is not None:
@@ -214,7 +206,7 @@ class BiSM:
             optim=self.inner_optim,
         )
 
-    def _fit(self, problem: Bilevel, buffers: "_Buffers", program: Program | None) -> tuple[float, float]:
+    def _fit(self, problem: Bilevel, buffers: Buffers, program: Program | None) -> tuple[float, float]:
         """The K kept inner steps: G and ‖∇_φ G‖ at the last."""
         for k in range(max(self.num_inner_steps, 1)):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
@@ -243,97 +235,44 @@ class BiSM:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The outer loss at the present parameters, with fresh noise; nothing is updated."""
         pair, leaves, spec = self._prepare(args, kwargs)
-        buffers = _Buffers(pair.buffers)
+        buffers = Buffers(pair.buffers)
         try:
             return pair.outer_loss(pair.batch(leaves, spec), self.loss).item()
         finally:
             buffers.restore()
 
-    def get_state(self) -> dict[str, Any]:
-        """All that a later process needs to continue bit for bit: parameters, optimisers, random state."""
-        store = pyro.get_param_store()
-        return {
-            "params": {name: (store._params[name].detach().clone()) for name in store.keys()},
-            "buffers": [b.clone() for b in self._buffers()],
-            "optim": copy.deepcopy(self.optim.get_state()),
-            "inner_optim": copy.deepcopy(self.inner_optim.get_state()),
-            "hypergradient": copy.deepcopy(self._carried),
-            "rng": random_state(),
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`get_state`.
-
-        In a process where model and guide have not run yet their parameters do not exist: the state then waits
-        for the first :meth:`step` or :meth:`evaluate_loss`, which creates them.
-        """
-        self._waiting = copy.deepcopy(state)
-        if self._pairs:
-            self._take_up()
-
-    def save(self, path: Any) -> None:
-        """Write :meth:`get_state` to a file, in one piece: a crash leaves the old file or the new one."""
-        from pathlib import Path
-
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        torch.save(self.get_state(), partial)
-        partial.replace(target)
-
-    def load(self, path: Any, map_location: Any = None) -> None:
-        """Take up a state that :meth:`save` wrote. The file is unpickled: load only what you trust."""
-        self.set_state(torch.load(path, map_location=map_location, weights_only=False))
-
-    def _prepare(self, args, kwargs) -> tuple[densities.Pair, list[Any], Any]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        self._require_finite(leaves, spec)
-        pair = self._pair(leaves, spec)
-        if self._waiting is not None:
-            self._take_up()
-        return pair, leaves, spec
-
-    def _require_finite(self, leaves: list[Any], spec: Any) -> None:
-        """Looks at a tensor again only when it has changed: a whole data set, subsampled, takes longer than a step."""
-        fresh = {
-            id(leaf): leaf
-            for leaf in leaves
-            if isinstance(leaf, Tensor) and self._finite.get(id(leaf), (None, -1)) != (leaf.data_ptr(), leaf._version)
-        }
-        if fresh:
-            visible.require_finite(leaves, spec)
-        for key, leaf in fresh.items():
-            if key not in self._finite:  # its number may be given to another tensor
-                weakref.finalize(leaf, self._finite.pop, key, None)
-            self._finite[key] = (leaf.data_ptr(), leaf._version)
-
-    def pair(self, *args: Any, **kwargs: Any) -> densities.Pair:
-        """Model and guide as they run on arguments of this structure; analysed once for each structure."""
-        return self._pair(*pytree.tree_flatten((args, kwargs)))
-
-    def _pair(self, leaves: list[Any], spec: Any) -> densities.Pair:
-        signature = (spec, tuple(_signature(leaf) for leaf in leaves))
-        pair = self._pairs.get((*signature, _modes(self.model, self.guide)))
-        if pair is None or not pair.is_current():
-            known, before = set(pyro.get_param_store().keys()), random_state()
-            pair = densities.analyse(self.model, self.guide, leaves, spec, self.visible, self.loss, self.hypergradient)
-            divergences.check(self.inner_loss, pair)
-            phi = list(pair.phi.values())
-            settle(self.optim, list(pair.theta.values()))
-            settle(self.inner_optim, phi)
-            if self.hypergradient.unrolls:
-                require_unrollable(self.inner_optim, phi)
-            # an autoguide makes its modules at its first run
-            self._pairs[(*signature, _modes(self.model, self.guide))] = pair
-            if known.issuperset(pyro.get_param_store().keys()):
-                # nothing was initialised: a look that a resumed run takes at another time draws nothing
-                set_random_state(before)
+    def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
+        pair = densities.analyse(self.model, self.guide, leaves, spec, self.visible, self.loss, self.hypergradient)
+        divergences.check(self.inner_loss, pair)
+        phi = list(pair.phi.values())
+        settle(self.optim, list(pair.theta.values()))
+        settle(self.inner_optim, phi)
+        if self.hypergradient.unrolls:
+            require_unrollable(self.inner_optim, phi)
         return pair
+
+    @property
+    def _optims(self) -> dict[str, PyroOptim]:
+        return {"optim": self.optim, "inner_optim": self.inner_optim}
+
+    def _kept(self) -> dict[str, Any]:
+        return {"hypergradient": self._carried}
+
+    def _keep(self, kept: Mapping[str, Any]) -> None:
+        carried = kept["hypergradient"]
+        fresh = self.hypergradient.init(list(next(reversed(self._pairs.values())).phi.values()))
+        if carried is not None and type(carried[0]) is not type(fresh):
+            raise ValueError(
+                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
+                "what that one carries from step to step, or has more."
+            )
+        self._carried = carried
 
     def energy(self, *args: Any, **kwargs: Any) -> tuple[energies.Energy, energies.Point]:
         """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
         pair, leaves, spec = self._prepare(args, kwargs)
         batch = pair.batch(leaves, spec)
-        buffers = _Buffers(pair.buffers)
+        buffers = Buffers(pair.buffers)
         try:
             values = pair.hard_draw(batch, batch.v)
         finally:
@@ -343,74 +282,3 @@ class BiSM:
         batch = replace(batch, indices={name: rows for name, rows in batch.indices.items() if name in cut})
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
         return energies.Energy.of(pair.model, pair.sites, batch, pair.buffers, values)
-
-    def _buffers(self) -> list[Tensor]:
-        return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())
-
-    def _take_up(self) -> None:
-        state, self._waiting = self._waiting, None
-        assert state is not None
-        store = pyro.get_param_store()
-        missing = sorted(set(state["params"]) - set(store.keys()))
-        if missing:
-            raise ValueError(
-                f"The state has parameters {missing}, which model and guide have not created. Was it saved from "
-                "another model?"
-            )
-        carried = state["hypergradient"]
-        fresh = self.hypergradient.init(list(next(reversed(self._pairs.values())).phi.values()))
-        if carried is not None and type(carried[0]) is not type(fresh):
-            raise ValueError(
-                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
-                "what that one carries from step to step, or has more."
-            )
-        with torch.no_grad():
-            for name, value in state["params"].items():
-                store._params[name].copy_(value)
-            for buffer, value in zip(self._buffers(), state["buffers"], strict=True):
-                buffer.copy_(value)
-        for optim, kept in ((self.optim, state["optim"]), (self.inner_optim, state["inner_optim"])):
-            names = {store.param_name(leaf): leaf for leaf in optim.optim_objs}
-            for name, values in kept.items():
-                obj = optim.optim_objs[names[name]]
-                if "optimizer" in values:  # a scheduler's state holds its optimiser's
-                    torch_optimizer(optim, names[name]).load_state_dict(values["optimizer"])
-                    obj.load_state_dict(values["scheduler"])
-                else:
-                    obj.load_state_dict(values)
-        self._carried = carried
-        set_random_state(state["rng"])
-
-
-def _same_settings(optim: PyroOptim) -> PyroOptim:
-    """A new optimiser of the same settings, without the state and the parameters of the old one."""
-    new = copy.copy(optim)
-    new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
-    return new
-
-
-def _signature(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.device)
-    # a float is no structure: one that changes from step to step would be analysed anew each time
-    return leaf if isinstance(leaf, int | str | bool | None) else type(leaf)
-
-
-def _modes(*programs: Any) -> tuple[bool, ...]:
-    """Training or evaluation mode of every module: a change may change what runs."""
-    return tuple(m.training for p in programs if isinstance(p, torch.nn.Module) for m in p.modules())
-
-
-class _Buffers:
-    """Module buffers (batch-norm statistics) move once a step, as in SVI, not at every re-scoring."""
-
-    def __init__(self, buffers: Sequence[Tensor]):
-        self._buffers = buffers
-        self.keep()
-
-    def keep(self) -> None:
-        self._kept = [b.clone() for b in self._buffers]
-
-    def restore(self) -> None:
-        for buffer, value in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(value)

@@ -476,16 +476,22 @@ def _per_example(name: str, log_prob: Tensor, n: int) -> Tensor:
 
 def analyse(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     leaves: Sequence[Any],
     spec: Any,
     names: Sequence[str] | None,
-    loss: OuterLoss,
+    loss: OuterLoss | None,
     strategy: Any,
+    discrete: bool = False,
+    partial_guide: bool = False,
 ) -> Pair:
     """Run guide and model once on these arguments, check all that can be checked, and describe them.
 
+    :param guide: None for a model alone: its latents are then nobody's.
+    :param loss: None for a method that takes no score of the pair.
     :param strategy: the hypergradient: it says what it needs of the guide.
+    :param discrete: whether discrete sites may be visible.
+    :param partial_guide: whether the guide may leave latents out, and the model may have no parameters.
     :raises ValueError: for every misuse, naming the site and the cure.
     """
     ran: list[torch.nn.Module] = []
@@ -499,7 +505,7 @@ def analyse(
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(seen)
     try:
-        return _describe(model, guide, leaves, spec, names, loss, strategy, ran)
+        return _describe(model, guide, leaves, spec, names, loss, strategy, discrete, partial_guide, ran)
     finally:
         hook.remove()
         # a look at the programs is no step: batch-norm statistics stay where they were
@@ -507,7 +513,15 @@ def analyse(
             buffer.copy_(value)
 
 
-def _describe(model, guide, leaves, spec, names, loss: OuterLoss, strategy: Any, ran) -> Pair:
+def _no_guide(*args: Any, **kwargs: Any) -> None:
+    """The guide of a model alone."""
+
+
+def _describe(
+    model, guide, leaves, spec, names, loss: OuterLoss | None, strategy: Any, discrete, partial_guide, ran
+) -> Pair:
+    alone = guide is None
+    guide = _no_guide if alone else guide
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     with pyro.poutine.block():
         with record() as q:
@@ -525,8 +539,9 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss, strategy: Any,
             if "relaxed guide site" in str(error):
                 raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
             raise
-    sites = visible.find(p.sites, leaves, names)
-    _check_sites(p.sites, latents)
+    sites = visible.find(p.sites, leaves, names, discrete)
+    if not (alone or partial_guide):
+        _check_sites(p.sites, latents)
     for name, site in q.sites.items():
         if isinstance(base_of(site.fn), dist.Unit):
             raise ValueError(
@@ -536,7 +551,7 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss, strategy: Any,
     theta, phi = params.collect(p.params, "model"), params.collect(q.params, "guide")
     params.reject_shared(theta, phi)
     _check_registered(ran, {**theta, **phi})
-    if not theta:
+    if not (theta or partial_guide):
         raise ValueError("The model has no parameter to train: no pyro.param, pyro.module or PyroModule.")
     enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
     sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)
@@ -559,12 +574,13 @@ def _describe(model, guide, leaves, spec, names, loss: OuterLoss, strategy: Any,
         params.frozen((*p.params.values(), *q.params.values()), ran),
         unreparameterised=tuple(name for name in sampled if not latents[name].fn.has_rsample),
     )
-    strategy.check(loss, pair)
     subsamples = {**q.subsamples, **p.subsamples}
-    _check_scores(pair, leaves, spec, subsamples, loss, strategy)
     batch = visible.batch(sites, subsamples, leaves, spec)
-    if not strategy.reparameterises:
-        _check_examples(pair, batch)
+    if loss is not None:
+        strategy.check(loss, pair)
+        _check_scores(pair, leaves, spec, subsamples, loss, strategy)
+        if not strategy.reparameterises:
+            _check_examples(pair, batch)
     return replace(pair, is_stated=_is_stated(pair, batch))
 
 
@@ -759,7 +775,7 @@ def _check_scores(
                 "single draws is biased. Let the guide depend on v, or use average='score' with several "
                 "num_particles.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
     if loss.needs_uncoupled_examples and len(v) > 1:
         moved = v.detach().clone()

@@ -88,7 +88,7 @@ def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
     """
     energy, x = _energy(trained, args, kwargs)
     density = energy.density(x)
-    integral = Integral.of(density, x, list(energy.latents))
+    integral = Integral.of(density, x, energy.hidden)
     return _finite(-_evaluated(integral, density, x), "free energy", "the energy grows without bound in the latents")
 
 
@@ -323,7 +323,7 @@ def log_likelihood(
     found: Any = None
     if method != "importance":
         try:
-            integral = Integral.of(density, x, list(energy.latents))
+            integral = Integral.of(density, x, energy.hidden)
             found = np.asarray(_evaluated(integral, density, x), float), np.zeros(energy.num_rows), "exact"
         except ValueError:
             if method == "exact" or not isinstance(trained, BiSM):
@@ -381,7 +381,7 @@ def _summable(trained: Any, args: Any, kwargs: Any) -> tuple[Density, Point, Any
     energy, x = _energy(trained, args, kwargs)
     density = energy.density(x)
     try:
-        integral = Integral.of(density, x, list(energy.latents))
+        integral = Integral.of(density, x, energy.hidden)
     except ValueError:
         integral = None
     integral = None if integral is None or integral.quadrature else integral

@@ -195,8 +195,14 @@ def _trapezoid(integral: Integral, density: Density, x: Point) -> Tensor:
         points = low + unit[:, None] * (high - low)
         new_low = np.where(alive[..., None], points, np.inf).min(0) - width
         new_high = np.where(alive[..., None], points, -np.inf).max(0) + width
+        # where it is alive at the edge, nobody knows how far it goes
+        new_low = np.where((alive[..., None] & (unit == 0)[:, None]).any(0), 2 * low - high, new_low)
+        new_high = np.where((alive[..., None] & (unit == 1)[:, None]).any(0), 2 * high - low, new_high)
         if np.abs(np.concatenate([new_low, new_high])).max() > 1e8:
-            raise ValueError(f"The density does not fall off as {_named(names)} grows: it has no normaliser.")
+            raise ValueError(
+                f"The density does not fall off fast enough where {_named(names)} is large: it has no normaliser, or "
+                "tails too heavy for quadrature."
+            )
         # a factor of two either way is no gain
         settled = (new_high - new_low <= 1.01 * (high - low)).all() and (
             (new_high - new_low) >= 0.7 * (high - low)
@@ -204,6 +210,8 @@ def _trapezoid(integral: Integral, density: Density, x: Point) -> Tensor:
         low, high = new_low, new_high
         if settled:
             break
+    else:
+        raise ValueError(f"There is no telling where {_named(names)} has its mass: the density is too rough. Use ais.")
     num, before = NUM_NODES, None
     while num**d <= 2**21:
         value, _ = grid(low, high, num)

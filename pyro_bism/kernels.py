@@ -41,7 +41,8 @@ class Gibbs:
     The conditionals are found from f = log p̃ itself: bits and one-hot vectors in which it is affine have the logits
     :math:`\nabla_h f`, all at once; real variables in which it is quadratic, v among them, have the precision
     :math:`P = -\nabla^2 f` and the mean :math:`x + P^{-1} \nabla f`; the units of other discrete sites are drawn one
-    after the other from the differences of f. For a restricted Boltzmann machine this is block Gibbs sampling.
+    after the other from the differences of f, which are a gradient too where f is affine in each. For a restricted
+    Boltzmann machine this is block Gibbs sampling.
 
     :param conditionals: closed forms for sites that have no other: by site, a function from the values of all sites, by
         name, to a Pyro distribution of that site's value.
@@ -236,8 +237,7 @@ def _draw_block(density: Density, x: Point, block: Block) -> Point:
         return _draw_gaussian(density, x, block)
     if block.kind == "affine":
         return _draw_affine(density, x, block.names)
-    (name,) = block.names
-    return _draw_units(density, x, name)
+    return _draw_units(density, x, block)
 
 
 def _draw_gaussian(density: Density, x: Point, block: Block) -> Point:
@@ -286,17 +286,23 @@ def draw_affine(density: Density, logits: Point) -> Point:
     return found
 
 
-def _draw_units(density: Density, x: Point, name: str) -> Point:
+def _draw_units(density: Density, x: Point, block: Block) -> Point:
     """One unit after the other."""
+    (name,) = block.names
     latent = density.latents[name]
     support = latent.support(x[name].dtype)
     m, num_units = len(x[name]), math.prod(latent.units)
     rows = repeated(x, len(support))
     value = x[name].reshape(m, num_units, *support.shape[1:]).clone()
     for j in range(num_units):
-        tried = value.repeat(len(support), *[1] * value.ndim)
-        tried[:, :, j] = support[:, None]
-        logits = density.log_prob({**rows, name: tried.reshape(-1, *latent.shape)}).reshape(len(support), m)
+        if block.is_multilinear:
+            whole = {**x, name: value.reshape(x[name].shape)}
+            slope = density.slope(whole, block.names)[name].reshape(value.shape)[:, j]
+            logits = support[:, None] * slope if latent.kind == "bits" else slope.T
+        else:
+            tried = value.repeat(len(support), *[1] * value.ndim)
+            tried[:, :, j] = support[:, None]
+            logits = density.log_prob({**rows, name: tried.reshape(-1, *latent.shape)}).reshape(len(support), m)
         value[:, j] = support[_categorical(logits.T)]
     return {**x, name: _moved(density, name, value.reshape(x[name].shape), x[name])}
 

@@ -283,7 +283,7 @@ def program(
     if marginal:
         with torch.no_grad():
             density = energy.density(data)
-        integral = Integral.of(density, data, list(energy.latents))
+        integral = Integral.of(density, data, energy.hidden)
         if integral.quadrature:
             raise ValueError("marginal=True: the latents can't be summed in closed form or by enumeration.")
 

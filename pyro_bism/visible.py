@@ -27,6 +27,8 @@ class VisibleSite:
     :ivar plate: the subsampling plate whose indices pick the value's rows out of the leaf, or None.
     :ivar axis: the leaf's axis that the plate subsamples, counted from the right.
     :ivar shape: the value's shape, the batch first.
+    :ivar is_discrete: whether its support is; a method that needs scores takes no such site.
+    :ivar is_soft: whether the programs take real numbers in its stead, so that it keeps no integer type.
     """
 
     name: str
@@ -34,6 +36,13 @@ class VisibleSite:
     plate: str | None
     axis: int
     shape: tuple[int, ...]
+    is_discrete: bool = False
+    is_soft: bool = False
+
+
+def size(site: VisibleSite) -> int:
+    """How many columns of v a site takes."""
+    return torch.Size(site.shape[1:]).numel()
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Batch:
             size = torch.Size(site.shape[1:]).numel()
             value = v[:, start : start + size].reshape(site.shape)
             start += size
+            if site.is_discrete and not site.is_soft:
+                value = value.to(leaves[site.leaves[0]].dtype)
             for i in site.leaves:
                 if site.plate is None:
                     leaves[i] = value
@@ -125,7 +136,8 @@ def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Tensor], leaves:
         value = leaves[site.leaves[0]]
         if site.plate is not None:
             value = value.index_select(site.axis, indices[site.plate])
-        columns.append(value.detach().reshape(site.shape[0], -1))
+        value = value.detach().reshape(site.shape[0], -1)
+        columns.append(value.to(torch.get_default_dtype()) if site.is_discrete else value)
     v = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
     return Batch(v, sites, indices, leaves, spec)
 
@@ -134,10 +146,12 @@ def find(
     model_sites: Mapping[str, Any],
     leaves: Sequence[Any],
     names: Sequence[str] | None,
+    discrete: bool = False,
 ) -> tuple[VisibleSite, ...]:
-    """The visible sites among the model's recorded sites, checked.
+    """The visible sites among the model's recorded sites, checked; continuous ones first.
 
     :param names: ``BiSM``'s argument ``visible``.
+    :param discrete: whether discrete ones are taken.
     :raises ValueError: naming the site, what was found, and the cure.
     """
     observed = {name: site for name, site in model_sites.items() if site.is_data}
@@ -155,7 +169,8 @@ def find(
             "pyro.sample('x', dist.Normal(0., 1.).expand([D]).to_event(1).mask(False), obs=x) and pass "
             "x to step()."
         )
-    found = tuple(_locate(name, site, leaves) for name, site in observed.items())
+    found = tuple(_locate(name, site, leaves, discrete) for name, site in observed.items())
+    found = tuple(sorted(found, key=lambda site: site.is_discrete))
     for i, site in enumerate(found):
         for other in found[:i]:
             if set(site.leaves) & set(other.leaves):
@@ -172,9 +187,10 @@ def find(
     return found
 
 
-def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
+def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> VisibleSite:
     value = site.value
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    is_discrete = discrete and isinstance(value, Tensor) and site.fn.support.is_discrete
+    if not is_discrete and (not isinstance(value, Tensor) or not value.is_floating_point()):
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"Visible site '{name}' holds {kind}: a score needs floating-point data. If it is "
@@ -182,7 +198,7 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
             "before step()."
         )
     support = site.fn.support
-    if not _is_real(support):
+    if not is_discrete and not _is_real(support):
         kind, cure = (
             "of bounded support",
             "Transform the data to the reals first (and add the log Jacobian to the energy)",
@@ -209,7 +225,7 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
         )
     same = tuple(i for i, leaf in enumerate(leaves) if _is_same(leaf, value))
     if same:
-        return VisibleSite(name, same, None, 0, shape)
+        return VisibleSite(name, same, None, 0, shape, is_discrete)
     for frame in site.frames:
         if not frame.vectorized or frame.name not in site.subsamples:
             continue
@@ -226,7 +242,8 @@ def _locate(name: str, site: Any, leaves: Sequence[Any]) -> VisibleSite:
         )
         if rows:
             # a plate that takes all rows takes them in order
-            return VisibleSite(name, rows, frame.name if frame.size != frame.full_size else None, axis, shape)
+            plate = frame.name if frame.size != frame.full_size else None
+            return VisibleSite(name, rows, plate, axis, shape, is_discrete)
     raise ValueError(
         f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments "
         "of step(), nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "

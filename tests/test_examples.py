@@ -77,3 +77,28 @@ def test_hypergradients(tmp_path):
         assert all(float(cell) == float(cell) for _, cells in rows for cell in cells.split("|"))
         assert "one step of Adam solves" in done.stdout
     assert (tmp_path / "out" / "hypergradients.png").stat().st_size > 10_000
+
+
+@pytest.mark.full
+def test_sparse_ising(tmp_path):
+    """Every method finds couplings that are nearer to the truth than none at all."""
+    requires("numpyro")
+    command = [sys.executable, str(EXAMPLES / "sparse_ising.py"), "--smoke"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    errors = dict(re.findall(r"^(\D+?) +(0\.\d{4})", done.stdout, re.MULTILINE))
+    assert set(errors) == {"zero", "pseudo-likelihood", "PCD", "PVI, Gaussian", "PVI, horseshoe"}
+    assert all(float(error) < float(errors["zero"]) for name, error in errors.items() if name != "zero")
+
+
+@pytest.mark.full
+def test_potts_contacts(tmp_path):
+    """The four pairs of columns that the made-up alignment couples are the four strongest."""
+    requires("numpyro")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(EXAMPLES / "potts_contacts.py"), "--smoke", "--output", "contacts.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    pairs = re.search(r"strongest pairs: (.*)", done.stdout)[1].split(", ")
+    assert set(pairs) == {"0-1", "2-3", "4-5", "6-7"}
+    assert (tmp_path / "contacts.png").stat().st_size > 5_000

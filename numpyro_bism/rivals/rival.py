@@ -1,0 +1,361 @@
+"""What the rivals share: a loss of the model alone, minimised by one optimiser, with BiSM's face.
+
+A rival is a :class:`Rival` with a loss. Where that needs the marginal log p̃(v; θ), :class:`Target` has it: the latents
+are summed or integrated out in closed form or by enumeration, in a way found once, at the first analysis.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .. import densities, energies, visible
+from ..energies import VISIBLE, Energy, Point
+from ..hypergradients import Detached
+from ..integrals import Integral
+from ..optim import as_optim, require_single_steps
+from ..training import Trainer, norm, ranks, structure
+
+__all__ = ["Rival", "RivalInfo", "RivalState"]
+
+
+class RivalInfo(NamedTuple):
+    """What the last step saw; infinite before the first.
+
+    :ivar loss: the loss, a mean over the batch.
+    :ivar grad_norm: the length of its gradient.
+    """
+
+    loss: Array
+    grad_norm: Array
+
+
+class RivalState(NamedTuple):
+    """All that training changes; a pytree of arrays, to be saved and restored by any checkpointer.
+
+    :ivar optim_state: θ and the state of its optimiser; parameters of the method's own among them.
+    :ivar mutable_state: mutable sites of the model, or None.
+    :ivar carried: what the method carries from step to step (noise, chains, a guide), or None.
+    """
+
+    optim_state: Any
+    mutable_state: Any
+    carried: Any
+    rng_key: Array
+    info: RivalInfo
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a rival learns, as the model's first run on arguments of this structure showed it.
+
+    :ivar pair: the model, and the guide if the method has one.
+    :ivar energy: tried out off the initial parameters, where a structure of zeros may pass for a simpler one.
+    :ivar hidden: shape of one row, and type, of each latent.
+    :ivar integral: how the latents are summed out; None if there are none.
+    :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
+    """
+
+    pair: densities.Pair
+    energy: Energy
+    hidden: Mapping[str, tuple[tuple[int, ...], Any]]
+    integral: Integral | None = None
+    multilinear: tuple[str, ...] = ()
+
+    def params(self, theta: Mapping[str, Any], mutable: Any, phi: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the programs are given, from unconstrained parameters, a method's own among them, and mutable state."""
+        return self.pair.params({name: theta[name] for name in self.pair.theta}, phi or {}, mutable)
+
+    def point(self, seen: Point) -> Point:
+        """A point with these visible values, its latents at zero."""
+        m = len(seen[VISIBLE])
+        return {**seen, **{name: jnp.zeros((m, *shape), dtype) for name, (shape, dtype) in self.hidden.items()}}
+
+    def log_prob(self, params: Mapping[str, Any], batch: visible.Batch) -> Callable[[Point], Array]:
+        """log p̃(v; θ) of every row of a point's visible part, shape (m,): the latents summed out."""
+        energy = self.energy.at(batch)
+        # of no block but the latents' is a precision wanted
+        hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
+        energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
+
+        def log_prob(seen):
+            x = self.point(seen)
+            if self.integral is None:
+                return energy.log_joint(params, x)
+            return self.integral(energy.density(params, x), x)
+
+        return log_prob
+
+
+class Rival(Trainer):
+    """A method that minimises one loss of the model's parameters.
+
+    :param model: a NumPyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it.
+    :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
+    :param visible: names of the visible sites; None takes all observed sample sites.
+    :param static_kwargs: keyword arguments of the model that stay the same, as in SVI.
+    :param guide: of the methods that have one.
+    :cvar takes_discrete: whether visible sites may be discrete.
+    :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
+    :cvar moves_visible: whether the conditionals of the visible values are wanted.
+    :cvar partial_guide: whether the guide is of the model's global sites alone.
+    """
+
+    takes_discrete = False
+    sums_latents: bool | None = True
+    moves_visible = False
+    partial_guide = False
+    info_type: Any = RivalInfo
+
+    def __init__(
+        self,
+        model: Callable,
+        optim: Any,
+        visible: Sequence[str] | None,
+        static_kwargs: Mapping[str, Any],
+        guide: Callable | None = None,
+    ):
+        super().__init__()
+        if isinstance(visible, str):
+            raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
+        self.model = model
+        self.guide = guide
+        self.optim = as_optim(optim, "optim")
+        self.visible = None if visible is None else list(visible)
+        self.static_kwargs = static_kwargs
+        self._targets: dict[Any, Target] = {}
+
+    @abstractmethod
+    def _loss(
+        self,
+        rng_key: Array,
+        theta: Mapping[str, Any],
+        carried: Any,
+        target: Target,
+        mutable: Any,
+        batch: visible.Batch,
+    ) -> tuple[Array, Any]:
+        """The loss at θ, a mean over the batch, and what is carried to the next step."""
+
+    def _begin(
+        self, rng_key: Array, target: Target, start: densities.Analysis, batch: visible.Batch
+    ) -> tuple[dict[str, Any], Any]:
+        """Before the first step: parameters of the method's own, by name, and what it carries."""
+        return {}, None
+
+    def _fit(
+        self,
+        rng_key: Array,
+        theta: Mapping[str, Any],
+        carried: Any,
+        target: Target,
+        mutable: Any,
+        batch: visible.Batch,
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """What is carried, fitted to θ before θ's own step; and what of this the info tells."""
+        return carried, ()
+
+    def _phi(self, pair: densities.Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
+        """The guide's unconstrained parameters, if there is one."""
+        return {}
+
+    def _program(self, rng_key: Array, pair: densities.Pair, params: Mapping[str, Any], batch: visible.Batch) -> Any:
+        """The program whose density this is."""
+        return pair.model
+
+    def _check(self, target: Target, params: Mapping[str, Any], batch: visible.Batch, rng_key: Array) -> Target:
+        """The target, with what the method finds out of the model off its initial parameters.
+
+        :raises ValueError: where the method does not fit the model.
+        """
+        return target
+
+    @property
+    def _cure(self) -> str:
+        return "Lower the learning rate, or clip the gradient"
+
+    def get_params(self, state: RivalState) -> dict[str, Any]:
+        """Constrained values of all parameters, by site name.
+
+        :raises ValueError: if the model has not run yet: its constraints are unknown then.
+        """
+        pair = self._last_pair()
+        theta = self._theta(pair, state)
+        phi = self._phi(pair, theta, state.carried)
+        own = {name: value for name, value in theta.items() if name not in {**pair.theta, **phi}}
+        return {**pair.params({name: theta[name] for name in pair.theta}, phi, None), **own}
+
+    def evaluate(self, state: RivalState, *args: Any, **kwargs: Any) -> Array:
+        """The loss at the state's parameters, with fresh noise; nothing is updated."""
+        leaves, spec = self._checked(args, kwargs)
+        target = self.target(leaves, spec)
+        # split as in update, so that the same state sees the same batch
+        _, key_batch, key_loss, _ = jax.random.split(state.rng_key, 4)
+        _, key_loss = jax.random.split(key_loss)
+        batch = target.pair.batch(key_batch, leaves, spec)
+        theta = self._theta(target.pair, state)
+        return self._loss(key_loss, theta, state.carried, target, state.mutable_state, batch)[0]
+
+    def energy(
+        self, state: RivalState, *args: Any, rng_key: Array, **kwargs: Any
+    ) -> tuple[Energy, dict[str, Any], Point]:
+        """The trained log p̃(v, h) on these arguments, its parameters, and a point: the data and a draw of h.
+
+        The guide draws it; without one, the model itself.
+
+        :param rng_key: a JAX random key, for that draw and for a subsampling plate's rows.
+        """
+        leaves, spec = self._checked(args, kwargs)
+        target = self.target(leaves, spec)
+        theta = self._theta(target.pair, state)
+        params = target.params(theta, state.mutable_state, self._phi(target.pair, theta, state.carried))
+        key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
+        batch = target.pair.batch(key_batch, leaves, spec)
+        program = self._program(key_draw, target.pair, params, batch)
+        values, _ = target.pair.hard_draw(key_draw, params, batch, batch.v)
+        energy, x = Energy.of(program, target.pair.sites, batch, params, key_energy, values)
+        return energy, params, x
+
+    def target(self, leaves: Sequence[Any], spec: Any) -> Target:
+        """The model as it runs on arguments of this structure, and how its latents are summed out."""
+        pair = self.pair(leaves, spec)
+        return replace(self._targets[ranks(structure(leaves, spec))], pair=pair)
+
+    def _init(self, rng_key: Array, leaves: Sequence[Any], spec: Any, init_params: Any) -> RivalState:
+        rng_key, key_start, key_batch, key_own = jax.random.split(rng_key, 4)
+        start = self._described(leaves, spec, key_start, init_params)
+        target = self.target(leaves, spec)
+        batch = target.pair.batch(key_batch, leaves, spec)
+        own, carried = self._begin(key_own, target, start, batch)
+        theta = {**start.theta, **own}
+        require_single_steps(self.optim, theta, "optim")
+        unknown = jnp.full((), jnp.inf, jnp.result_type(float))
+        info = self.info_type(*[unknown] * len(self.info_type._fields))
+        return RivalState(self.optim.init(theta), start.mutable or None, carried, rng_key, info)
+
+    def _update(self, state: RivalState, leaves: Sequence[Any], spec: Any) -> tuple[RivalState, Array, Array]:
+        target = self.target(leaves, spec)
+        theta, mutable = self._theta(target.pair, state), state.mutable_state
+        rng_key, key_batch, key_loss, key_moved = jax.random.split(state.rng_key, 4)
+        batch = target.pair.batch(key_batch, leaves, spec)
+        key_fit, key_loss = jax.random.split(key_loss)
+        fitted, seen = self._fit(key_fit, theta, state.carried, target, mutable, batch)
+        (loss, carried), gradient = jax.value_and_grad(self._loss, argnums=1, has_aux=True)(
+            key_loss, theta, fitted, target, mutable, batch
+        )
+        if mutable is not None:
+            params = target.params(theta, mutable, self._phi(target.pair, theta, carried))
+            mutable = target.pair.moved(key_moved, params, batch, batch.v)
+        info = self.info_type(*[jnp.asarray(x, jnp.result_type(float)) for x in (loss, norm(gradient), *seen)])
+        optim_state = self.optim.update(gradient, state.optim_state, value=loss)
+        finite = jnp.isfinite(jnp.stack(info)).all()
+        return RivalState(optim_state, mutable, carried, rng_key, info), info.loss, finite
+
+    def _theta(self, pair: densities.Pair, state: RivalState) -> dict[str, Any]:
+        theta = self.optim.get_params(state.optim_state)
+        if not set(pair.theta) <= set(theta):
+            raise ValueError(
+                f"The state has parameters {sorted(theta)}, but the model has {sorted(pair.theta)}. Was the state "
+                "made with another model, or by init() on arguments of another structure?"
+            )
+        return theta
+
+    def _analyse(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> densities.Analysis:
+        def look(start, batch, rng_key):
+            self._targets[ranks(structure(leaves, spec))] = self._find(start, batch, rng_key)
+
+        return densities.analyse(
+            self.model,
+            self.guide,
+            leaves,
+            spec,
+            rng_key,
+            init_params,
+            self.visible,
+            None,
+            Detached(),
+            self.static_kwargs,
+            self.takes_discrete,
+            self.partial_guide,
+            look,
+        )
+
+    def _find(self, start: densities.Analysis, batch: visible.Batch, rng_key: Array) -> Target:
+        """The energy, tried out, and how its latents are summed out."""
+        key_params, key_phi, key_program, key_energy, key_check, key_method = jax.random.split(rng_key, 6)
+        pair, phi = start.pair, _moved(key_phi, start.phi)
+        params = pair.params(_moved(key_params, start.theta), phi, start.mutable)
+        program = self._program(key_program, pair, params, batch)
+        energy, x = Energy.of(program, pair.sites, batch, params, key_energy, moves_visible=self.moves_visible)
+        _check_reads(energy, params, x, key_check)
+        hidden = {name: (x[name].shape[1:], x[name].dtype) for name in energy.hidden}
+        integral = self._integral(energy, params, x) if hidden and self.sums_latents is not False else None
+        return self._check(Target(pair, energy, hidden, integral), params, batch, key_method)
+
+    def _integral(self, energy: Energy, params: Mapping[str, Any], x: Point) -> Integral | None:
+        cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
+        found: list[Integral] = []
+        try:
+            # traced alone: of the density nothing but its structure is looked at
+            jax.eval_shape(lambda: found.append(Integral.of(energy.density(params, x), x, energy.hidden)))
+        except ValueError as error:
+            if self.sums_latents is None:
+                return None
+            raise ValueError(f"{error} {cure}.") from error
+        if found[0].quadrature:
+            if self.sums_latents is None:
+                return None
+            raise ValueError(
+                f"Latent sites {list(found[0].quadrature)} have no closed-form integral: the energy is not quadratic "
+                f"in them. {cure}."
+            )
+        return found[0]
+
+
+@jax.jit  # one compilation instead of one for every operation
+def _moved(rng_key: Array, theta: Mapping[str, Any]) -> Any:
+    """Parameters off these: at weights of zero what is not read, or is linear, can't be told from what is."""
+    leaves, tree = jax.tree.flatten(theta)
+    keys = jax.random.split(rng_key, max(len(leaves), 1))
+    moved = [
+        x + 0.1 * jax.random.normal(key, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for key, x in zip(keys, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def _check_reads(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array) -> None:
+    """:raises ValueError: for a visible site that the energy never reads, and for examples that are not independent."""
+
+    @jax.jit  # one compilation instead of one for every operation
+    def moves():
+        """log p̃ as it is, with each site in turn at other values, and with the first example at other ones."""
+        moved = energies.random_points(rng_key, x, energy.latents, jnp.ones(()))
+        found, start = [x], 0
+        for site in energy.sites:
+            if site.is_discrete:
+                found.append({**x, site.name: moved[site.name]})
+            else:
+                columns = slice(start, start + visible.size(site))
+                found.append({**x, VISIBLE: x[VISIBLE].at[:, columns].set(moved[VISIBLE][:, columns])})
+                start = columns.stop
+        found.append({**x, **{name: x[name].at[0].set(moved[name][0]) for name in (VISIBLE, *energy.observed)}})
+        return [energy.log_joint(params, point) for point in found]
+
+    before, *others, after = moves()
+    for site, log_prob in zip(energy.sites, others, strict=True):
+        if bool((log_prob == before).all()):
+            raise ValueError(
+                f"The energy never reads the value of visible site '{site.name}'. Use the site's value (the argument, "
+                "or what numpyro.sample returns) in it."
+            )
+    if not jnp.allclose(before[1:], after[1:], rtol=1e-4, atol=1e-6 * float(jnp.abs(before).max())):
+        raise ValueError(
+            "The log density of one example depends on another example (batch normalisation in training mode, or an "
+            "interaction along the batch), but this method needs it example by example. Uncouple them "
+            "(use_running_average=True)."
+        )

@@ -1,0 +1,246 @@
+"""The training loop that BiSM and its rivals share: the face of ``numpyro.infer.SVI``, progress, finiteness, caches."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tqdm
+from jax import Array
+
+from . import densities
+from . import visible as visibles
+from .jit import num_ahead, taken_apart
+
+__all__ = ["BiSMRunResult", "Trainer", "norm"]
+
+
+class BiSMRunResult(NamedTuple):
+    """What ``run`` returns: constrained parameters, the last state, the (outer) loss of every step."""
+
+    params: dict[str, Any]
+    state: Any
+    losses: Array
+
+
+class Trainer(ABC):
+    """A method that learns a model: what is the same for all of them.
+
+    States are named tuples with the fields ``rng_key`` and ``info`` among others.
+    """
+
+    def __init__(self) -> None:
+        # Both are caches of what the programs are; nothing that training changes is kept here.
+        self._pairs: dict[Any, densities.Pair] = {}
+        self._loops: dict[Any, Callable] = {}
+
+    @abstractmethod
+    def get_params(self, state: Any) -> dict[str, Any]:
+        """Constrained values of all parameters by site name."""
+
+    @abstractmethod
+    def _init(self, rng_key: Array, leaves: Sequence[Any], spec: Any, init_params: Any) -> Any:
+        """The initial state."""
+
+    @abstractmethod
+    def _update(self, state: Any, leaves: Sequence[Any], spec: Any) -> tuple[Any, Array, Array]:
+        """The new state, the loss, and whether all that was computed is finite."""
+
+    @abstractmethod
+    def _analyse(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> densities.Analysis:
+        """What the programs are, run once on these arguments."""
+
+    def _next_key(self, rng_key: Array) -> Array | None:
+        """The state's key after a step, where that is known beforehand: the noise of many is drawn at once then."""
+        return None
+
+    @property
+    @abstractmethod
+    def _cure(self) -> str:
+        """What to try where a loss is not finite."""
+
+    def init(self, rng_key: Array, *args: Any, init_params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The initial state; the programs run once, and misuse is found here.
+
+        :param rng_key: a JAX random key.
+        :param args: arguments of the programs, the data among them.
+        :param init_params: values for ``param`` sites by name, instead of the programs' own.
+        :raises ValueError: on misuse, naming the site and the cure, or on NaN or infinity in the data.
+        """
+        return self._init(rng_key, *self._checked(args, kwargs), init_params)
+
+    def update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
+        """One (outer) update, to be compiled with ``jax.jit`` by the caller, as SVI's.
+
+        :returns: the new state and the loss, a mean over the batch.
+        :raises ValueError: on misuse, and on NaN or infinity in the data where it is not compiled.
+        """
+        state, loss, _ = self._update(state, *self._checked(args, kwargs))
+        return state, loss
+
+    def stable_update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
+        """:meth:`update`, but if the data, a loss or a gradient is not finite, nothing changes but the random key.
+
+        The loss returned is NaN then.
+        """
+        leaves, spec = visibles.flatten(args, kwargs)
+        return self._stable_update(state, leaves, spec)
+
+    def _stable_update(self, state: Any, leaves: Sequence[Any], spec: Any) -> tuple[Any, Array]:
+        new, loss, finite = self._update(state, leaves, spec)
+        # the key moves on all the same, as in SVI: the next try sees other noise
+        old = state._replace(rng_key=new.rng_key)
+        kept = jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, old)
+        return kept, jnp.where(finite, loss, jnp.nan)
+
+    def run(
+        self,
+        rng_key: Array,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        init_state: Any = None,
+        init_params: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> BiSMRunResult:
+        """``num_steps`` updates in one compiled program.
+
+        :param rng_key: a JAX random key; not used with ``init_state``, which has its own.
+        :param progress_bar: show steps and losses; costs a few returns from the compiled loop a second.
+        :param stable_update: use :meth:`stable_update`.
+        :param init_state: continue from this state.
+        :param init_params: as in :meth:`init`.
+        :raises ValueError: on misuse, or on NaN or infinity in the data.
+        :raises FloatingPointError: if a loss is not finite, unless ``stable_update``.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be a positive integer, got {num_steps}.")
+        leaves, spec = self._checked(args, kwargs)
+        state = self._init(rng_key, leaves, spec, init_params) if init_state is None else init_state
+        loop, arrays = self._loop(leaves, spec, stable_update)
+        # copied: the loop works in place, and init_state stays the caller's
+        state = jax.tree.map(jnp.copy, state)
+        losses = jnp.full(num_steps, jnp.inf, jnp.result_type(float))
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, arrays))):
+            state, losses = loop(state, losses, 0, num_steps, arrays)
+            return BiSMRunResult(self.get_params(state), state, losses)
+        done, chunk = 0, 1 if progress_bar else num_steps
+        with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
+            while done < num_steps:
+                stop, began = min(done + chunk, num_steps), time.perf_counter()
+                state, losses = loop(state, losses, done, stop, arrays)
+                recent = jax.device_get(losses[done:stop])
+                finite = jnp.isfinite(recent)
+                if not stable_update and not finite.all():
+                    raise FloatingPointError(
+                        f"The outer loss is not finite from step {done + int(finite.argmin())} of {num_steps} on "
+                        f"({jax.tree.map(float, state.info)}). {self._cure}. "
+                        "stable_update=True skips such steps."
+                    )
+                bar.update(stop - done)
+                bar.set_postfix_str(
+                    f"avg loss [{done + 1}-{stop}]: {recent[finite].mean() if finite.any() else jnp.nan:.4f}"
+                )
+                # the first chunk is a single step, with the compilation in it; then half a second each
+                seconds = time.perf_counter() - began
+                chunk = 10 if done == 0 else max(1, min(10 * chunk, round(0.5 * (stop - done) / seconds)))
+                done = stop
+        return BiSMRunResult(self.get_params(state), state, losses)
+
+    def _loop(self, leaves: Sequence[Any], spec: Any, stable: bool) -> tuple[Callable, list[Array]]:
+        """The compiled loop for arguments of this structure, kept between calls of ``run``; and its arrays."""
+        is_array = [isinstance(leaf, Array) for leaf in leaves]
+        static = tuple(None if yes else leaf for yes, leaf in zip(is_array, leaves, strict=True))
+        key = (*structure(leaves, spec), *(id(x) if x.__hash__ is None else x for x in static), stable)
+        if key not in self._loops:
+
+            def loop(state, losses, start, stop, arrays):
+                rest = iter(arrays)
+                filled = [next(rest) if yes else leaf for yes, leaf in zip(is_array, static, strict=True)]
+
+                def update(rng_key, state):
+                    state = state._replace(rng_key=rng_key)
+                    return (self._stable_update if stable else self._update)(state, filled, spec)[:2]
+
+                if self._next_key(state.rng_key) is None:
+
+                    def body(i, carry):
+                        state, losses = carry
+                        state, loss = update(state.rng_key, state)
+                        return state, losses.at[i].set(loss)
+
+                    return jax.lax.fori_loop(start, stop, body, (state, losses))
+
+                draw, rest_of = taken_apart(update, state.rng_key, state)
+                num = num_ahead(draw, state.rng_key)
+
+                def some(carry):
+                    """``num`` steps, or as many as are left."""
+                    start, state, losses = carry
+                    end = jnp.minimum(start + num, stop)
+                    _, keys = jax.lax.scan(lambda key, _: (self._next_key(key), key), state.rng_key, length=num)
+                    noise = jax.vmap(draw)(keys)
+
+                    def one(i, carry):
+                        state, losses = carry
+                        state, loss = rest_of([x[i - start] for x in noise], state)
+                        return state, losses.at[i].set(loss)
+
+                    return end, *jax.lax.fori_loop(start, end, one, (state, losses))
+
+                return jax.lax.while_loop(lambda carry: carry[0] < stop, some, (start, state, losses))[1:]
+
+            self._loops[key] = jax.jit(loop, donate_argnums=(0, 1))
+        return self._loops[key], [leaf for yes, leaf in zip(is_array, leaves, strict=True) if yes]
+
+    def _checked(self, args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
+        leaves, spec = visibles.flatten(args, kwargs)
+        visibles.require_finite(leaves, spec)
+        return leaves, spec
+
+    def _described(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> densities.Analysis:
+        """The analysis that a new state starts from; the pair is kept."""
+        start = self._analyse(leaves, spec, rng_key, init_params)
+        self._pairs[structure(leaves, spec)] = start.pair
+        return start
+
+    def pair(self, leaves: Sequence[Any], spec: Any) -> densities.Pair:
+        """Model and guide as they run on arguments of this structure; analysed once for each structure."""
+        key = structure(leaves, spec)
+        if key not in self._pairs:
+            like = next((pair for known, pair in self._pairs.items() if ranks(known) == ranks(key)), None)
+            pair = None if like is None else densities.resized(like, leaves, spec)
+            # a key of its own: what is drawn here is only looked at
+            self._pairs[key] = pair or self._analyse(leaves, spec, jax.random.key(0), None).pair
+        return self._pairs[key]
+
+    def _last_pair(self) -> densities.Pair:
+        if not self._pairs:
+            raise ValueError(
+                "The constraints are not known yet. Call init(rng_key, *args) once; the state stays yours."
+            )
+        return next(reversed(self._pairs.values()))
+
+
+def structure(leaves: Sequence[Any], spec: Any) -> tuple:
+    return spec, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Array) else _static(leaf) for leaf in leaves)
+
+
+def _static(leaf: Any) -> Any:
+    # a float is no structure: one that changes from step to step would be analysed anew each time
+    return type(leaf) if isinstance(leaf, float) or leaf.__hash__ is None else leaf
+
+
+def ranks(key: tuple) -> tuple:
+    """A structure without the sizes of its arrays."""
+    spec, leaves = key
+    return spec, tuple((len(x[0]), x[1]) if isinstance(x, tuple) else x for x in leaves)
+
+
+def norm(gradient: Any) -> Array:
+    """The length of a pytree of gradients, all leaves side by side."""
+    leaves = jax.tree.leaves(gradient)
+    return jnp.sqrt(sum(jnp.square(g).sum() for g in leaves)) if leaves else jnp.zeros(())

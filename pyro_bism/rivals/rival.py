@@ -1,0 +1,307 @@
+"""What the rivals share: a loss of the model alone, minimised by one optimiser, with BiSM's face.
+
+A rival is a :class:`Rival` with a loss. Where that needs the marginal log p̃(v; θ), :class:`Target` has it: the latents
+are summed or integrated out in closed form or by enumeration, in a way found once, at the first analysis.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from .. import densities, energies, params, visible
+from ..energies import VISIBLE, Energy, Point
+from ..hypergradients import Detached, norm
+from ..integrals import Integral
+from ..optim import descend, settle
+from ..training import Buffers, Trainer, require_optim
+
+__all__ = ["Rival", "RivalInfo"]
+
+
+class RivalInfo(NamedTuple):
+    """What the last step saw.
+
+    :ivar loss: the loss, a mean over the batch.
+    :ivar grad_norm: the length of its gradient.
+    """
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a rival learns, as the model's first run on arguments of this structure showed it.
+
+    :ivar pair: the model, and the guide if the method has one.
+    :ivar energy: tried out off the initial parameters, where a structure of zeros may pass for a simpler one.
+    :ivar hidden: shape of one row, and type, of each latent.
+    :ivar integral: how the latents are summed out; None if there are none.
+    :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
+    """
+
+    pair: densities.Pair
+    energy: Energy
+    hidden: Mapping[str, tuple[tuple[int, ...], Any]]
+    integral: Integral | None = None
+    multilinear: tuple[str, ...] = ()
+
+    def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
+        """The step's batch: subsampling plates draw their rows here, once."""
+        return _cut(self.pair, self.pair.batch(leaves, spec))
+
+    def point(self, seen: Point) -> Point:
+        """A point with these visible values, its latents at zero."""
+        m = len(seen[VISIBLE])
+        return {**seen, **{name: torch.zeros(m, *shape, dtype=dtype) for name, (shape, dtype) in self.hidden.items()}}
+
+    def log_prob(self, batch: visible.Batch) -> Callable[[Point], Tensor]:
+        """log p̃(v; θ) of every row of a point's visible part, shape (m,): the latents summed out."""
+        energy = self.energy.at(batch)
+        # of no block but the latents' is a precision wanted
+        hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
+        energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
+
+        def log_prob(seen):
+            x = self.point(seen)
+            if self.integral is None:
+                return energy.log_joint(x)
+            return self.integral(energy.density(x), x)
+
+        return log_prob
+
+
+class Rival(Trainer):
+    """A method that minimises one loss of the model's parameters.
+
+    :param model: a Pyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it.
+    :param optim: a ``pyro.optim`` optimiser, for θ.
+    :param visible: names of the visible sites; None takes all observed sample sites.
+    :param guide: of the methods that have one.
+    :cvar takes_discrete: whether visible sites may be discrete.
+    :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
+    :cvar moves_visible: whether the conditionals of the visible values are wanted.
+    :cvar partial_guide: whether the guide is of the model's global sites alone.
+    """
+
+    takes_discrete = False
+    sums_latents: bool | None = True
+    moves_visible = False
+    partial_guide = False
+    info_type: Any = RivalInfo
+
+    def __init__(self, model: Callable, optim: PyroOptim, visible: Sequence[str] | None, guide: Callable | None = None):
+        super().__init__(model, guide)
+        require_optim(optim, "optim")
+        if isinstance(visible, str):
+            raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
+        self.model = model
+        self.guide = guide
+        self.optim = optim
+        self.visible = None if visible is None else list(visible)
+        self.info: Any = None
+        self._targets: dict[int, Target] = {}
+        # what the method carries from step to step, in a tuple; None before the first
+        self._carried: tuple[Any] | None = None
+
+    @abstractmethod
+    def _loss(self, target: Target, batch: visible.Batch, carried: Any) -> tuple[Tensor, Any]:
+        """The loss, a mean over the batch, and what is carried to the next step."""
+
+    def _begin(self, target: Target, batch: visible.Batch) -> Any:
+        """What the method carries, before the first step; its own parameters are stated here."""
+        return None
+
+    @property
+    def _own_names(self) -> tuple[str, ...]:
+        """The names of parameters of the method's own in the param store."""
+        return ()
+
+    def _own(self, pair: densities.Pair) -> list[Tensor]:
+        """What is trained beside θ, unconstrained."""
+        return [pyro.get_param_store()._params[name] for name in self._own_names]
+
+    def _program(self, pair: densities.Pair, batch: visible.Batch) -> Callable:
+        """The program whose density this is."""
+        return pair.model
+
+    def _fit(self, target: Target, batch: visible.Batch, carried: Any) -> tuple[float, ...]:
+        """What is fitted to θ before θ's own step is fitted; what of this the info tells."""
+        return ()
+
+    def _check(self, target: Target, batch: visible.Batch) -> Target:
+        """The target, with what the method finds out of the model off its initial parameters.
+
+        :raises ValueError: where the method does not fit the model.
+        """
+        return target
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One update.
+
+        :param args: arguments of the model, the data among them.
+        :returns: the loss, a mean over the batch.
+        :raises ValueError: on misuse, or on NaN or infinity in the data; nothing is updated then.
+        :raises FloatingPointError: if the loss or its gradient is not finite; nothing is updated then.
+        """
+        target, leaves, spec, batch = self._ready(args, kwargs)
+        assert self._carried is not None
+        theta = [*target.pair.theta.values(), *self._own(target.pair)]
+        buffers = Buffers(target.pair.buffers)
+        try:
+            seen = self._fit(target, batch, *self._carried)
+            loss, carried = self._loss(target, batch, *self._carried)
+            gradient = torch.autograd.grad(loss, theta, allow_unused=True)
+        finally:
+            buffers.restore()
+        self.info = self.info_type(loss.item(), norm(gradient).item(), *seen)
+        if not all(map(math.isfinite, self.info)):
+            visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
+            raise FloatingPointError(
+                f"The loss or its gradient is not finite ({self.info}). The model was not updated. Lower the learning "
+                "rate, or clip the gradient."
+            )
+        self._carried = (carried,)
+        descend(self.optim, theta, gradient)
+        return self.info.loss
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss at the present parameters, with fresh noise; nothing is updated."""
+        target, _, _, batch = self._ready(args, kwargs)
+        assert self._carried is not None
+        buffers = Buffers(target.pair.buffers)
+        try:
+            return self._loss(target, batch, *self._carried)[0].item()
+        finally:
+            buffers.restore()
+
+    def energy(self, *args: Any, **kwargs: Any) -> tuple[Energy, Point]:
+        """The trained log p̃(v, h) on these arguments, and a point: the data and a draw of h.
+
+        The guide draws it; without one, the model itself.
+        """
+        pair, leaves, spec = self._prepare(args, kwargs)
+        batch = pair.batch(leaves, spec)
+        buffers = Buffers(pair.buffers)
+        try:
+            program, values = self._program(pair, batch), pair.hard_draw(batch, batch.v)
+        finally:
+            buffers.restore()
+        values = {name: value for name, value in values.items() if name not in pair.subsamples}
+        return Energy.of(program, pair.sites, _cut(pair, batch), pair.buffers, values)
+
+    def target(self, *args: Any, **kwargs: Any) -> Target:
+        """The model as it runs on arguments of this structure, and how its latents are summed out."""
+        return self._targets[id(self.pair(*args, **kwargs))]
+
+    def _ready(self, args: tuple, kwargs: dict) -> tuple[Target, list[Any], Any, visible.Batch]:
+        pair, leaves, spec = self._prepare(args, kwargs)
+        target = self._targets[id(pair)]
+        return target, leaves, spec, target.batch(leaves, spec)
+
+    @property
+    def _optims(self) -> dict[str, PyroOptim]:
+        return {"optim": self.optim}
+
+    def _kept(self) -> dict[str, Any]:
+        return {"method": type(self).__name__, "carried": self._carried}
+
+    def _keep(self, kept: Mapping[str, Any]) -> None:
+        if kept.get("method") != type(self).__name__:
+            raise ValueError(f"The state was made by {kept.get('method', 'BiSM')}, not by {type(self).__name__}.")
+        self._carried = kept["carried"]
+
+    def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
+        pair = densities.analyse(
+            self.model,
+            self.guide,
+            leaves,
+            spec,
+            self.visible,
+            None,
+            Detached(),
+            self.takes_discrete,
+            self.partial_guide,
+        )
+        target = self._find(pair, leaves, spec)
+        if self._carried is None or not set(self._own_names) <= set(pyro.get_param_store().keys()):
+            # now, and not at the first step: a state that waits to be taken up is of all parameters
+            self._carried = (self._begin(target, target.batch(leaves, spec)),)
+        settle(self.optim, [*pair.theta.values(), *self._own(pair)])
+        self._targets[id(pair)] = target
+        return pair
+
+    def _find(self, pair: densities.Pair, leaves: Sequence[Any], spec: Any) -> Target:
+        """The energy, tried out, and how its latents are summed out."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            batch = _cut(pair, pair.batch(leaves, spec))
+            # at weights of zero what is not read, or is linear, can't be told from what is
+            leaves = [*pair.theta.values(), *pair.phi.values()]
+            moved = {leaf: leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in leaves}
+            with params.swapped(moved):
+                program = self._program(pair, batch)
+                energy, x = Energy.of(program, pair.sites, batch, pair.buffers, moves_visible=self.moves_visible)
+                _check_reads(energy, x)
+                hidden = {name: (tuple(x[name].shape[1:]), x[name].dtype) for name in energy.hidden}
+                integral = self._integral(energy, x) if hidden and self.sums_latents is not False else None
+                return self._check(Target(pair, energy, hidden, integral), batch)
+
+    def _integral(self, energy: Energy, x: Point) -> Integral | None:
+        cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
+        try:
+            integral = Integral.of(energy.density(x), x, energy.hidden)
+        except ValueError as error:
+            if self.sums_latents is None:
+                return None
+            raise ValueError(f"{error} {cure}.") from error
+        if integral.quadrature:
+            if self.sums_latents is None:
+                return None
+            raise ValueError(
+                f"Latent sites {list(integral.quadrature)} have no closed-form integral: the energy is not quadratic "
+                f"in them. {cure}."
+            )
+        return integral
+
+
+def _cut(pair: densities.Pair, batch: visible.Batch) -> visible.Batch:
+    """The batch without the rows of plates that take all rows: such a plate takes any number of them."""
+    cut = {name for name, fn in pair.subsamples.items() if fn.size != fn.full_size}
+    return replace(batch, indices={name: rows for name, rows in batch.indices.items() if name in cut})
+
+
+def _check_reads(energy: Energy, x: Point) -> None:
+    """:raises ValueError: for a visible site that the energy never reads, and for examples that are not independent."""
+    moved = energies.random_points(x, energy.latents, torch.ones(()))
+    before = energy.log_joint(x)
+    start = 0
+    for site in energy.sites:
+        if site.is_discrete:
+            other = {**x, site.name: moved[site.name]}
+        else:
+            columns = slice(start, start + visible.size(site))
+            v = x[VISIBLE].clone()
+            v[:, columns] = moved[VISIBLE][:, columns]
+            other = {**x, VISIBLE: v}
+            start = columns.stop
+        if torch.equal(energy.log_joint(other), before):
+            raise ValueError(
+                f"The energy never reads the value of visible site '{site.name}'. Use the site's value (the argument, "
+                "or what pyro.sample returns) in it."
+            )
+    seen = (VISIBLE, *energy.observed)
+    other = {**x, **{name: torch.cat([moved[name][:1], x[name][1:]]) for name in seen}}
+    after = energy.log_joint(other)
+    if not torch.allclose(before[1:], after[1:], rtol=1e-4, atol=1e-6 * float(before.abs().max())):
+        raise ValueError(
+            "The log density of one example depends on another example (batch normalisation in training mode, or an "
+            "interaction along the batch), but this method needs it example by example. Uncouple them (module.eval())."
+        )

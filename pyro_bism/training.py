@@ -1,0 +1,194 @@
+"""What BiSM and its rivals share: one program's analysis a structure, checkpoints, finiteness, module buffers."""
+
+import copy
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import densities, visible
+from .optim import torch_optimizer
+from .params import random_state, set_random_state
+
+__all__ = ["Buffers", "Trainer", "require_optim", "same_settings"]
+
+
+class Trainer(ABC):
+    """A method that learns a model: what is the same for all of them."""
+
+    def __init__(self, *programs: Any):
+        self._modules = programs
+        self._pairs: dict[Any, densities.Pair] = {}
+        self._waiting: dict[str, Any] | None = None
+        self._finite: dict[int, tuple[int, int]] = {}
+
+    @abstractmethod
+    def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
+        """What the programs are, run once on these arguments; their optimisers made ready."""
+
+    @property
+    @abstractmethod
+    def _optims(self) -> Mapping[str, PyroOptim]:
+        """The optimisers, by their names in a checkpoint."""
+
+    @abstractmethod
+    def _kept(self) -> dict[str, Any]:
+        """What is carried from step to step besides, by its names in a checkpoint."""
+
+    @abstractmethod
+    def _keep(self, kept: Mapping[str, Any]) -> None:
+        """Take up what :meth:`_kept` gave.
+
+        :raises ValueError: if it is another method's.
+        """
+
+    def get_state(self) -> dict[str, Any]:
+        """All that a later process needs to continue bit for bit: parameters, optimisers, random state."""
+        store = pyro.get_param_store()
+        return {
+            "params": {name: (store._params[name].detach().clone()) for name in store.keys()},
+            "buffers": [b.clone() for b in self._buffers()],
+            **{name: copy.deepcopy(optim.get_state()) for name, optim in self._optims.items()},
+            **copy.deepcopy(self._kept()),
+            "rng": random_state(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take up a state of :meth:`get_state`.
+
+        In a process where the programs have not run yet their parameters do not exist: the state then waits
+        for the first ``step`` or ``evaluate_loss``, which creates them.
+        """
+        self._waiting = copy.deepcopy(state)
+        if self._pairs:
+            self._take_up()
+
+    def save(self, path: Any) -> None:
+        """Write :meth:`get_state` to a file, in one piece: a crash leaves the old file or the new one."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        torch.save(self.get_state(), partial)
+        partial.replace(target)
+
+    def load(self, path: Any, map_location: Any = None) -> None:
+        """Take up a state that :meth:`save` wrote. The file is unpickled: load only what you trust."""
+        self.set_state(torch.load(path, map_location=map_location, weights_only=False))
+
+    def pair(self, *args: Any, **kwargs: Any) -> densities.Pair:
+        """Model and guide as they run on arguments of this structure; analysed once for each structure."""
+        return self._pair(*pytree.tree_flatten((args, kwargs)))
+
+    def _prepare(self, args: tuple, kwargs: dict) -> tuple[densities.Pair, list[Any], Any]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._require_finite(leaves, spec)
+        pair = self._pair(leaves, spec)
+        if self._waiting is not None:
+            self._take_up()
+        return pair, leaves, spec
+
+    def _require_finite(self, leaves: list[Any], spec: Any) -> None:
+        """Looks at a tensor again only when it has changed: a whole data set, subsampled, takes longer than a step."""
+        fresh = {
+            id(leaf): leaf
+            for leaf in leaves
+            if isinstance(leaf, Tensor) and self._finite.get(id(leaf), (None, -1)) != (leaf.data_ptr(), leaf._version)
+        }
+        if fresh:
+            visible.require_finite(leaves, spec)
+        for key, leaf in fresh.items():
+            if key not in self._finite:  # its number may be given to another tensor
+                weakref.finalize(leaf, self._finite.pop, key, None)
+            self._finite[key] = (leaf.data_ptr(), leaf._version)
+
+    def _pair(self, leaves: list[Any], spec: Any) -> densities.Pair:
+        signature = (spec, tuple(_signature(leaf) for leaf in leaves))
+        pair = self._pairs.get((*signature, _modes(*self._modules)))
+        if pair is None or not pair.is_current():
+            known, before = set(pyro.get_param_store().keys()), random_state()
+            pair = self._analyse(leaves, spec)
+            # an autoguide makes its modules at its first run
+            self._pairs[(*signature, _modes(*self._modules))] = pair
+            if known.issuperset(pyro.get_param_store().keys()):
+                # nothing was initialised: a look that a resumed run takes at another time draws nothing
+                set_random_state(before)
+        return pair
+
+    def _buffers(self) -> list[Tensor]:
+        return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())
+
+    def _take_up(self) -> None:
+        state, self._waiting = self._waiting, None
+        assert state is not None
+        store = pyro.get_param_store()
+        missing = sorted(set(state["params"]) - set(store.keys()))
+        if missing:
+            raise ValueError(
+                f"The state has parameters {missing}, which model and guide have not created. Was it saved from "
+                "another model?"
+            )
+        self._keep(state)
+        with torch.no_grad():
+            for name, value in state["params"].items():
+                store._params[name].copy_(value)
+            for buffer, value in zip(self._buffers(), state["buffers"], strict=True):
+                buffer.copy_(value)
+        for role, optim in self._optims.items():
+            names = {store.param_name(leaf): leaf for leaf in optim.optim_objs}
+            for name, values in state[role].items():
+                obj = optim.optim_objs[names[name]]
+                if "optimizer" in values:  # a scheduler's state holds its optimiser's
+                    torch_optimizer(optim, names[name]).load_state_dict(values["optimizer"])
+                    obj.load_state_dict(values["scheduler"])
+                else:
+                    obj.load_state_dict(values)
+        set_random_state(state["rng"])
+
+
+class Buffers:
+    """Module buffers (batch-norm statistics) move once a step, as in SVI, not at every re-scoring."""
+
+    def __init__(self, buffers: Sequence[Tensor]):
+        self._buffers = buffers
+        self.keep()
+
+    def keep(self) -> None:
+        self._kept = [b.clone() for b in self._buffers]
+
+    def restore(self) -> None:
+        for buffer, value in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(value)
+
+
+def require_optim(optim: Any, name: str) -> None:
+    """:raises ValueError: for what is no optimiser of Pyro."""
+    if not isinstance(optim, PyroOptim):
+        raise ValueError(
+            f"{name} should be an instance of pyro.optim.PyroOptim, such as "
+            f"pyro.optim.Adam({{'lr': 1e-3}}); got {type(optim).__name__}."
+        )
+
+
+def same_settings(optim: PyroOptim) -> PyroOptim:
+    """A new optimiser of the same settings, without the state and the parameters of the old one."""
+    new = copy.copy(optim)
+    new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
+    return new
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+    # a float is no structure: one that changes from step to step would be analysed anew each time
+    return leaf if isinstance(leaf, int | str | bool | None) else type(leaf)
+
+
+def _modes(*programs: Any) -> tuple[bool, ...]:
+    """Training or evaluation mode of every module: a change may change what runs."""
+    return tuple(m.training for p in programs if isinstance(p, torch.nn.Module) for m in p.modules())
