@@ -305,6 +305,12 @@ def program(
     if marginal and (sites is not None or missing is not None):
         raise ValueError("marginal=True sums all latents out and moves v: leave sites and missing out.")
     masks = {VISIBLE: True} if marginal else _masks(energy, sites, missing)
+    for name, latent in energy.latents.items():
+        if name in masks and latent.kind == "onehot":
+            raise ValueError(
+                f"Site '{name}' is one-hot, which no kernel of NumPyro moves. Use marginal=True, which sums it out, or "
+                "run_chains with Gibbs()."
+            )
     integral: Any = None
     density: Any = None
     if marginal:
@@ -337,11 +343,6 @@ def program(
         for name, latent in energy.latents.items():
             if name not in masks:
                 continue
-            if latent.kind == "onehot":
-                raise ValueError(
-                    f"Site '{name}' is one-hot, which no kernel of NumPyro moves. Use marginal=True, or run_chains "
-                    "with Gibbs()."
-                )
             value = numpyro.sample(name, _declared(latent, energy.num_rows))
             x[name] = latent.transform.inv(value) if latent.kind == "real" else value.astype(data[name].dtype)
         if integral is not None:

@@ -1,0 +1,810 @@
+"""Kernels, chains and programs: draws against closed forms and enumeration.
+
+The tests see a package only through its ``Backend``: NumPy arrays in, chains out. Means are compared within five
+standard errors, by the draws' own effective sample size.
+"""
+
+import dataclasses
+import functools
+import math
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as ndist
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from numpy.linalg import inv
+from numpyro.infer import DiscreteHMCGibbs
+from numpyro.infer import TraceEnum_ELBO as NumpyroTraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO
+
+import numpyro_bism
+import numpyro_bism.sampling
+import pyro_bism
+import pyro_bism.sampling
+from numpyro_bism.energies import VISIBLE
+from oracles import GaussianBernoulliRBM, LinearGaussian, configurations
+
+N, D, K = 6, 3, 3
+rng = np.random.default_rng(0)
+X = rng.normal(size=(N, D))
+LINEAR = LinearGaussian.random(rng, D, K)
+PRIOR = 0.3  # of the bits of BITS, in the model's own words; the oracle has its log odds in c
+BITS = GaussianBernoulliRBM(0.8 * rng.normal(size=(D, K)), rng.normal(size=D), rng.normal(size=K), 0.8)
+BIASES = BITS.c - np.log(PRIOR / (1 - PRIOR))
+
+
+class PyroBackend:
+    """Programs of ``pyro_bism``, in float64."""
+
+    name = "pyro"
+    package, sampling, dist, xp = pyro_bism, pyro_bism.sampling, dist, torch
+    array = staticmethod(torch.as_tensor)
+
+    def __enter__(self):
+        pyro.clear_param_store()
+        torch.set_default_dtype(torch.float64)
+        return self
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(torch.float32)
+
+    def bism(self, name, rows=None, size=None):
+        """A model of MODELS; ``rows`` of the data are subsampled, or the plate has a fixed ``size``."""
+        energy, latents = MODELS[name]
+
+        def model(x):
+            bias = pyro.param("bias", torch.zeros(()))
+            with pyro.plate("data", len(x) if size is None else size, subsample_size=rows) as i:
+                x = x if rows is None else x[i]
+                v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1).mask(False), obs=x)
+                h = [pyro.sample(name, site.prior(dist)) for name, site in latents.items()]
+                pyro.factor("energy", bias * v.sum(-1) - energy(self, v, *h))
+
+        def guide(x):
+            loc = pyro.param("loc", torch.zeros(()))
+            with pyro.plate("data", len(x) if size is None else size, subsample_size=rows) as i:
+                x = x if rows is None else x[i]
+                for name, site in latents.items():
+                    pyro.sample(name, site.guide(self, loc + 0.1 * x[:, 0]), infer=site.infer)
+
+        summed = any(site.infer for site in latents.values())
+        return pyro_bism.BiSM(
+            model,
+            guide,
+            pyro.optim.Adam({"lr": 1e-2}),
+            pyro_bism.DenoisingScoreMatching(sigma=0.3),
+            inner_loss=TraceEnum_ELBO(max_plate_nesting=1) if summed else None,
+        )
+
+    def density(self, bism, x, *names):
+        """The density of the variables named, and a point."""
+        energy, point = bism.energy(torch.as_tensor(x))
+        return energy.density(point).moving(dict.fromkeys(names, True)), point
+
+    def step(self, kernel, density, x, state=None, seed=0):
+        pyro.set_rng_seed(seed)
+        state = kernel.init(density, x) if state is None else state
+        with torch.no_grad():
+            return kernel(density, x, state)
+
+    def run(self, bism, x, seed=0, **options):
+        bism.energy(torch.as_tensor(x))  # the first run initialises the parameters, which may draw
+        pyro.set_rng_seed(seed)
+        return pyro_bism.sampling.run_chains(bism, torch.as_tensor(x), progress_bar=False, **options)
+
+    def program(self, bism, x, **options):
+        return pyro_bism.sampling.program(bism, torch.as_tensor(x), **options)
+
+    def nuts(self, program, num_warmup, num_samples):
+        mcmc = pyro.infer.MCMC(pyro.infer.NUTS(program), num_samples, warmup_steps=num_warmup, disable_progbar=True)
+        pyro.set_rng_seed(0)
+        mcmc.run()
+        return mcmc
+
+    def log_density(self, program, values):
+        """Of the program at these values, and its gradient."""
+        values = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
+        trace = pyro.poutine.trace(pyro.poutine.condition(program, values)).get_trace()
+        total = trace.log_prob_sum()
+        slopes = torch.autograd.grad(total, list(values.values()))
+        return total.item(), {name: slope.numpy() for name, slope in zip(values, slopes, strict=True)}
+
+    def from_mcmc(self, mcmc):
+        if not hasattr(az, "from_pyro"):
+            pytest.skip("ArviZ 1.x does not read Pyro's MCMC")
+        return az.from_pyro(mcmc, log_likelihood=False)
+
+
+class Remembered:
+    """A BiSM whose energy is found once for the same data."""
+
+    def __init__(self, bism):
+        self.bism, self.found = bism, {}
+
+    def energy(self, state, x, rng_key):
+        key = (x.shape, np.asarray(x).tobytes())
+        if key not in self.found:
+            state = self.bism.init(jax.random.key(0), x)
+            self.found[key] = self.bism.energy(state, x, rng_key=jax.random.key(1))
+        return self.found[key]
+
+
+class NumpyroBackend:
+    """Programs of ``numpyro_bism``, in float64."""
+
+    name = "numpyro"
+    package, sampling, dist, xp = numpyro_bism, numpyro_bism.sampling, ndist, jnp
+    array = staticmethod(jnp.asarray)
+
+    def __enter__(self):
+        self.double = jax.enable_x64(True)
+        self.double.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self.double.__exit__(None, None, None)
+
+    @functools.cache  # noqa: B019  (compilation is most of the time: one model of each kind for all tests)
+    def bism(self, name, rows=None, size=None):
+        """A model of MODELS; ``rows`` of the data are subsampled, or the plate has a fixed ``size``."""
+        energy, latents = MODELS[name]
+
+        def model(x):
+            bias = numpyro.param("bias", jnp.zeros(()))
+            with numpyro.plate("data", len(x) if size is None else size, subsample_size=rows) as i:
+                x = x if rows is None else x[i]
+                v = numpyro.sample("v", ndist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1).mask(False), obs=x)
+                h = [numpyro.sample(name, site.prior(ndist)) for name, site in latents.items()]
+                numpyro.factor("energy", bias * v.sum(-1) - energy(self, v, *h))
+
+        def guide(x):
+            loc = numpyro.param("loc", jnp.zeros(()))
+            with numpyro.plate("data", len(x) if size is None else size, subsample_size=rows) as i:
+                x = x if rows is None else x[i]
+                for name, site in latents.items():
+                    numpyro.sample(name, site.guide(self, loc + 0.1 * x[:, 0]), infer=site.infer)
+
+        summed = any(site.infer for site in latents.values())
+        return Remembered(
+            numpyro_bism.BiSM(
+                model,
+                guide,
+                numpyro.optim.Adam(1e-2),
+                numpyro_bism.DenoisingScoreMatching(sigma=0.3),
+                inner_loss=NumpyroTraceEnum_ELBO(max_plate_nesting=1) if summed else None,
+            )
+        )
+
+    def density(self, bism, x, *names):
+        """The density of the variables named, and a point."""
+        energy, params, point = bism.energy(None, jnp.asarray(x), rng_key=None)
+        return energy.density(params, point).moving(dict.fromkeys(names, True)), point
+
+    def step(self, kernel, density, x, state=None, seed=0):
+        state = kernel.init(density, x) if state is None else state
+        return jax.jit(lambda x: kernel(jax.random.key(seed), density, x, state))(x)
+
+    def run(self, bism, x, seed=0, **options):
+        return numpyro_bism.sampling.run_chains(
+            bism, None, jnp.asarray(x), rng_key=jax.random.key(seed), progress_bar=False, **options
+        )
+
+    def program(self, bism, x, **options):
+        return numpyro_bism.sampling.program(bism, None, jnp.asarray(x), rng_key=None, **options)
+
+    def nuts(self, program, num_warmup, num_samples, kernel=numpyro.infer.NUTS):
+        mcmc = numpyro.infer.MCMC(
+            kernel(program),
+            num_warmup=num_warmup,
+            num_samples=num_samples,
+            chain_method="sequential",
+            progress_bar=False,
+        )
+        mcmc.run(jax.random.key(0))
+        return mcmc
+
+    def log_density(self, program, values):
+        """Of the program at these values, and its gradient."""
+
+        def total(values):
+            return numpyro.infer.util.log_density(program, (), {}, values)[0]
+
+        value, slopes = jax.value_and_grad(total)(jax.tree.map(jnp.asarray, values))
+        return float(value), jax.tree.map(np.asarray, slopes)
+
+    def from_mcmc(self, mcmc):
+        return az.from_numpyro(mcmc, log_likelihood=False)
+
+
+PYRO, NUMPYRO = PyroBackend(), NumpyroBackend()
+
+
+@pytest.fixture(params=[PYRO, NUMPYRO], ids=lambda backend: backend.name)
+def backend(request):
+    with request.param as entered:
+        yield entered
+
+
+# Latent sites: how the model declares one, and what the guide draws it from, given one number an example
+
+
+class Real:
+    infer = None
+
+    def __init__(self, size):
+        self.size = size
+
+    def prior(self, dist):
+        return dist.Normal(0.0, 1.0).expand([self.size]).to_event(1).mask(False)
+
+    def guide(self, backend, drive):
+        return backend.dist.Normal(drive[:, None] + backend.xp.zeros(self.size), 1.0).to_event(1)
+
+
+class Positive:
+    infer = None
+
+    def prior(self, dist):
+        return dist.Exponential(1.0).mask(False)
+
+    def guide(self, backend, drive):
+        return backend.dist.LogNormal(drive, 1.0)
+
+
+class Bits:
+    infer = None
+
+    def __init__(self, size, prior=None):
+        self.size, self.probability = size, prior
+
+    def prior(self, dist):
+        fn = dist.Bernoulli(self.probability or 0.5).expand([self.size]).to_event(1)
+        return fn if self.probability else fn.mask(False)
+
+    def guide(self, backend, drive):
+        return backend.package.ConcreteBernoulli(0.1, drive[:, None] + backend.xp.zeros(self.size)).to_event(1)
+
+
+class OneHot:
+    infer = None
+
+    def prior(self, dist):
+        logits = array_for(dist, np.zeros(K))
+        if dist is ndist:
+            return dist.Multinomial(1, logits=logits).mask(False)
+        return dist.OneHotCategorical(logits=logits).mask(False)
+
+    def guide(self, backend, drive):
+        return backend.package.ConcreteOneHot(0.1, drive[:, None] * backend.array(np.arange(K) / K))
+
+
+class Label:
+    infer = {"enumerate": "parallel"}
+
+    def prior(self, dist):
+        return dist.Categorical(logits=array_for(dist, LABEL_LOGITS))
+
+    def guide(self, backend, drive):
+        return backend.dist.Categorical(logits=drive[:, None] * backend.array(np.arange(K) / K))
+
+
+def array_for(module, value):
+    return torch.tensor(value) if module is dist else jnp.asarray(value)
+
+
+def linear(backend, v, h):
+    A, B, W, b, c = map(backend.array, (LINEAR.A, LINEAR.B, LINEAR.W, LINEAR.b, LINEAR.c))
+    quadratic = 0.5 * ((v @ A) * v).sum(-1) + 0.5 * ((h @ B) * h).sum(-1)
+    return quadratic - ((v @ W) * h).sum(-1) - v @ b - h @ c
+
+
+def rbm(backend, v, h):
+    W, b, c = map(backend.array, (BITS.W, BITS.b, BIASES))
+    return 0.5 * (((v - b) / BITS.s) ** 2).sum(-1) - h @ c - ((v @ W) * h).sum(-1)
+
+
+# bits that are coupled in pairs, a one-hot vector, a label, and a positive latent, Gamma(SHAPE, 1 + v₀²/2) given v
+SHAPE = 4.0
+LABEL_LOGITS, COUPLINGS = rng.normal(size=K), np.triu(1.5 * rng.normal(size=(K, K)), 1)
+TO_BITS, TO_ONE_HOT, TABLE = rng.normal(size=(D, K)), rng.normal(size=(D, K)), rng.normal(size=(K, K))
+
+
+def mixed(backend, v, h, o, z, g):
+    J, U, O, table = map(backend.array, (COUPLINGS, TO_BITS, TO_ONE_HOT, TABLE))
+    pairs = ((h @ J) * h).sum(-1) + (h * table[z]).sum(-1)
+    discrete = ((v @ U) * h).sum(-1) + ((v @ O) * o).sum(-1) + pairs
+    return 0.5 * (v**2).sum(-1) - discrete + g * (1 + 0.5 * v[:, 0] ** 2) - (SHAPE - 1) * backend.xp.log(g)
+
+
+MODELS = {
+    "linear": (linear, {"h": Real(K)}),
+    "rbm": (rbm, {"h": Bits(K, PRIOR)}),
+    "mixed": (mixed, {"h": Bits(K), "o": OneHot(), "z": Label(), "g": Positive()}),
+}
+
+
+def agree(draws, exact, min_ess=100):
+    """Means over (chain, draw, ...) are the exact ones, by their own effective sample sizes."""
+    draws, exact = np.asarray(draws, float), np.broadcast_to(np.asarray(exact, float), np.shape(draws)[2:])
+    flat = draws.reshape(*draws.shape[:2], -1)
+    data = xr.Dataset({"x": (("chain", "draw", "k"), flat)})
+    ess = np.asarray(az.ess(data, method="mean")["x"].values)
+    assert (ess > min_ess).all(), ess
+    error = flat.std((0, 1), ddof=1) / np.sqrt(ess)
+    gap = np.abs(flat.mean((0, 1)) - exact.ravel())
+    assert (gap <= 5 * error).all(), (gap / error).reshape(exact.shape)
+
+
+def agree_gaussian(z, mean, cov, min_ess=100):
+    """Mean and covariance of z, (chain, draw, ..., d)."""
+    agree(z, mean, min_ess)
+    centred, (i, j) = np.asarray(z) - mean, np.triu_indices(np.shape(z)[-1])
+    agree(centred[..., i] * centred[..., j], cov[i, j], min_ess)
+
+
+def joined(chains, *names):
+    values = [np.asarray(chains.values[name], float) for name in names]
+    return np.concatenate([a.reshape(*a.shape[: 3 if chains.has_rows else 2], -1) for a in values], -1)
+
+
+def by_row(draws):
+    """(draw, row, ...) of a program, all rows copies of one density, as chains."""
+    return np.moveaxis(np.asarray(draws), 0, 1)
+
+
+def softmax(x):
+    weight = np.exp(x - x.max())
+    return weight / weight.sum()
+
+
+# (v, h)
+
+
+def gibbs(backend, **options):
+    return {"kernel": backend.sampling.Gibbs(), "num_samples": 150, "num_warmup": 30, **options}
+
+
+def langevin(backend, **options):
+    return {"kernel": backend.sampling.Langevin(0.3), "num_samples": 200, "num_warmup": 150, **options}
+
+
+@pytest.mark.parametrize("kernel", [gibbs, langevin])
+def test_linear_gaussian_joint(backend, kernel):
+    chains = backend.run(backend.bism("linear"), X, **kernel(backend, num_chains=100))
+    agree_gaussian(joined(chains, "v", "h"), LINEAR.joint_mean, inv(LINEAR.joint_precision))
+    energy = LINEAR.energy(*(np.asarray(chains.values[name][:, -1]) for name in "vh"))
+    np.testing.assert_allclose(np.asarray(chains.log_joint[:, -1]), -energy, rtol=1e-10)
+    acceptance = float(np.mean(np.asarray(chains.acceptance)))
+    assert acceptance == 1 if kernel is gibbs else abs(acceptance - 0.574) < 0.05
+
+
+@pytest.mark.parametrize("kernel", [gibbs, langevin])
+def test_rbm_joint(backend, kernel):
+    """Bits with a normalised prior: it counts."""
+    chains = backend.run(backend.bism("rbm"), X, **kernel(backend, num_chains=100, init="noise"))
+    z = joined(chains, "v", "h")
+    h = np.concatenate(list(configurations(K)))
+    weight, mean = softmax(BITS.log_weight(h)), BITS.conditional_mean(h)
+    points = np.concatenate([mean, h], -1)
+    second = np.einsum("s,si,sj->ij", weight, points, points)
+    second[:D, :D] += BITS.s**2 * np.eye(D)
+    agree(z, weight @ points)
+    i, j = np.triu_indices(D + K)
+    agree(z[..., i] * z[..., j], second[i, j])
+
+
+# Given the rest
+
+
+def test_each_given_the_other(backend):
+    bism, options = backend.bism("rbm"), gibbs(backend, num_warmup=0, num_chains=2)
+    chains = backend.run(bism, X, sites=["h"], **options)
+    assert (chains.moved, chains.has_rows) == (("h",), True)
+    assert np.shape(chains.values["h"]) == (2, 150, N, K)
+    assert (np.asarray(chains.values["v"]) == X).all()
+    agree(chains.values["h"], BITS.posterior(X))
+
+    h = rng.integers(0, 2, (N, K)).astype(float)
+    chains = backend.run(bism, X, sites=["v"], init={"h": backend.array(h)}, **options)
+    assert chains.moved == ("v",)
+    assert (np.asarray(chains.values["h"]) == h).all()
+    agree_gaussian(np.asarray(chains.values["v"]) - BITS.conditional_mean(h), np.zeros(D), BITS.s**2 * np.eye(D))
+
+
+# from nothing missing to everything
+MISSING = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
+
+
+@pytest.mark.parametrize("kernel", [gibbs, pytest.param(langevin, marks=pytest.mark.full)])
+def test_missing_entries_of_a_gaussian(backend, kernel):
+    num_chains = 10 if kernel is gibbs else 30
+    chains = backend.run(backend.bism("linear"), X, **kernel(backend, missing=MISSING, num_chains=num_chains))
+    assert chains.moved == ("v", "h")
+    z, precision = joined(chains, "v", "h"), LINEAR.joint_precision
+    for i, missing in enumerate(MISSING):
+        assert (z[:, :, i, :D][..., ~missing] == X[i, ~missing]).all()
+        moves = np.append(missing, [True] * K)
+        held, inside = precision[np.ix_(moves, ~moves)], precision[np.ix_(moves, moves)]
+        drive = np.append(LINEAR.b, LINEAR.c)[moves] - held @ X[i, ~missing]
+        agree_gaussian(z[:, :, i, moves], inv(inside) @ drive, inv(inside))
+
+
+def test_missing_entries_of_an_rbm(backend):
+    chains = backend.run(backend.bism("rbm"), X, **gibbs(backend, missing={"v": MISSING}, num_chains=20))
+    h = np.concatenate(list(configurations(K)))
+    mean = BITS.conditional_mean(h)
+    for i, missing in enumerate(MISSING):
+        drive = h @ BITS.W.T
+        free = (drive * BITS.b + 0.5 * (BITS.s * drive) ** 2)[:, missing].sum(-1)
+        weight = softmax(h @ BITS.c + drive[:, ~missing] @ X[i, ~missing] + free)
+        agree(np.asarray(chains.values["h"])[:, :, i], weight @ h)
+        agree(np.asarray(chains.values["v"])[:, :, i, missing], weight @ mean[:, missing])
+        assert (np.asarray(chains.values["v"])[:, :, i, ~missing] == X[i, ~missing]).all()
+
+
+# Other latents
+
+
+def test_latents_of_all_kinds(backend):
+    """Bits one after the other, a one-hot vector by its gradient, a label by differences, a positive one as told."""
+
+    def given(values):
+        return backend.dist.Gamma(SHAPE, 1 + 0.5 * values["v"][:, 0] ** 2)
+
+    bism, kernel = backend.bism("mixed"), backend.sampling.Gibbs(conditionals={"g": given})
+    density, _ = backend.density(bism, X, VISIBLE, "h", "o", "z", "g")
+    assert {name: block.kind for block in density.blocks for name in block.names} == {
+        VISIBLE: "gaussian",
+        "h": "units",
+        "o": "affine",
+        "z": "units",
+        "g": "free",
+    }
+    chains = backend.run(bism, X, kernel=kernel, num_samples=150, num_warmup=30, num_chains=100, init="noise")
+    bits, eye = np.concatenate(list(configurations(K))), np.eye(K)
+    h, o, z = (a.reshape(-1, K) for a in np.broadcast_arrays(bits[:, None, None], eye[:, None], eye))
+    drive = h @ TO_BITS.T + o @ TO_ONE_HOT.T
+    pairs = np.einsum("si,ij,sj->s", h, COUPLINGS, h) + np.einsum("si,ki,sk->s", h, TABLE, z)
+    # v is Gaussian but for v₀, in which g leaves (1 + v₀²/2) to the power -SHAPE
+    v0 = np.linspace(-15, 15, 3001)
+    log_v0 = drive[:, :1] * v0 - 0.5 * v0**2 - SHAPE * np.log1p(0.5 * v0**2)
+    joint = softmax(log_v0 + (0.5 * (drive[:, 1:] ** 2).sum(-1) + pairs + z @ LABEL_LOGITS)[:, None])
+    weight = joint.sum(-1)
+    drawn = {name: np.asarray(chains.values[name], float) for name in "vhog"}
+    drawn["z"] = eye[np.asarray(chains.values["z"])]
+    exact = {"h": h, "o": o, "z": z}
+    for name in "hoz":
+        agree(drawn[name], weight @ exact[name])
+    for a, b in ("hh", "ho", "hz", "oz"):
+        second = np.einsum("s,si,sj->ij", weight, exact[a], exact[b])
+        product = drawn[a][..., :, None] * drawn[b][..., None, :]
+        never = second == 0  # two ones in a vector that has one
+        assert (product[..., never] == 0).all()
+        agree(product[..., ~never], second[~never])
+    agree(drawn["v"][..., 1:], weight @ drive[:, 1:])
+    for power in (1, 2):
+        agree(drawn["v"][..., 0] ** power, joint.sum(0) @ v0**power)
+    agree(drawn["g"], joint.sum(0) @ (SHAPE / (1 + 0.5 * v0**2)))
+
+
+def test_a_positive_latent(backend):
+    chains = backend.run(
+        backend.bism("mixed"),
+        X,
+        kernel=backend.sampling.Langevin(0.5),
+        sites=["g"],
+        num_samples=200,
+        num_warmup=150,
+        num_chains=20,
+    )
+    g, rate = np.asarray(chains.values["g"]), 1 + 0.5 * X[:, 0] ** 2
+    agree(g, SHAPE / rate)
+    agree(g**2, SHAPE * (SHAPE + 1) / rate**2)
+    # of the site's own values, without the Jacobian of the transform
+    exact = (SHAPE - 1) * np.log(g) - g * rate
+    still = np.asarray(chains.log_joint) - exact
+    np.testing.assert_allclose(still, np.broadcast_to(still[:1, :1], still.shape), rtol=1e-9, atol=1e-9)
+
+
+def test_a_conditional_of_the_visible_site(backend):
+    """Its noise is its own: none of the bits' before it."""
+    m = 4000
+
+    def given(values):
+        mean = backend.array(BITS.b) + BITS.s**2 * (values["h"] @ backend.array(BITS.W).T)
+        return backend.dist.Normal(mean, BITS.s)
+
+    density, _ = backend.density(backend.bism("rbm"), X, VISIBLE, "h")
+    point = {VISIBLE: backend.array(np.tile(X[:1], (m, 1))), "h": backend.array(np.zeros((m, K)))}
+    x, _, _ = backend.step(backend.sampling.Gibbs(conditionals={"v": given}), density, point)
+    h = np.asarray(x["h"])
+    noise = np.asarray(x[VISIBLE]) - BITS.conditional_mean(h)
+    agree(h[None], BITS.posterior(X[0]))
+    agree_gaussian(noise[None], np.zeros(D), BITS.s**2 * np.eye(D))
+    agree((noise[:, :, None] * h[:, None, :])[None], 0)
+
+
+# Langevin dynamics
+
+
+def test_the_bias_of_unadjusted_langevin(backend):
+    """On a Gaussian of precision P the draws have P (1 - ε² P / 4), whose inverse is up to twice that of P here."""
+    P, step = LINEAR.joint_precision, 0.7
+    chains = backend.run(
+        backend.bism("linear"),
+        X,
+        kernel=backend.sampling.Langevin(step, adjusted=False),
+        num_samples=150,
+        num_warmup=100,
+        num_chains=200,
+    )
+    agree_gaussian(joined(chains, "v", "h"), LINEAR.joint_mean, inv(P - step**2 / 4 * P @ P))
+    assert (np.asarray(chains.acceptance) == 1).all()
+
+
+def test_adjusted_langevin_leaves_what_it_is_given(backend):
+    """One step from exact draws of a half-normal; proposals without a density, NaN here, are refused."""
+    numbers = np.random.default_rng(1).normal(size=(40_000, 1))
+    density, _ = backend.density(backend.bism("linear"), X, VISIBLE)
+    half = dataclasses.replace(
+        density,
+        log_prob=lambda x: (backend.xp.sqrt(x[VISIBLE]) * 0 - 0.5 * x[VISIBLE] ** 2).sum(-1),
+        blocks=(density.blocks[0]._replace(kind="free"),),
+        precisions={},
+    )
+    x, _, acceptance = backend.step(backend.sampling.Langevin(1.0), half, {VISIBLE: backend.array(np.abs(numbers))})
+    v, acceptance = np.asarray(x[VISIBLE])[:, 0], np.asarray(acceptance)
+    assert (v > 0).all()
+    stayed = v == np.abs(numbers[:, 0])
+    for draws, exact in (
+        (v, math.sqrt(2 / math.pi)),
+        (v**2, 1),
+        (v**3, 2 * math.sqrt(2 / math.pi)),
+        (stayed, 1 - acceptance.mean()),
+    ):
+        assert abs(draws.mean() - exact) < 5 * draws.std() / math.sqrt(len(draws))
+    assert (acceptance == 0).mean() > 0.1
+
+
+def test_a_step_at_a_temperature(backend):
+    """Bits given v, then v given the bits: both of the density to the power 1/T."""
+    step, T, m = 0.3, 5.0, 4000
+    kernel = backend.sampling.AnnealedLangevin(step, temperatures=(T, 1.0), num_steps=1)
+    density, _ = backend.density(backend.bism("rbm"), X, VISIBLE, "h")
+    v, logits = np.tile(X[:1], (m, 1)), BITS.c + X[0] @ BITS.W
+    point = {VISIBLE: backend.array(v), "h": backend.array(np.zeros((m, K)))}
+    x, state, _ = backend.step(kernel, density, point)
+    h = np.asarray(x["h"])
+    agree(h[None], 1 / (1 + np.exp(-logits / T)))
+    score = (BITS.conditional_mean(h) - v) / BITS.s**2
+    noise = (np.asarray(x[VISIBLE]) - v - 0.5 * step**2 * score) / (step * math.sqrt(T))
+    agree_gaussian(noise[None], np.zeros(D), np.eye(D))
+    # the schedule goes on to 1, and stays there
+    assert int(state) == 1
+    for state in (1, 7):
+        x, _, _ = backend.step(kernel, density, point, state)
+        agree(np.asarray(x["h"])[None], 1 / (1 + np.exp(-logits)))
+
+
+def test_the_last_step_is_the_mean_of_clean_data(backend):
+    sigma, options = 0.4, {"temperatures": (1.0,), "num_steps": 1}
+    finish = backend.sampling.AnnealedLangevin(0.1, sigma=sigma, **options).finish
+    density, x = backend.density(backend.bism("linear"), X, VISIBLE, "h")
+    # clean data of precision (Λ⁻¹ - σ²I)⁻¹, seen with noise
+    clean = LINEAR.cov - sigma**2 * np.eye(D)
+    mean = LINEAR.mean + (X - LINEAR.mean) @ LINEAR.precision @ clean
+    np.testing.assert_allclose(np.asarray(finish(density, x)[VISIBLE]), mean, rtol=1e-9)
+    # latents that stand still are conditioned upon
+    h = np.asarray(x["h"])
+    mean = X + sigma**2 * (LINEAR.b + h @ LINEAR.W.T - X @ LINEAR.A)
+    np.testing.assert_allclose(np.asarray(finish(density.moving({VISIBLE: True}), x)[VISIBLE]), mean, rtol=1e-9)
+    # and so are visible values
+    held = density.moving({VISIBLE: backend.array(MISSING), "h": True})
+    moved = np.asarray(finish(held, x)[VISIBLE])
+    assert ((moved == X) == ~MISSING).all()
+    assert (np.asarray(finish(density.moving({"h": True}), x)[VISIBLE]) == X).all()
+    # bits are summed out
+    density, x = backend.density(backend.bism("rbm"), X, VISIBLE, "h")
+    np.testing.assert_allclose(
+        np.asarray(finish(density, x)[VISIBLE]), X + sigma**2 * BITS.score(X), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_annealed_chains(backend):
+    P, step, sigma = LINEAR.joint_precision, 0.7, 0.4
+    kernel = backend.sampling.AnnealedLangevin(step, temperatures=(9, 3, 1), num_steps=25, sigma=sigma)
+    chains = backend.run(backend.bism("linear"), X, kernel=kernel, num_samples=100, num_chains=200, init="noise")
+    assert int(chains.kernel_state) == 175
+    shrink = np.eye(D) - sigma**2 * LINEAR.precision
+    cov = shrink @ inv(P - step**2 / 4 * P @ P)[:D, :D] @ shrink.T
+    agree_gaussian(chains.values["v"], LINEAR.mean, cov)
+    # the chains themselves keep their noise
+    v = np.asarray(chains.point[VISIBLE])
+    np.testing.assert_allclose(np.asarray(chains.values["v"])[:, -1], v + sigma**2 * LINEAR.score(v), rtol=1e-9)
+
+
+# Where chains start, and how they go on
+
+
+def test_chains_start_where_they_are_told(backend):
+    bism, still = backend.bism("linear"), backend.sampling.Langevin(1e-9, adjusted=False)
+    options = {"kernel": still, "num_samples": 1, "num_warmup": 0}
+
+    def start(**more):
+        chains = backend.run(bism, X, **options, **more)
+        return chains, {name: np.asarray(value)[:, 0] for name, value in chains.values.items()}
+
+    rows, h = np.arange(N + 2) % N, rng.normal(size=(N + 2, K))
+    chains, x = start(num_chains=N + 2, init={"h": backend.array(h)})
+    np.testing.assert_allclose(x["v"], X[rows], atol=1e-7)
+    np.testing.assert_allclose(x["h"], h, atol=1e-7)
+    _, x = start(num_chains=N + 2, chains=chains)
+    np.testing.assert_allclose(x["h"], h, atol=1e-7)
+    _, x = start(num_chains=2000, init="noise")
+    agree_gaussian(x["v"][None], X.mean(0), np.diag(4 * X.var(0)))
+    assert abs(x["h"]).max() < 2 + 1e-7
+    agree(x["h"][None] ** 2, 4 / 3)
+
+
+def test_the_same_seed_gives_the_same_draws_and_chains_go_on(backend):
+    bism, options = backend.bism("rbm"), {"kernel": backend.sampling.Langevin(0.5), "num_warmup": 30}
+    one = backend.run(bism, X, num_samples=6, **options)
+    two = backend.run(bism, X, num_samples=2, thinning=3, **options)
+    for name in ("v", "h"):
+        np.testing.assert_array_equal(np.asarray(one.values[name])[:, 2::3], np.asarray(two.values[name]))
+    # without a warm-up, from the same place
+    options["num_warmup"] = None
+    more = backend.run(bism, X, 1, num_samples=6, chains=one, **options)
+    assert float(more.kernel_state.log_step) == float(one.kernel_state.log_step) != math.log(0.5)
+    assert int(more.kernel_state.num_adapted) == 30
+    assert (np.asarray(more.values["v"]) != np.asarray(one.values["v"])).any()
+
+
+@pytest.mark.parametrize("options", [{"size": N}, {"rows": N}], ids=["fixed", "subsampled"])
+def test_models_of_a_fixed_number_of_rows(backend, options):
+    """The draws are those of a model that takes any number: they are run a few rows at a time, N/B left out."""
+    bism, x = backend.bism("linear", **options), np.tile(X, (2, 1)) if "rows" in options else X
+    density, _ = backend.density(bism, x, VISIBLE)
+    assert not density.energy.resizes
+    chains = backend.run(bism, x, kernel=backend.sampling.Gibbs(), num_samples=100, num_warmup=0, num_chains=25)
+    z = joined(chains, "v", "h")
+    agree_gaussian(z, LINEAR.joint_mean, inv(LINEAR.joint_precision))
+    np.testing.assert_allclose(
+        np.asarray(chains.log_joint), -LINEAR.energy(*np.split(z.reshape(-1, D + K), [D], -1)).reshape(z.shape[:2])
+    )
+
+
+# Misuse
+
+
+def test_misuse(backend):
+    s = backend.sampling
+    gibbs = s.Gibbs()
+    short = s.AnnealedLangevin(0.1, temperatures=(2, 1), num_steps=5)
+    wrong = s.Gibbs(conditionals={"g": lambda values: backend.dist.Exponential(backend.xp.ones(3))})
+    linear, other = backend.bism("linear"), backend.bism("mixed")
+    for bism, x, options, message in (
+        (other, X, {"kernel": gibbs}, "conditional of site 'g' is not Gaussian"),
+        (
+            other,
+            X,
+            {"kernel": s.Gibbs(conditionals={"y": None})},
+            r"names 'y'; the sites are \['g', 'h', 'o', 'v', 'z'\]",
+        ),
+        (other, X, {"kernel": wrong}, r"site 'g' gives values of shape \(3,\), where \(6,\)"),
+        (linear, X, {"kernel": gibbs, "sites": ["g"]}, r"sites names 'g'; the sites are \['h', 'v'\]"),
+        (linear, X, {"kernel": gibbs, "sites": "h"}, r"sites=\['h'\]"),
+        (linear, X, {"kernel": gibbs, "missing": MISSING[:2]}, r"missing\['v'\] has shape \(2, 3\).* has \(6, 3\)"),
+        (linear, X, {"kernel": gibbs, "missing": {"w": MISSING}}, r"missing names \['w'\]; .* are \['v'\]"),
+        (linear, X, {"kernel": gibbs, "missing": MISSING & False, "sites": ["v"]}, "Nothing moves"),
+        (linear, X, {"kernel": gibbs, "init": "zero"}, "init should be 'data', 'noise'"),
+        (linear, X, {"kernel": gibbs, "init": {"g": X}}, "init names 'g'"),
+        (linear, X, {"kernel": gibbs, "init": {"h": backend.array(X[:2])}}, r"init\['h'\] has shape \(2, 3\)"),
+        (linear, X, {"kernel": gibbs, "num_samples": 0}, "at least 1, got 0"),
+        (linear, X, {"kernel": gibbs, "num_chains": 0}, "num_chains must be at least 1"),
+        (linear, X, {"kernel": short, "num_warmup": 9}, "num_warmup = 9 ends before the schedule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backend.run(bism, x, **options)
+    with pytest.raises(ValueError, match="step_size must be positive"):
+        s.Langevin(0.0)
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        s.Langevin(num_steps=0)
+    with pytest.raises(ValueError, match="temperatures must fall to 1"):
+        s.AnnealedLangevin(0.1, temperatures=(1, 2))
+    chains = backend.run(linear, X, kernel=gibbs, num_samples=1, num_warmup=0)
+    with pytest.raises(ValueError, match="made by another call"):
+        backend.run(linear, X, kernel=gibbs, chains=chains, num_chains=2)
+
+
+def test_chains_that_leave_the_model(backend):
+    kernel = backend.sampling.Langevin(20.0, adjusted=False)
+    with pytest.raises(FloatingPointError, match=r"not finite at draw \d+ of row \d: .*smaller step_size"):
+        backend.run(backend.bism("linear"), X, kernel=kernel, num_samples=200, num_warmup=0)
+
+
+# The host library's own MCMC
+
+
+def test_nuts_on_the_joint(backend):
+    program = backend.program(backend.bism("linear"), X)
+    h = rng.normal(size=(N, K))
+    value, slopes = backend.log_density(program, {"v": X, "h": h})
+    assert value == pytest.approx(-LINEAR.energy(X, h).sum(), rel=1e-10)
+    np.testing.assert_allclose(slopes["v"], LINEAR.b + h @ LINEAR.W.T - X @ LINEAR.A, rtol=1e-8, atol=1e-10)
+    mcmc = backend.nuts(program, 100, 100)
+    draws = mcmc.get_samples()
+    z = np.concatenate([by_row(draws["v"]), by_row(draws["h"])], -1)
+    agree_gaussian(z, LINEAR.joint_mean, inv(LINEAR.joint_precision))
+    tree = backend.from_mcmc(mcmc)
+    assert tree["posterior"]["v"].shape == (1, 100, N, D)
+    assert {"diverging"} <= set(tree["sample_stats"])
+
+
+@pytest.mark.full
+def test_nuts_on_a_positive_latent(backend):
+    """The host library's own transform and Jacobian, and not ours besides."""
+    program = backend.program(backend.bism("mixed"), X, sites=["g"])
+    g, rate = by_row(backend.nuts(program, 100, 200).get_samples()["g"])[:, :, None], 1 + 0.5 * X[:, 0] ** 2
+    for row, r in zip(g, rate, strict=True):
+        agree(row[None], SHAPE / r, 100)
+        agree(row[None] ** 2, SHAPE * (SHAPE + 1) / r**2, 100)
+
+
+def test_the_program_of_a_positive_latent(backend):
+    program = backend.program(backend.bism("mixed"), X, sites=["g"])
+    g, rate = rng.gamma(SHAPE, size=N), 1 + 0.5 * X[:, 0] ** 2
+    _, slopes = backend.log_density(program, {"g": g})
+    np.testing.assert_allclose(slopes["g"], (SHAPE - 1) / g - rate, rtol=1e-8, atol=1e-10)
+
+
+def test_the_program_with_the_bits_summed_out(backend):
+    program = backend.program(backend.bism("rbm"), X, marginal=True)
+    value, slopes = backend.log_density(program, {"v": X})
+    prior = X.shape[0] * K * np.log(1 - PRIOR)  # of the bits, which the oracle leaves out
+    assert value == pytest.approx(prior - BITS.free_energy(X).sum(), rel=1e-10)
+    np.testing.assert_allclose(slopes["v"], BITS.score(X), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.full
+def test_nuts_with_the_bits_summed_out(backend):
+    program = backend.program(backend.bism("rbm"), X, marginal=True)
+    v = by_row(backend.nuts(program, 150, 300).get_samples()["v"])
+    h = np.concatenate(list(configurations(K)))
+    agree(v, softmax(BITS.log_weight(h)) @ BITS.conditional_mean(h))
+
+
+def test_the_program_of_missing_entries(backend):
+    program = backend.program(backend.bism("linear"), X, missing=MISSING)
+    v, h = np.where(MISSING, rng.normal(size=X.shape), X), rng.normal(size=(N, K))
+    value, slopes = backend.log_density(program, {"v_missing": v[MISSING], "h": h})
+    assert value == pytest.approx(-LINEAR.energy(v, h).sum(), rel=1e-10)
+    np.testing.assert_allclose(slopes["v_missing"], (LINEAR.b + h @ LINEAR.W.T - v @ LINEAR.A)[MISSING], rtol=1e-8)
+
+
+def test_programs_that_can_not_be(backend):
+    with pytest.raises(ValueError, match="leave sites and missing out"):
+        backend.program(backend.bism("rbm"), X, marginal=True, sites=["v"])
+    with pytest.raises(ValueError, match="can't be summed in closed form or by enumeration"):
+        backend.program(backend.bism("mixed"), X, marginal=True)
+    with pytest.raises(ValueError, match=r"marginal=True.*run_chains.*Gibbs"):
+        # NumPyro's kernels move labels and bits, but no one-hot vectors
+        backend.log_density(backend.program(backend.bism("mixed"), X), {})
+
+
+@pytest.mark.full
+def test_discrete_hmc_within_gibbs():
+    with NUMPYRO as backend:
+        program = backend.program(backend.bism("rbm"), X)
+        mcmc = backend.nuts(program, 200, 400, lambda program: DiscreteHMCGibbs(numpyro.infer.NUTS(program)))
+        h = np.concatenate(list(configurations(K)))
+        weight = softmax(BITS.log_weight(h))
+        agree(by_row(mcmc.get_samples()["h"]), weight @ h)
+        agree(by_row(mcmc.get_samples()["v"]), weight @ BITS.conditional_mean(h))
