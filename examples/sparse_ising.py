@@ -162,7 +162,7 @@ def report_table(path, steps, num_chains, seed):
     tree = to_arviz(method, state, x, rng_key=jax.random.key(seed + 1), num_draws=500)
     J = xr.DataArray(J[None], dims=("chain", "draw", "pair"))
     sure = (np.abs(J) > 0.1).mean(("chain", "draw"))
-    print(f"{path}: {len(x)} rows, {len(names)} columns; posterior groups {list(tree.groups)}")
+    print(f"{path}: {len(x)} rows, {len(names)} columns; posterior of {list(tree['posterior'].data_vars)}")
     pairs = np.transpose(np.triu_indices(len(names), 1))
     for k in np.argsort(-np.asarray(sure), kind="stable")[:10]:
         a, b = pairs[k]
