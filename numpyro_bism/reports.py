@@ -215,7 +215,13 @@ def diagnose(
     likelihood = None
     if log_z is not None:
         likelihood = log_likelihood(
-            trained, state, *args, rng_key=keys[6], log_normalizer=log_z, num_draws=num_draws, **kwargs
+            trained,
+            state,
+            *args,
+            rng_key=keys[6],
+            log_normalizer=log_z if isinstance(log_z, AIS) else None,
+            num_draws=num_draws,
+            **kwargs,
         )
         value = np.asarray(likelihood.value)
         error = value.std() / math.sqrt(len(value))

@@ -204,7 +204,9 @@ def diagnose(
     verdicts.append(verdict)
     likelihood = None
     if log_z is not None:
-        likelihood = log_likelihood(trained, *args, log_normalizer=log_z, num_draws=num_draws, **kwargs)
+        likelihood = log_likelihood(
+            trained, *args, log_normalizer=log_z if isinstance(log_z, AIS) else None, num_draws=num_draws, **kwargs
+        )
         value = np.asarray(likelihood.value)
         error = value.std() / math.sqrt(len(value))
         verdicts.append(
