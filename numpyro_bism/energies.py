@@ -450,10 +450,10 @@ def _find_blocks(
     if energy.resizes:
         x = jax.tree.map(lambda a: a[:16], x)
     spread = jnp.std(energy.batch.v[:, : x[VISIBLE].shape[1]], 0) + 1e-3
-    moved = jax.jit(  # one compilation instead of one for every operation
-        lambda keys: [random_points(key, x, energy.latents, spread) for key in keys]
-    )(jax.random.split(rng_key, 2 * NUM_TRIALS))
-    pairs = jax.tree.map(lambda *a: jnp.stack(a), *moved[::2]), jax.tree.map(lambda *a: jnp.stack(a), *moved[1::2])
+    # mapped, so that the draws, which take long to compile, are compiled once
+    keys = jax.random.split(rng_key, 2 * NUM_TRIALS)
+    moved = jax.lax.map(lambda key: random_points(key, x, energy.latents, spread), keys)
+    pairs = jax.tree.map(lambda a: a[::2], moved), jax.tree.map(lambda a: a[1::2], moved)
 
     @partial(jax.jit, static_argnums=0)
     def affine(names, pairs):

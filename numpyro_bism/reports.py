@@ -341,10 +341,13 @@ def _judge_guide(guide: Guide, mixed: Verdict) -> Verdict:
         f"nat at {left_out} (median {np.median(guide.kl):.2f}), {np.median(guide.effective_sample_size):.0%} of the "
         f"draws effective, ELBO {np.median(guide.gap):.2f} nats below the importance-weighted bound"
     )
+    reasons = []
     if bad > 0.05 * n:
-        return Verdict("guide", False, "not trusted: its draws can't be mended by weighting; " + numbers)
+        reasons.append("its draws can't be mended by weighting")
     if left_out > 0.05 * n:
-        return Verdict("guide", False, "not trusted: it leaves out a part of the posterior; " + numbers)
+        reasons.append("it leaves out a part of the posterior")
+    if reasons:
+        return Verdict("guide", False, f"not trusted: {' and '.join(reasons)}; {numbers}")
     if mixed.passed is False:
         return Verdict("guide", None, "can't be told, as the posterior's chains have not mixed; " + numbers)
     return Verdict("guide", True, "trusted: " + numbers)
