@@ -31,6 +31,8 @@ __all__ = [
     "maximum_mean_discrepancy",
 ]
 
+NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
+
 
 class Estimate(NamedTuple):
     """
@@ -171,40 +173,45 @@ def ais(
         def step(carry, inputs):
             x, setting = carry
             key, beta = inputs
-            tempered = start.mixed(target, beta)
-            for key_step in jax.random.split(key, 3):
-                x, setting, acceptance = kernel(key_step, tempered, x, setting)
-                setting = kernel.adapt(setting, acceptance)
+            x, setting, acceptance = kernel(key, start.mixed(target, beta), x, setting)
+            setting = kernel.adapt(setting, acceptance)
             return (x, setting), setting
 
-        keys = jax.random.split(key, len(betas))
-        return jax.lax.scan(step, (x, initial), (keys, betas))[1]
+        inputs = jax.random.split(key, NUM_TUNING * len(betas)), jnp.repeat(betas, NUM_TUNING)
+        settings = jax.lax.scan(step, (x, initial), inputs)[1]
+        return jax.tree.map(lambda leaf: leaf[NUM_TUNING - 1 :: NUM_TUNING], settings)
 
     if jax.tree.leaves(initial):
         tuned = learn(key_pilot, jax.tree.map(lambda a: a[: max(2, num_chains // 5)], x))
 
+    last = len(betas) - 1
+    num_settling = max(1, len(betas) // 10)
+
     @jax.jit
-    def anneal(key, x, log_weight, first, last, backwards):
-        """Steps ``first`` to ``last`` of the path, which runs backwards from p̃ or forward from the base."""
+    def anneal(key, x, log_weight, first, stop, backwards):
+        """Steps ``first`` to ``stop`` of a run: along the path, or at p̃ for a while and then backwards."""
+
+        def place(i):
+            return jnp.where(backwards, jnp.minimum(last, last + num_settling - i), i)
 
         def step(i, carry):
             x, log_weight = carry
-            k = jnp.where(backwards, len(betas) - 1 - i, i)
-            here, there = betas[k], betas[jnp.where(backwards, k - 1, k + 1)]
+            here, there = betas[place(i)], betas[place(i + 1)]
             at, logits = _tempered(start, target, summed, x)
-            log_weight += jnp.where(backwards, at(here) - at(there), at(there) - at(here))
-            setting = jax.tree.map(lambda leaf: leaf[jnp.where(backwards, k - 1, k + 1)], tuned)
+            change = at(there) - at(here)
+            log_weight += jnp.where(backwards, -change, change)
+            setting = jax.tree.map(lambda leaf: leaf[place(i + 1)], tuned)
             key_summed, key_rest = jax.random.split(jax.random.fold_in(key, i))
             # first of all and at the new β: the weights know nothing of the values that these had at the last one
             x = {**x, **draw_affine(key_summed, target, {name: there * g for name, g in logits.items()})}
             x, _, _ = kernel(key_rest, start.mixed(rest, there), x, setting)
             return x, log_weight
 
-        return jax.lax.fori_loop(first, last, step, (x, log_weight))
+        return jax.lax.fori_loop(first, stop, step, (x, log_weight))
 
     def run(key, x, backwards, bar):
         log_weight = jnp.zeros(num_chains, x[VISIBLE].dtype)
-        done, size, total = 0, 1, len(betas) - 1
+        done, size, total = 0, 1, last + num_settling * backwards
         while done < total:
             stop, began = min(total, done + size), time.perf_counter()
             x, log_weight = jax.block_until_ready(anneal(key, x, log_weight, done, stop, backwards))
@@ -219,21 +226,13 @@ def ais(
             )
         return x, log_weight
 
-    with tqdm.tqdm(total=(1 + reverse) * (len(betas) - 1), disable=not progress_bar, desc="ais") as bar:
+    with tqdm.tqdm(total=last + (last + num_settling) * reverse, disable=not progress_bar, desc="ais") as bar:
         x, log_weight = run(key_run, x, False, bar)
         back = None
         if reverse:
-            key_pick, key_settle, key_back = jax.random.split(key_back, 3)
+            key_pick, key_back = jax.random.split(key_back)
             pick = jax.random.categorical(key_pick, log_weight, shape=(num_chains,))
-            last = jax.tree.map(lambda leaf: leaf[-1], tuned)
-
-            @jax.jit
-            def settle(x):
-                keys = jax.random.split(key_settle, max(1, len(betas) // 10))
-                return jax.lax.scan(lambda x, key: (kernel(key, target, x, last)[0], None), x, keys)[0]
-
-            x = settle(jax.tree.map(lambda a: a[pick], x))
-            _, back = run(key_back, x, True, bar)
+            _, back = run(key_back, jax.tree.map(lambda a: a[pick], x), True, bar)
     return _summary(log_weight, back)
 
 

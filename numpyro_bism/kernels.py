@@ -136,19 +136,23 @@ class Langevin:
 
     def __call__(self, rng_key: Array, density: Density, x: Point, state: Any) -> tuple[Point, Any, Array]:
         step = jnp.exp(state.log_step)
-        key_discrete, *keys = jax.random.split(rng_key, self.num_steps + 1)
-        x = _draw_discrete(key_discrete, density, x)
+        keys = jax.random.split(rng_key, self.num_steps + 1)
+        x = _draw_discrete(keys[0], density, x)
         names = _real_names(density)
         acceptance = jnp.ones(len(x[VISIBLE]), x[VISIBLE].dtype)
         if not names:
             return x, state, acceptance
-        total = jnp.zeros_like(acceptance)
-        here = _climb(density, x, names) if self.adjusted else None
-        for key in keys:
+
+        def move(carry, key):
+            x, here = carry
             key_noise, key_accept = jax.random.split(key)
             x, here, accepted = _langevin(key_noise, key_accept, density, x, names, step, here)
-            total += accepted
-        return x, state, total / self.num_steps
+            return (x, here), accepted
+
+        start = x, _climb(density, x, names) if self.adjusted else None
+        # a loop: many steps compile as fast as one
+        (x, _), accepted = jax.lax.scan(move, start, keys[1:])
+        return x, state, accepted.mean(0)
 
     def adapt(self, state: LangevinState, acceptance: Array) -> LangevinState:
         if not self.adjusted:

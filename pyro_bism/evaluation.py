@@ -31,6 +31,8 @@ __all__ = [
     "maximum_mean_discrepancy",
 ]
 
+NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
+
 
 class Estimate(NamedTuple):
     """
@@ -164,13 +166,13 @@ def ais(
         pilot, setting = select(x, slice(max(2, num_chains // 5))), initial
         for k, beta in enumerate(betas):
             tempered = start.mixed(target, beta)
-            for _ in range(3):
+            for _ in range(NUM_TUNING):
                 pilot, setting, acceptance = kernel(tempered, pilot, setting)
                 setting = kernel.adapt(setting, acceptance)
             tuned[k] = setting
 
     def run(x, path, bar):
-        """Along these places of the path: forward from the base or backwards from p̃."""
+        """Along these places of the path: from the base, or at p̃ for a while and then backwards."""
         log_weight = x[VISIBLE].new_zeros(num_chains)
         for here, there in pairwise(path):
             at, logits = _tempered(start, target, summed, x)
@@ -187,15 +189,15 @@ def ais(
             )
         return x, log_weight
 
-    places = range(len(betas))
-    with tqdm(total=(1 + reverse) * (len(betas) - 1), disable=not progress_bar, desc="ais") as bar:
+    places = list(range(len(betas)))
+    last = places[-1]
+    num_settling = max(1, len(betas) // 10)
+    with tqdm(total=last + (last + num_settling) * reverse, disable=not progress_bar, desc="ais") as bar:
         x, log_weight = run(x, places, bar)
         back = None
         if reverse:
             x = select(x, torch.multinomial(log_weight.softmax(0), num_chains, replacement=True))
-            for _ in range(max(1, len(betas) // 10)):
-                x, _, _ = kernel(target, x, tuned[-1])
-            _, back = run(x, places[::-1], bar)
+            _, back = run(x, [last] * num_settling + places[::-1], bar)
     return _summary(log_weight, back)
 
 

@@ -310,33 +310,31 @@ def rbm(backend, v, h):
     return 0.5 * (((v - b) / BITS.s) ** 2).sum(-1) - h @ c - ((v @ W) * h).sum(-1)
 
 
-# bits that are coupled in pairs, a label, and a positive latent that is Gamma(SHAPE, 1 + v₀²/2) given v
+# bits that are coupled in pairs, and a positive latent that is Gamma(SHAPE, 1 + v₀²/2) given v
 SHAPE = 4.0
-LABEL_LOGITS, COUPLINGS = rng.normal(size=K), np.triu(1.5 * rng.normal(size=(K, K)), 1)
-TO_BITS, TABLE = rng.normal(size=(D, K)), rng.normal(size=(K, K))
+COUPLINGS, TO_BITS = np.triu(1.5 * rng.normal(size=(K, K)), 1), rng.normal(size=(D, K))
 
 
-def mixed(backend, v, h, z, g):
-    J, U, table = map(backend.array, (COUPLINGS, TO_BITS, TABLE))
-    pairs = ((h @ J) * h).sum(-1) + (h * table[z]).sum(-1)
-    return (
-        0.5 * (v**2).sum(-1)
-        - ((v @ U) * h).sum(-1)
-        - pairs
-        + g * (1 + 0.5 * v[:, 0] ** 2)
-        - (SHAPE - 1) * backend.xp.log(g)
-    )
+def mixed(backend, v, h, g):
+    J, U = map(backend.array, (COUPLINGS, TO_BITS))
+    bits = 0.5 * (v**2).sum(-1) - ((v @ U) * h).sum(-1) - ((h @ J) * h).sum(-1)
+    return bits + g * (1 + 0.5 * v[:, 0] ** 2) - (SHAPE - 1) * backend.xp.log(g)
 
 
-def onehot(backend, v, o):
-    return 0.5 * (v**2).sum(-1) - ((v @ backend.array(TO_BITS)) * o).sum(-1)
+# a one-hot vector that v drives, and a label that it is coupled with
+LABEL_LOGITS, TABLE = rng.normal(size=K), rng.normal(size=(K, K))
+
+
+def coded(backend, v, o, z):
+    U, table = map(backend.array, (TO_BITS, TABLE))
+    return 0.5 * (v**2).sum(-1) - ((v @ U + table[z]) * o).sum(-1)
 
 
 MODELS = {
     "linear": (linear, {"h": Real(K)}),
     "rbm": (rbm, {"h": Bits(K, PRIOR)}),
-    "mixed": (mixed, {"h": Bits(K), "z": Label(), "g": Positive()}),
-    "onehot": (onehot, {"o": OneHot()}),
+    "mixed": (mixed, {"h": Bits(K), "g": Positive()}),
+    "coded": (coded, {"o": OneHot(), "z": Label()}),
 }
 
 
@@ -462,41 +460,31 @@ def test_missing_entries_of_an_rbm(backend):
 # Other latents
 
 
-def test_latents_of_all_kinds(backend):
-    """Bits one after the other, a label by the energy's differences, a positive one as told."""
-
+def test_bits_that_are_coupled_and_a_conditional_in_closed_form(backend):
     def given(values):
         return backend.dist.Gamma(SHAPE, 1 + 0.5 * values["v"][:, 0] ** 2)
 
     bism, kernel = backend.bism("mixed"), backend.sampling.Gibbs(conditionals={"g": given})
-    density, _ = backend.density(bism, X, VISIBLE, "h", "z", "g")
-    assert {name: block.kind for block in density.blocks for name in block.names} == {
-        VISIBLE: "gaussian",
-        "h": "units",
-        "z": "units",
-        "g": "free",
-    }
+    density, _ = backend.density(bism, X, VISIBLE, "h", "g")
+    kinds = {name: block.kind for block in density.blocks for name in block.names}
+    assert kinds == {VISIBLE: "gaussian", "h": "units", "g": "free"}
     chains = backend.run(bism, X, kernel=kernel, num_samples=150, num_warmup=30, num_chains=100, init="noise")
-    bits, eye = np.concatenate(list(configurations(K))), np.eye(K)
-    h, z = (a.reshape(-1, K) for a in np.broadcast_arrays(bits[:, None], eye))
+    h = np.concatenate(list(configurations(K)))
     drive = h @ TO_BITS.T
-    pairs = np.einsum("si,ij,sj->s", h, COUPLINGS, h) + np.einsum("si,ki,sk->s", h, TABLE, z)
     # v is Gaussian but for v₀, in which g leaves (1 + v₀²/2) to the power -SHAPE
     v0 = np.linspace(-15, 15, 3001)
     log_v0 = drive[:, :1] * v0 - 0.5 * v0**2 - SHAPE * np.log1p(0.5 * v0**2)
-    joint = softmax(log_v0 + (0.5 * (drive[:, 1:] ** 2).sum(-1) + pairs + z @ LABEL_LOGITS)[:, None])
+    rest = 0.5 * (drive[:, 1:] ** 2).sum(-1) + np.einsum("si,ij,sj->s", h, COUPLINGS, h)
+    joint = softmax(log_v0 + rest[:, None])
     weight = joint.sum(-1)
-    drawn = {name: np.asarray(chains.values[name], float) for name in "vhg"}
-    drawn["z"] = eye[np.asarray(chains.values["z"])]
-    exact = {"h": h, "z": z}
-    agree(drawn["z"], weight @ z)
-    for other in "hz":
-        second = np.einsum("s,si,sj->ij", weight, h, exact[other])
-        agree(drawn["h"][..., :, None] * drawn[other][..., None, :], second)
-    agree(drawn["v"][..., 1:], weight @ drive[:, 1:])
+    v, bits, g = (np.asarray(chains.values[name]) for name in "vhg")
+    agree(bits[..., :, None] * bits[..., None, :], np.einsum("s,si,sj->ij", weight, h, h))
+    agree(v[..., 1:], weight @ drive[:, 1:])
     for power in (1, 2):
-        agree(drawn["v"][..., 0] ** power, joint.sum(0) @ v0**power)
-    agree(drawn["g"], joint.sum(0) @ (SHAPE / (1 + 0.5 * v0**2)))
+        agree(v[..., 0] ** power, joint.sum(0) @ v0**power)
+    mean = SHAPE / (1 + 0.5 * v0**2)
+    agree(g, joint.sum(0) @ mean)
+    agree(g[..., None] * bits, (joint @ mean) @ h)
 
 
 def test_a_positive_latent(backend):
@@ -519,16 +507,18 @@ def test_a_positive_latent(backend):
 
 
 @pytest.mark.full
-def test_a_one_hot_latent(backend):
-    chains = backend.run(backend.bism("onehot"), X, **gibbs(backend, num_chains=100))
-    weight = softmax(0.5 * (TO_BITS**2).sum(0))
-    o = np.asarray(chains.values["o"])
+def test_a_one_hot_vector_and_a_label(backend):
+    bism = backend.bism("coded")
+    density, _ = backend.density(bism, X, "o", "z")
+    assert {name: block.kind for block in density.blocks for name in block.names} == {"o": "affine", "z": "units"}
+    chains = backend.run(bism, X, **gibbs(backend, num_chains=100))
+    joint = softmax(0.5 * (TO_BITS**2).sum(0)[:, None] + TABLE.T + LABEL_LOGITS)
+    o, z = np.asarray(chains.values["o"]), np.eye(K)[np.asarray(chains.values["z"])]
     assert (o.sum(-1) == 1).all()
-    agree(o, weight)
-    agree(chains.values["v"], TO_BITS @ weight)
-    agree(np.asarray(chains.values["v"])[..., None] * o[..., None, :], TO_BITS * weight)
+    agree(o[..., None] * z[..., None, :], joint)
+    agree(np.asarray(chains.values["v"])[..., None] * o[..., None, :], TO_BITS * joint.sum(1))
     with pytest.raises(ValueError, match=r"Site 'o' is .*marginal=True.*run_chains.*Gibbs"):
-        backend.program(backend.bism("onehot"), X)
+        backend.program(bism, X)
 
 
 def test_a_conditional_of_the_visible_site(backend):
@@ -714,7 +704,7 @@ def test_misuse(backend):
             other,
             X,
             {"kernel": s.Gibbs(conditionals={"y": None})},
-            r"names 'y'; the sites are \['g', 'h', 'v', 'z'\]",
+            r"names 'y'; the sites are \['g', 'h', 'v'\]",
         ),
         (other, X, {"kernel": wrong}, r"site 'g' gives values of shape \(3,\), where \(6,\)"),
         (linear, X, {"kernel": gibbs, "sites": ["g"]}, r"sites names 'g'; the sites are \['h', 'v'\]"),
