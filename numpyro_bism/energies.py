@@ -450,10 +450,9 @@ def _find_blocks(
     if energy.resizes:
         x = jax.tree.map(lambda a: a[:16], x)
     spread = jnp.std(energy.batch.v[:, : x[VISIBLE].shape[1]], 0) + 1e-3
-    # mapped, so that the draws, which take long to compile, are compiled once
     keys = jax.random.split(rng_key, 2 * NUM_TRIALS)
-    moved = jax.lax.map(lambda key: random_points(key, x, energy.latents, spread), keys)
-    pairs = jax.tree.map(lambda a: a[::2], moved), jax.tree.map(lambda a: a[1::2], moved)
+    moved = [random_points(key, x, energy.latents, spread) for key in keys]
+    pairs = tuple(jax.tree.map(lambda *a: np.stack(a), *points) for points in (moved[::2], moved[1::2]))
 
     @partial(jax.jit, static_argnums=0)
     def affine(names, pairs):
@@ -546,13 +545,18 @@ def _partition(
 def random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array) -> Point:
     """Anywhere that the variables may be."""
     found = {}
-    for key, (name, value) in zip(jax.random.split(rng_key, len(x)), x.items(), strict=True):
-        latent = latents.get(name)
-        if latent is None or latent.kind == "real":
-            scale = spread if latent is None else 1.0
-            found[name] = value + scale * jax.random.normal(key, value.shape, value.dtype)
-        else:
-            found[name] = random_labels(key, latent, len(value), value.dtype)
+    with jax.ensure_compile_time_eval():
+        # NumPy's generator: JAX's would be compiled for every shape, and that takes longer than all else here
+        generator = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
+        for name, value in x.items():
+            latent = latents.get(name)
+            if latent is None or latent.kind == "real":
+                scale = np.asarray(spread) if latent is None else 1.0
+                moved = np.asarray(value) + scale * generator.standard_normal(value.shape)
+            else:
+                support = np.asarray(latent.support(value.dtype))
+                moved = support[generator.integers(len(support), size=(len(value), *latent.units))]
+            found[name] = jnp.asarray(moved, value.dtype)
     return found
 
 
@@ -574,8 +578,7 @@ def is_multilinear(
     """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
 
     @jax.jit
-    def trial(rng_key):
-        a, b = (random_points(key, seen, latents, jnp.ones(())) for key in jax.random.split(rng_key))
+    def trial(a, b):
         latent, f = latents[name], log_prob(a)
         slope = jax.grad(lambda value: log_prob({**a, name: value}).sum())(a[name])
         others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
@@ -587,4 +590,4 @@ def is_multilinear(
 
         return jax.lax.map(of, jnp.arange(others.shape[1])).all()
 
-    return bool(trial(rng_key))
+    return bool(trial(*(random_points(key, seen, latents, jnp.ones(())) for key in jax.random.split(rng_key))))

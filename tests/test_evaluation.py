@@ -31,6 +31,9 @@ import numpyro_bism
 import numpyro_bism.evaluation
 import pyro_bism
 import pyro_bism.evaluation
+from numpyro_bism import visible
+from numpyro_bism.densities import record
+from numpyro_bism.energies import Energy
 from oracles import LOG_2PI, GaussianBernoulliRBM, GaussianGuide, LinearGaussian, central_difference, configurations
 
 D, K = 3, 3
@@ -78,7 +81,8 @@ class PyroBackend(Backend):
     """Programs of ``pyro_bism``, in float64."""
 
     name = "pyro"
-    package, evaluation, dist, xp = pyro_bism, pyro_bism.evaluation, dist, torch
+    package, evaluation, integrals = pyro_bism, pyro_bism.evaluation, pyro_bism.integrals
+    dist, xp = dist, torch
     array = staticmethod(torch.as_tensor)
 
     def __enter__(self):
@@ -119,7 +123,7 @@ class PyroBackend(Backend):
             inner_loss=TraceEnum_ELBO(max_plate_nesting=1) if summed else None,
         )
 
-    def _call(self, function, model, x, *more, seed=0, rows=None, size=None, **options):
+    def _call(self, function, model, x, *more, seed=0, guided=False, rows=None, size=None, **options):
         pyro.set_rng_seed(seed)
         bism = self.bism(model, rows, size)
         return getattr(pyro_bism, function)(bism, *map(torch.as_tensor, (x, *more)), **options)
@@ -140,7 +144,8 @@ class NumpyroBackend(Backend):
     """Programs of ``numpyro_bism``, in float64."""
 
     name = "numpyro"
-    package, evaluation, dist, xp = numpyro_bism, numpyro_bism.evaluation, ndist, jnp
+    package, evaluation, integrals = numpyro_bism, numpyro_bism.evaluation, numpyro_bism.integrals
+    dist, xp = ndist, jnp
     array = staticmethod(jnp.asarray)
 
     def __enter__(self):
@@ -151,7 +156,6 @@ class NumpyroBackend(Backend):
     def __exit__(self, *_):
         self.double.__exit__(None, None, None)
 
-    @functools.cache  # noqa: B019  (compilation is most of the time: one model of each kind for all tests)
     def bism(self, model, rows=None, size=None):
         """:param rows: of the data, are subsampled.
         :param size: a fixed one, of the plate.
@@ -174,20 +178,36 @@ class NumpyroBackend(Backend):
                     numpyro.sample(name, site.guide(self, x, shift), infer=site.infer)
 
         summed = any(site.infer for site in model.latents.values())
-        bism = numpyro_bism.BiSM(
+        return numpyro_bism.BiSM(
             p,
             q,
             numpyro.optim.Adam(1e-2),
             numpyro_bism.DenoisingScoreMatching(sigma=0.3),
             inner_loss=NumpyroTraceEnum_ELBO(max_plate_nesting=1) if summed else None,
         )
-        return Remembered(bism)
 
-    def _call(self, function, model, x, *more, seed=None, rows=None, size=None, **options):
-        remembered, args = self.bism(model, rows, size), [jnp.asarray(a) for a in (x, *more)]
+    @functools.cache  # noqa: B019  (compilation is most of the time: one energy of each kind for all tests)
+    def untrained(self, model, size):
+        return Untrained(self.bism(model, size=size).model)
+
+    @functools.cache  # noqa: B019
+    def initial(self, model):
+        """A BiSM, its state and X: it remembers its energy for the same array."""
+        bism, x = self.bism(model), jnp.asarray(X)
+        return bism, bism.init(jax.random.key(0), x), x
+
+    def _call(self, function, model, x, *more, seed=None, guided=False, rows=None, size=None, **options):
+        """:param guided: a BiSM at X is wanted, and not its energy alone."""
+        args = [jnp.asarray(a) for a in (x, *more)]
+        trained, state = self.untrained(model, size), None
+        if guided:
+            trained, state, *args = self.initial(model)
+        elif rows:
+            trained = self.bism(model, rows)
+            state = trained.init(jax.random.key(0), *args)
         if seed is not None or function == "ais":
             options["rng_key"] = jax.random.key(seed or 0)
-        return getattr(numpyro_bism, function)(remembered.bism, remembered.state(*args), *args, **options)
+        return getattr(numpyro_bism, function)(trained, state, *args, **options)
 
     def summary(self, log_weights):
         return self.evaluation._summary(jnp.asarray(log_weights), None)
@@ -199,25 +219,23 @@ class NumpyroBackend(Backend):
         return numpyro_bism.maximum_mean_discrepancy(first, second, rng_key=jax.random.key(seed), **options)
 
 
-class Remembered:
-    """A BiSM whose state and energy are found once for the same data: both are compiled."""
+class Untrained:
+    """What the estimators see of a trained model, a rival's say: an energy. It is found once for the same data."""
 
-    def __init__(self, bism):
-        self.bism, self.states, self.energies, find = bism, {}, {}, bism.energy
+    def __init__(self, model):
+        self.model, self.found = model, {}
 
-        def energy(state, *args, rng_key):
-            key = tuple((a.shape, np.asarray(a).tobytes()) for a in args)
-            if key not in self.energies:
-                self.energies[key] = find(state, *args, rng_key=rng_key)
-            return self.energies[key]
-
-        bism.energy = energy
-
-    def state(self, *args):
+    def energy(self, state, *args, rng_key):
         key = tuple((a.shape, np.asarray(a).tobytes()) for a in args)
-        if key not in self.states:
-            self.states[key] = self.bism.init(jax.random.key(0), *args)
-        return self.states[key]
+        if key not in self.found:
+            params = {"bias": jnp.zeros(())}
+            leaves, spec = visible.flatten(args, {})
+            with numpyro.handlers.seed(rng_seed=0), record(params) as run:
+                self.model(*args)
+            batch = visible.batch(visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
+            energy, x = Energy.of(self.model, batch.sites, batch, params, rng_key)
+            self.found[key] = energy, params, x
+        return self.found[key]
 
 
 BACKENDS = [PyroBackend(), NumpyroBackend()]
@@ -340,6 +358,7 @@ def rbm(oracle, prior=None):
 # bits coupled in pairs and with a label, a one-hot vector, and a Gaussian that goes with the bits
 LABEL_LOGITS, PAIRS = rng.normal(size=K), np.triu(1.5 * rng.normal(size=(K, K)), 1)
 TO_BITS, TO_ONE_HOT, TO_REAL, TABLE, CROSS = (rng.normal(size=(K, K)) for _ in range(5))
+TO_REAL *= 0.4  # so that 2 I - R'R is positive definite
 
 
 def _coupled(backend, v, h, o, z):
@@ -377,8 +396,8 @@ def wells(size, depth=1.0):
 
 def machine(num_hidden, scale, seed=0):
     generator = np.random.default_rng(seed)
-    W = scale * generator.normal(size=(4, num_hidden))
-    return GaussianBernoulliRBM(W, generator.normal(size=4), -0.5 * np.ones(num_hidden), 0.9)
+    W = scale * generator.normal(size=(D, num_hidden))
+    return GaussianBernoulliRBM(W, generator.normal(size=D), -0.5 * np.ones(num_hidden), 0.9)
 
 
 # as they are initialised, and as they are trained: with modes far apart
@@ -388,10 +407,12 @@ MACHINES = {
     for kind, scale in zip(("initial", "trained"), scales, strict=True)
 }
 MACHINE_MODELS = {key: rbm(oracle) for key, oracle in MACHINES.items()}
-MACHINE_DATA = {key: oracle.sample(np.random.default_rng(1), 40)[0] for key, oracle in MACHINES.items()}
+MACHINE_DRAWS = {key: oracle.sample(np.random.default_rng(1), 1000)[0] for key, oracle in MACHINES.items()}
+MACHINE_BASES = {key: (v.mean(0), v.std(0)) for key, v in MACHINE_DRAWS.items()}
 PRIOR = 0.3
 SMALL = GaussianBernoulliRBM(0.8 * rng.normal(size=(D, K)), rng.normal(size=D), rng.normal(size=K), 0.8)
 LINEAR_MODEL, SMALL_MODEL = linear(LINEAR), rbm(SMALL, PRIOR)
+POSTERIOR = linear(LINEAR, LINEAR.posterior)  # with the posterior for its guide
 COUPLED = Model(_coupled, {"h": Bits(K), "o": OneHot(), "z": Label()})
 BOTH = Model(_both, {"h": Bits(K), "y": Real(K)})
 GAMMA = Model(_gamma, {"h": Positive()})
@@ -417,19 +438,25 @@ def coupled_terms():
 # Free energies
 
 
-@pytest.mark.parametrize("options", [{}, {"size": 6}, {"rows": 6}], ids=["free", "fixed", "all rows"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"size": 6}, pytest.param({"rows": 6}, marks=pytest.mark.full)],
+    ids=["any", "fixed", "all rows"],
+)
 def test_free_energy_of_a_linear_gaussian_model(backend, options):
-    np.testing.assert_allclose(
-        backend.free_energy(LINEAR_MODEL, X, **options), LINEAR.free_energy(X), rtol=1e-9, atol=1e-9
-    )
+    exact = LINEAR.free_energy(X)
+    np.testing.assert_allclose(backend.free_energy(LINEAR_MODEL, X, **options), exact, rtol=1e-9, atol=1e-9)
+    if not options:
+        np.testing.assert_allclose(backend.free_energy(POSTERIOR, X, guided=True), exact, rtol=1e-9, atol=1e-9)
 
 
 def test_free_energy_of_the_rows_that_a_plate_picks(backend):
     """Each by itself: N/B is left out."""
-    found, exact = backend.free_energy(LINEAR_MODEL, X, rows=4), LINEAR.free_energy(X)
+    x = np.concatenate([X, 1 - X])
+    found, exact = backend.free_energy(LINEAR_MODEL, x, rows=6), LINEAR.free_energy(x)
     rows = abs(found[:, None] - exact).argmin(1)
     np.testing.assert_allclose(found, exact[rows], rtol=1e-9)
-    assert len(set(rows)) == 4
+    assert len(set(rows)) == 6
 
 
 def test_free_energy_of_bits_with_a_normalised_prior(backend):
@@ -454,35 +481,26 @@ def test_free_energy_of_bits_and_gaussians_together(backend):
 
 def test_free_energy_of_a_positive_latent(backend):
     """∫ h^(a-1) exp(-r h) dh = Γ(a) / r^a, by quadrature over log h with its Jacobian."""
-    v = X[:4, :1]
+    v = X[:, :1]
     rate = 1 + 0.5 * v[:, 0] ** 2
     exact = 0.5 * v[:, 0] ** 2 - math.lgamma(SHAPE) + SHAPE * np.log(rate)
     np.testing.assert_allclose(backend.free_energy(GAMMA, v), exact, rtol=1e-6)
 
 
-def _four_positive(backend, v, h):
-    return 0.5 * (v**2).sum(-1) + h.sum(-1) * (1 + v[:, 0] ** 2) + (h**3).sum(-1)
-
-
-def _many_pairs(backend, v, h):
-    return 0.5 * (v**2).sum(-1) - h.sum(-1) ** 2 - v[:, 0] * h.sum(-1)
-
-
-FOUR_POSITIVE = Model(_four_positive, {"h": Positive(4)})
-MANY_PAIRS = Model(_many_pairs, {"h": Bits(21)})
-
-
-def test_free_energy_out_of_reach(backend):
-    with pytest.raises(ValueError, match=r"no exact sum over 'h'.* quadrature in 4 dimensions"):
-        backend.free_energy(FOUR_POSITIVE, X)
-    with pytest.raises(ValueError, match=r"2\.1e\+06 configurations of 'h'"):
-        backend.free_energy(MANY_PAIRS, X)
+def test_free_energy_out_of_reach(backend, monkeypatch):
+    monkeypatch.setattr(backend.integrals, "MAX_DIMS", 0)
+    monkeypatch.setattr(backend.integrals, "MAX_CONFIGURATIONS", 20)
+    with pytest.raises(ValueError, match=r"no exact sum over 'h': .* quadrature in 1 dimensions; at most 20 and 0 are"):
+        backend.free_energy(GAMMA, X[:, :1])
+    # the one-hot vector is summed in closed form
+    with pytest.raises(ValueError, match=r"it takes 24 configurations of 'h', 'z'"):
+        backend.free_energy(COUPLED, X)
 
 
 # Exact normalisers
 
 
-@pytest.mark.parametrize("size", [None, 6], ids=["free", "fixed"])
+@pytest.mark.parametrize("size", [None, 6], ids=["any", "fixed"])
 def test_exact_log_normalizer_of_a_linear_gaussian_model(backend, size):
     found = backend.exact_log_normalizer(LINEAR_MODEL, X, size=size)
     assert found == pytest.approx(LINEAR.log_normalizer, rel=1e-9)
@@ -490,7 +508,7 @@ def test_exact_log_normalizer_of_a_linear_gaussian_model(backend, size):
 
 @pytest.mark.parametrize("key", [(4, "trained"), (12, "trained"), (16, "trained")], ids=lambda key: str(key[0]))
 def test_exact_log_normalizer_of_a_machine(backend, key):
-    found = backend.exact_log_normalizer(MACHINE_MODELS[key], MACHINE_DATA[key])
+    found = backend.exact_log_normalizer(MACHINE_MODELS[key], X)
     assert found == pytest.approx(MACHINES[key].log_normalizer, rel=1e-9)
 
 
@@ -499,18 +517,12 @@ def test_exact_log_normalizer_of_coupled_sites_and_of_bits_with_gaussians(backen
     exact = 0.5 * K * LOG_2PI + scipy.special.logsumexp(b + 0.5 * (drive**2).sum(-1))
     assert backend.exact_log_normalizer(COUPLED, X) == pytest.approx(exact, rel=1e-9)
 
-    # of (v, y) given the bits: precision [[I, -R], [-R', 2 I]], which is positive definite if R is small
-    small = 0.4 * TO_REAL
-
-    def energy(backend, v, h, y):
-        return _both(backend, v, h, y) + 0.6 * ((v @ backend.array(TO_REAL)) * y).sum(-1)
-
-    precision = np.block([[np.eye(D), -small], [-small.T, 2 * np.eye(K)]])
+    # of (v, y) given the bits
+    precision = np.block([[np.eye(D), -TO_REAL], [-TO_REAL.T, 2 * np.eye(K)]])
     slope = np.concatenate([BITS @ TO_BITS.T, BITS @ CROSS], 1)
     log_weight = 0.5 * np.einsum("si,ij,sj->s", slope, inv(precision), slope)
     exact = scipy.special.logsumexp(log_weight) + 0.5 * (D + K) * LOG_2PI - 0.5 * np.linalg.slogdet(precision)[1]
-    found = backend.exact_log_normalizer(Model(energy, BOTH.latents), X)
-    assert found == pytest.approx(exact, rel=1e-9)
+    assert backend.exact_log_normalizer(BOTH, X) == pytest.approx(exact, rel=1e-9)
 
 
 def exact_wells(size):
@@ -520,13 +532,13 @@ def exact_wells(size):
     return scipy.special.logsumexp(-WELLS[size][1](points)) + size * math.log(grid[1] - grid[0])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full), 3])
 def test_exact_log_normalizer_by_quadrature(backend, size):
     model, free_energy = WELLS[size]
     if size == 1:  # the reference itself against an adaptive rule
         z, _ = scipy.integrate.quad(lambda v: math.exp(-free_energy(np.array([v]))), -5, 5)
         assert exact_wells(1) == pytest.approx(math.log(z), abs=1e-10)
-    assert backend.exact_log_normalizer(model, X[:2, :size]) == pytest.approx(exact_wells(size), abs=1e-6)
+    assert backend.exact_log_normalizer(model, X[:, :size]) == pytest.approx(exact_wells(size), abs=1e-6)
 
 
 def test_no_normalizer(backend):
@@ -555,24 +567,19 @@ TAILS = {power: tails(power) for power in (0.5, 4.0)}
 
 def test_covariates_have_a_normalizer_each(backend):
     """One row at a time: b is that row's."""
-    tilt = np.array([0.5, -1.0])
+    tilt = np.linspace(-1, 1, len(X))
 
     def call(function, rows, **options):
         return backend._call(function, LINEAR_MODEL, X[rows], tilt[rows], **options)
 
-    for i in range(2):
-        tilted = dataclasses.replace(LINEAR, b=LINEAR.b + tilt[i] * np.eye(D)[0])
-        rows = slice(i, i + 1)
-        assert call("exact_log_normalizer", rows) == pytest.approx(tilted.log_normalizer, rel=1e-9)
-        np.testing.assert_allclose(np.asarray(call("free_energy", rows)), tilted.free_energy(X[rows]), rtol=1e-9)
-    both = [
-        dataclasses.replace(LINEAR, b=LINEAR.b + t * np.eye(D)[0]).free_energy(X[i : i + 1]) for i, t in enumerate(tilt)
-    ]
-    np.testing.assert_allclose(np.asarray(call("free_energy", slice(2))), np.concatenate(both), rtol=1e-9)
+    tilted = [dataclasses.replace(LINEAR, b=LINEAR.b + t * np.eye(D)[0]) for t in tilt]
+    assert call("exact_log_normalizer", slice(1)) == pytest.approx(tilted[0].log_normalizer, rel=1e-9)
+    exact = [tilted[i].free_energy(X[i : i + 1])[0] for i in range(len(X))]
+    np.testing.assert_allclose(np.asarray(call("free_energy", slice(None))), exact, rtol=1e-9)
     with pytest.raises(ValueError, match=r"exact_log_normalizer: the rows have densities of their own.*Pass one row"):
-        call("exact_log_normalizer", slice(2))
+        call("exact_log_normalizer", slice(None))
     with pytest.raises(ValueError, match="ais: the rows have densities of their own"):
-        call("ais", slice(2))
+        call("ais", slice(None))
 
 
 # Annealed importance sampling
@@ -586,10 +593,17 @@ def brackets(found, exact):
     assert found.lower <= found.log_normalizer
 
 
-@pytest.mark.parametrize("key", MACHINES, ids=lambda key: f"{key[1]}-{key[0]}")
+FULL = {(12, "initial")}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, marks=pytest.mark.full) if key in FULL else key for key in MACHINES],
+    ids=lambda key: f"{key[1]}-{key[0]}",
+)
 def test_ais_of_a_machine(backend, key):
     exact = MACHINES[key].log_normalizer
-    found = backend.ais(MACHINE_MODELS[key], MACHINE_DATA[key], num_temperatures=60, num_chains=300)
+    found = backend.ais(MACHINE_MODELS[key], X, num_temperatures=60, num_chains=300, base=MACHINE_BASES[key])
     brackets(found, exact)
     assert found.standard_error < 0.1
     assert found.effective_sample_size > 100
@@ -604,23 +618,23 @@ def honest(backend, log_weights, exact, num_repetitions=20):
     assert 0.85 <= covered <= 1, covered
 
 
-@pytest.mark.parametrize("kernel", [None, "langevin"])
+@pytest.mark.parametrize("kernel", [None, pytest.param("langevin", marks=pytest.mark.full)])
 def test_ais_of_a_linear_gaussian_model_and_honest_errors(backend, kernel):
     kernel = kernel and backend.package.Langevin(0.3, num_steps=2)
-    found = backend.ais(LINEAR_MODEL, X, num_temperatures=100, num_chains=2000, kernel=kernel)
+    found = backend.ais(LINEAR_MODEL, X, num_temperatures=60, num_chains=1000, kernel=kernel)
     brackets(found, LINEAR.log_normalizer)
     honest(backend, found.log_weights, LINEAR.log_normalizer)
 
 
-@pytest.mark.parametrize("kernel", [None, "langevin"])
+@pytest.mark.parametrize("kernel", [None, pytest.param("langevin", marks=pytest.mark.full)])
 def test_ais_is_unbiased_on_a_short_path(backend, kernel):
     """The mean weight is Z whatever the path is: bits that are summed out of the weights are drawn anew at each β."""
     key = (4, "trained")
     exact = MACHINES[key].log_normalizer
     kernel = kernel and backend.package.Langevin(0.5)
     path = [0.0, 0.15, 0.4, 0.7, 1.0]
-    options = {"path": path, "num_chains": 20_000, "kernel": kernel, "reverse": False}
-    found = backend.ais(MACHINE_MODELS[key], MACHINE_DATA[key], **options)
+    options = {"path": path, "num_chains": 20_000, "kernel": kernel, "base": MACHINE_BASES[key], "reverse": False}
+    found = backend.ais(MACHINE_MODELS[key], X, **options)
     assert abs(found.log_normalizer - exact) <= 3 * found.standard_error
     assert found.standard_error < 0.03
     assert math.isnan(found.upper)
@@ -630,20 +644,28 @@ def test_ais_is_unbiased_on_a_short_path(backend, kernel):
 
 def test_ais_of_a_density_that_is_not_gaussian(backend):
     """Langevin is what None takes; the base is given."""
-    found = backend.ais(WELLS[2][0], X[:, :2], num_temperatures=200, num_chains=300, base=(0.0, [1.0, 1.2]))
-    brackets(found, exact_wells(2))
-    assert found.effective_sample_size > 60
+    found = backend.ais(WELLS[1][0], X[:, :1], num_temperatures=40, num_chains=1000, base=(0.3, [0.9]))
+    brackets(found, exact_wells(1))
+    assert found.effective_sample_size > 300
+    honest(backend, found.log_weights, exact_wells(1))
 
 
+@pytest.mark.full
 def test_ais_of_coupled_sites(backend):
     b, drive = coupled_terms()
     exact = 0.5 * K * LOG_2PI + scipy.special.logsumexp(b + 0.5 * (drive**2).sum(-1))
-    found = backend.ais(COUPLED, X, num_temperatures=30, num_chains=200, base=(0.5, 2.0))
+    found = backend.ais(COUPLED, X, num_temperatures=30, num_chains=300, base=(0.5, 2.0))
     brackets(found, exact)
 
 
+@pytest.mark.full
+def test_ais_of_a_model_with_a_fixed_number_of_rows(backend):
+    found = backend.ais(LINEAR_MODEL, X, num_temperatures=30, num_chains=301, size=6)
+    brackets(found, LINEAR.log_normalizer)
+
+
 def test_ais_that_is_too_short_says_so(backend):
-    found = backend.ais(LINEAR_MODEL, X, num_temperatures=4, num_chains=100, base=(15.0, 1.0))
+    found = backend.ais(LINEAR_MODEL, X, num_temperatures=4, num_chains=300, base=(15.0, 1.0))
     assert found.effective_sample_size < 10
     assert found.lower < LINEAR.log_normalizer - 5
     assert found.upper > LINEAR.log_normalizer - 3 * found.upper_error
@@ -652,12 +674,11 @@ def test_ais_that_is_too_short_says_so(backend):
 
 def test_ais_with_the_target_for_its_base(backend):
     """Without couplings all weights are Z, and the path has nothing to do."""
-    alone = LinearGaussian(np.diag([1.0, 4.0, 0.25]), np.eye(1), np.zeros((D, 1)), np.array([1.0, 0, 0]), np.zeros(1))
-    free = GaussianBernoulliRBM(np.zeros((D, 1)), alone.mean, np.array([0.7]), np.diag(alone.A) ** -0.5)
-    found = backend.ais(rbm(free), X, path=[0.0, 1.0], num_chains=10, base=(free.b, free.s))
+    free = GaussianBernoulliRBM(np.zeros((D, K)), np.array([1.0, 0.0, -2.0]), SMALL.c, np.array([1.0, 0.5, 2.0]))
+    found = backend.ais(rbm(free), X, path=[0.0, 1.0], num_chains=300, base=(free.b, free.s))
     np.testing.assert_allclose(np.asarray(found.log_weights), free.log_normalizer, rtol=1e-9)
     np.testing.assert_allclose(np.asarray(found.reverse_log_weights), free.log_normalizer, rtol=1e-9)
-    assert found.effective_sample_size == pytest.approx(10)
+    assert found.effective_sample_size == pytest.approx(300)
 
 
 def test_ais_misuse(backend):
@@ -672,21 +693,18 @@ def test_ais_misuse(backend):
         (WELLS[3][0], {"kernel": backend.package.Gibbs()}, "is not Gaussian"),
     ):
         with pytest.raises(ValueError, match=message):
-            backend.ais(model, X, **{"num_temperatures": 3, "num_chains": 4, **options})
-
-    def steep(backend, v, h):
-        return backend.xp.log(v[:, 0]) + 0.5 * (v**2).sum(-1) + 0.5 * ((h - v) ** 2).sum(-1)
-
+            backend.ais(model, X, **{"num_temperatures": 3, "num_chains": 300, **options})
+    # so far out that the energy overflows
     with pytest.raises(FloatingPointError, match="a weight is not finite"):
-        backend.ais(Model(steep, {"h": Real(D)}), abs(X), num_temperatures=3, num_chains=20, base=(0.0, 1.0))
+        backend.ais(LINEAR_MODEL, X, num_temperatures=4, num_chains=300, base=(0.0, 1e200))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("key", [(12, "trained"), (16, "initial")], ids=lambda key: f"{key[1]}-{key[0]}")
 def test_standard_errors_of_runs_of_their_own(backend, key):
     exact = MACHINES[key].log_normalizer
-    options = {"num_temperatures": 50, "num_chains": 100}
-    runs = [backend.ais(MACHINE_MODELS[key], MACHINE_DATA[key], seed, **options) for seed in range(20)]
+    options = {"num_temperatures": 50, "num_chains": 100, "base": MACHINE_BASES[key]}
+    runs = [backend.ais(MACHINE_MODELS[key], X, seed, **options) for seed in range(20)]
     covered = np.mean([abs(run.log_normalizer - exact) <= 1.96 * run.standard_error for run in runs])
     assert 0.85 <= covered <= 1
     for run in runs:
@@ -710,18 +728,19 @@ def test_log_likelihood_in_closed_form(backend):
 def test_log_likelihood_by_importance_sampling(backend):
     exact = LINEAR.posterior
     off = GaussianGuide(exact.M, exact.m + 0.3, 1.5 * exact.S)
-    value, error, method = backend.log_likelihood(linear(LINEAR, off), X, method="importance", num_draws=2000)
+    options = {"method": "importance", "guided": True}
+    value, error, method = backend.log_likelihood(linear(LINEAR, off), X, num_draws=2000, **options)
     assert method == "log p̃: importance, log Z: exact"
     assert (abs(value - LINEAR.log_prob(X)) <= 3 * error).all()
     assert (error < 0.05).all()
     # the weights of the exact posterior are all the same
-    value, error, _ = backend.log_likelihood(linear(LINEAR, exact), X, method="importance", num_draws=5)
+    value, error, _ = backend.log_likelihood(POSTERIOR, X, num_draws=5, **options)
     np.testing.assert_allclose(value, LINEAR.log_prob(X), rtol=1e-9)
     assert (error < 1e-9).all()
 
 
 def test_log_likelihood_with_an_annealed_normalizer(backend, monkeypatch):
-    run = backend.ais(SMALL_MODEL, X, num_temperatures=20, num_chains=200, reverse=False)
+    run = backend.ais(SMALL_MODEL, X, num_temperatures=20, num_chains=300, reverse=False)
     value, error, method = backend.log_likelihood(SMALL_MODEL, X, log_normalizer=run)
     assert method == "log p̃: exact, log Z: AIS"
     assert (error == run.standard_error).all()
@@ -739,25 +758,26 @@ def out_of_reach(*args, **kwargs):
     raise ValueError("out of reach")
 
 
-def test_log_likelihood_misuse(backend):
+def test_log_likelihood_misuse(backend, monkeypatch):
     with pytest.raises(ValueError, match="method should be 'exact', 'importance' or None, got 'both'"):
         backend.log_likelihood(SMALL_MODEL, X, method="both")
+    monkeypatch.setattr(backend.integrals, "MAX_CONFIGURATIONS", 20)
     with pytest.raises(ValueError, match="no exact sum over 'h'"):
-        backend.log_likelihood(FOUR_POSITIVE, X, method="exact")
+        backend.log_likelihood(COUPLED, X, method="exact")
 
 
 # The Fisher divergence
 
 # data with the very moments of TRUTH: means of quadratics over them are its expectations
 TRUTH = LinearGaussian.random(np.random.default_rng(5), D, K)
-_noise = np.random.default_rng(6).normal(size=(40, D))
+_noise = np.random.default_rng(6).normal(size=(6, D))
 _noise -= _noise.mean(0)
 _whitened = _noise @ np.linalg.cholesky(inv(np.cov(_noise.T, bias=True)))
 DATA = TRUTH.mean + _whitened @ np.linalg.cholesky(TRUTH.cov).T
 
 
 def test_fisher_divergence_at_the_truth_and_off_it(backend):
-    truth, off = linear(TRUTH), linear(LINEAR)
+    truth, off = linear(TRUTH), LINEAR_MODEL
     value, error, method = backend.fisher_divergence(truth, DATA, TRUTH.score)
     assert abs(value) < 1e-20
     assert error < 1e-20
@@ -784,11 +804,11 @@ def test_fisher_divergence_of_a_machine(backend):
 
 def test_fisher_divergence_by_the_guide(backend, monkeypatch):
     """At the exact posterior ∇_v [log p̃(v, h) - log q(h|v)] is the marginal's score whatever h is."""
-    model = linear(LINEAR, LINEAR.posterior)
-    with_score, without = backend.fisher_divergence(model, X, TRUTH.score), backend.fisher_divergence(model, X)
+    with_score = backend.fisher_divergence(LINEAR_MODEL, X, TRUTH.score)
+    without = backend.fisher_divergence(LINEAR_MODEL, X)
     monkeypatch.setattr(backend.evaluation.Integral, "of", out_of_reach)
     for exact, options in ((with_score, {"data_score": TRUTH.score}), (without, {})):
-        value, error, method = backend.fisher_divergence(model, X, num_draws=3, **options)
+        value, error, method = backend.fisher_divergence(POSTERIOR, X, num_draws=3, guided=True, **options)
         assert (exact[2], method) == ("exact", "guide")
         assert value == pytest.approx(exact[0], rel=1e-9)
         assert error == pytest.approx(exact[1], rel=1e-6)
@@ -796,8 +816,8 @@ def test_fisher_divergence_by_the_guide(backend, monkeypatch):
 
 def test_projections_are_unbiased(backend):
     """w'Λw has the mean tr Λ and, with signs at random, the variance 2 Σ_{i≠j} Λ_ij²."""
-    model, num = linear(LINEAR), 500
-    value, _, _ = backend.fisher_divergence(model, X, num_projections=num)
+    num = 500
+    value, _, _ = backend.fisher_divergence(LINEAR_MODEL, X, num_projections=num)
     off = LINEAR.precision - np.diag(np.diag(LINEAR.precision))
     error = math.sqrt(2 * (off**2).sum() / (len(X) * num))
     gap = abs(value - LINEAR.sm_loss(X).mean())
@@ -839,7 +859,7 @@ def test_stein_statistic_is_the_mean_over_pairs(backend):
     pairs = [stein_kernel(v[i], v[j], score[i], score[j], M) for i in range(n) for j in range(n) if i != j]
     found = backend.stein_test(v, score, 10)
     assert found.statistic == pytest.approx(np.mean(pairs), rel=1e-5)
-    whole = backend.kernel_stein_discrepancy(linear(LINEAR), v, num_bootstrap=10)
+    whole = backend.kernel_stein_discrepancy(LINEAR_MODEL, v, num_bootstrap=10)
     assert whole.statistic == pytest.approx(found.statistic, rel=1e-9)
 
 
@@ -858,9 +878,7 @@ def test_stein_test_rejects_a_coupling_that_is_a_tenth_off(backend):
     v, _ = COUPLED_MACHINE.sample(np.random.default_rng(4), 5 * 1000)
     for part in v.reshape(5, 1000, -1):
         assert backend.stein_test(part, wrong.score(part), 500).p_value < 0.05
-    v = v[:1000]
-    assert backend.kernel_stein_discrepancy(rbm(wrong), v, num_bootstrap=500).p_value < 0.01
-    assert backend.kernel_stein_discrepancy(rbm(COUPLED_MACHINE), v, num_bootstrap=500).p_value > 0.05
+        assert backend.stein_test(part, COUPLED_MACHINE.score(part), 500).p_value > 0.01
 
 
 def test_stein_test_needs_two_rows(backend):
