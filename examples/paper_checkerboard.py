@@ -16,13 +16,15 @@ import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from checkerboard import BATCH_SIZE, BETAS, HIDDEN, RATE, SIGMA, TEMPERATURE, VISIBLE, expected_log_likelihood
+from checkerboard import expected_log_likelihood
 from data import checkerboard
 
+BETAS, TEMPERATURE = (0.9, 0.95), 0.1
 INNER_STEPS = 5  # K
 NUM_PARTICLES = 5  # of VNCE, for its noise term
 AT = 20_000  # steps after which the authors' own code was looked at
@@ -47,22 +49,41 @@ AUTHORS = {
 }
 
 
-def start(seed: int) -> dict[str, np.ndarray]:
+class Setting(NamedTuple):
+    """A Gaussian-Bernoulli RBM, and how it is trained.
+
+    :ivar batch_size: rows that a step takes of the data; None takes all.
+    :ivar rate: Adam's.
+    :ivar sigma: of the denoising losses.
+    """
+
+    visible: int
+    hidden: int
+    batch_size: int | None
+    rate: float
+    sigma: float
+
+
+CHECKERBOARD = Setting(visible=2, hidden=4, batch_size=100, rate=1e-3, sigma=0.05)
+
+
+def start(seed: int, setting: Setting) -> dict[str, np.ndarray]:
     """PyTorch's uniform initialisation, θ by the number of hidden units and φ by that of visible ones."""
     rng = np.random.default_rng(seed)
-    theta, phi = HIDDEN**-0.5, VISIBLE**-0.5
+    d, k = setting.visible, setting.hidden
+    theta, phi = k**-0.5, d**-0.5
     values = {
-        "W": rng.uniform(-theta, theta, (VISIBLE, HIDDEN)),
-        "b": rng.uniform(-theta, theta, VISIBLE),
-        "c": rng.uniform(-theta, theta, HIDDEN),
-        "log_s": np.zeros(VISIBLE),
-        "guide_W": rng.uniform(-phi, phi, (VISIBLE, HIDDEN)),
-        "guide_b": rng.uniform(-phi, phi, HIDDEN),
+        "W": rng.uniform(-theta, theta, (d, k)),
+        "b": rng.uniform(-theta, theta, d),
+        "c": rng.uniform(-theta, theta, k),
+        "log_s": np.zeros(d),
+        "guide_W": rng.uniform(-phi, phi, (d, k)),
+        "guide_b": rng.uniform(-phi, phi, k),
     }
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
-def numpyro_backend() -> SimpleNamespace:
+def numpyro_backend(setting: Setting) -> SimpleNamespace:
     import jax
     import jax.numpy as jnp
     import numpyro
@@ -75,19 +96,19 @@ def numpyro_backend() -> SimpleNamespace:
     def model(x, init):
         W, b, c = (numpyro.param(name, init[name]) for name in "Wbc")
         log_s = numpyro.param("log_s", init["log_s"])
-        with numpyro.plate("points", len(x), subsample_size=BATCH_SIZE, dim=-2) as rows:
-            v = numpyro.sample("v", dist.Normal(0, 1).expand([VISIBLE]).to_event(1).mask(False), obs=x[rows])
+        with numpyro.plate("points", len(x), subsample_size=setting.batch_size, dim=-2) as rows:
+            v = numpyro.sample("v", dist.Normal(0, 1).expand([setting.visible]).to_event(1).mask(False), obs=x[rows])
             numpyro.factor("quadratic", -0.5 * jnp.square((v - b) * jnp.exp(-log_s)).sum(-1))
-            with numpyro.plate("units", HIDDEN, dim=-1):
+            with numpyro.plate("units", setting.hidden, dim=-1):
                 h = numpyro.sample("h", dist.Bernoulli(0.5).mask(False))
                 numpyro.factor("unit", h * (c + (v @ W).squeeze(-2)))
 
     def guide_of(summed):
         def guide(x, init):
             W, b = numpyro.param("guide_W", init["guide_W"]), numpyro.param("guide_b", init["guide_b"])
-            with numpyro.plate("points", len(x), subsample_size=BATCH_SIZE, dim=-2) as rows:
+            with numpyro.plate("points", len(x), subsample_size=setting.batch_size, dim=-2) as rows:
                 logits = b + (x[rows] @ W).squeeze(-2)
-                with numpyro.plate("units", HIDDEN, dim=-1):
+                with numpyro.plate("units", setting.hidden, dim=-1):
                     if summed:
                         numpyro.sample("h", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
                     else:
@@ -112,8 +133,8 @@ def numpyro_backend() -> SimpleNamespace:
         model=model,
         guide=guide_of(False),
         summed_guide=guide_of(True),
-        adam=lambda: optax.adam(RATE, *BETAS),
-        noise=lambda: dist.Normal(jnp.zeros(VISIBLE), 1.0).to_event(1),
+        adam=lambda: optax.adam(setting.rate, *BETAS),
+        noise=lambda: dist.Normal(jnp.zeros(setting.visible), 1.0).to_event(1),
         elbo=Trace_ELBO(),
         enum_elbo=TraceEnum_ELBO(max_plate_nesting=2),
         compiled={},
@@ -121,7 +142,7 @@ def numpyro_backend() -> SimpleNamespace:
     )
 
 
-def pyro_backend() -> SimpleNamespace:
+def pyro_backend(setting: Setting) -> SimpleNamespace:
     import pyro
     import pyro.distributions as dist
     import torch
@@ -132,19 +153,19 @@ def pyro_backend() -> SimpleNamespace:
     def model(x, init):
         W, b, c = (pyro.param(name, init[name]) for name in "Wbc")
         log_s = pyro.param("log_s", init["log_s"])
-        with pyro.plate("points", len(x), subsample_size=BATCH_SIZE, dim=-2) as rows:
-            v = pyro.sample("v", dist.Normal(0, 1).expand([VISIBLE]).to_event(1).mask(False), obs=x[rows])
+        with pyro.plate("points", len(x), subsample_size=setting.batch_size, dim=-2) as rows:
+            v = pyro.sample("v", dist.Normal(0, 1).expand([setting.visible]).to_event(1).mask(False), obs=x[rows])
             pyro.factor("quadratic", -0.5 * ((v - b) * torch.exp(-log_s)).square().sum(-1))
-            with pyro.plate("units", HIDDEN, dim=-1):
+            with pyro.plate("units", setting.hidden, dim=-1):
                 h = pyro.sample("h", dist.Bernoulli(0.5).mask(False))
                 pyro.factor("unit", h * (c + (v @ W).squeeze(-2)))
 
     def guide_of(summed):
         def guide(x, init):
             W, b = pyro.param("guide_W", init["guide_W"]), pyro.param("guide_b", init["guide_b"])
-            with pyro.plate("points", len(x), subsample_size=BATCH_SIZE, dim=-2) as rows:
+            with pyro.plate("points", len(x), subsample_size=setting.batch_size, dim=-2) as rows:
                 logits = b + (x[rows] @ W).squeeze(-2)
-                with pyro.plate("units", HIDDEN, dim=-1):
+                with pyro.plate("units", setting.hidden, dim=-1):
                     if summed:
                         pyro.sample("h", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
                     else:
@@ -170,8 +191,8 @@ def pyro_backend() -> SimpleNamespace:
         model=model,
         guide=guide_of(False),
         summed_guide=guide_of(True),
-        adam=lambda: pyro.optim.Adam({"lr": RATE, "betas": BETAS}),
-        noise=lambda: dist.Normal(torch.zeros(VISIBLE), 1.0).to_event(1),
+        adam=lambda: pyro.optim.Adam({"lr": setting.rate, "betas": BETAS}),
+        noise=lambda: dist.Normal(torch.zeros(setting.visible), 1.0).to_event(1),
         elbo=Trace_ELBO(),
         enum_elbo=TraceEnum_ELBO(max_plate_nesting=2),
         compiled={"jit": True},
@@ -179,11 +200,12 @@ def pyro_backend() -> SimpleNamespace:
     )
 
 
-def engines(backend: SimpleNamespace) -> dict:
+def engines(backend: SimpleNamespace, setting: Setting) -> dict:
     """By name, what makes the method: the same model in all."""
     b, model = backend.bism, backend.model
-    dsm, ssm = b.DenoisingScoreMatching(SIGMA), b.SlicedScoreMatching()
-    noise = {"noise": backend.noise(), "log_normalizer": 0.0}
+    dsm, ssm = b.DenoisingScoreMatching(setting.sigma), b.SlicedScoreMatching()
+    compiled = backend.compiled
+    noise = {"noise": backend.noise(), "log_normalizer": 0.0, **compiled}
 
     def bism(loss, hypergradient, summed=False):
         return b.BiSM(
@@ -194,20 +216,20 @@ def engines(backend: SimpleNamespace) -> dict:
             inner_loss=backend.enum_elbo if summed else backend.elbo,
             num_inner_steps=INNER_STEPS,
             hypergradient=hypergradient,
-            **backend.compiled,
+            **compiled,
         )
 
     def bidsm(hypergradient, **options):
-        return lambda: bism(b.DenoisingScoreMatching(SIGMA, **options), hypergradient, bool(options))
+        return lambda: bism(b.DenoisingScoreMatching(setting.sigma, **options), hypergradient, bool(options))
 
     found = {
-        "DSM": lambda: b.MarginalSM(model, backend.adam(), dsm),
-        "SSM": lambda: b.MarginalSM(model, backend.adam(), ssm),
+        "DSM": lambda: b.MarginalSM(model, backend.adam(), dsm, **compiled),
+        "SSM": lambda: b.MarginalSM(model, backend.adam(), ssm, **compiled),
     }
     for persistent in (False, True):
         for k in (1, 5, 10):
             found[f"{'PCD' if persistent else 'CD'}-{k}"] = lambda k=k, persistent=persistent: b.CD(
-                model, backend.adam(), b.Gibbs(), num_steps=k, persistent=persistent
+                model, backend.adam(), b.Gibbs(), num_steps=k, persistent=persistent, **compiled
             )
     found["NCE"] = lambda: b.NCE(model, backend.adam(), **noise)
     found["VNCE"] = lambda: b.VNCE(
@@ -303,8 +325,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps of each method, to see that all runs")
     args = parser.parse_args()
     steps, seeds = (20, args.seeds[:1]) if args.smoke else (args.steps, args.seeds)
-    backend = {"numpyro": numpyro_backend, "pyro": pyro_backend}[args.backend]()
-    made = engines(backend)
+    setting = CHECKERBOARD
+    backend = {"numpyro": numpyro_backend, "pyro": pyro_backend}[args.backend](setting)
+    made = engines(backend, setting)
     unknown = set(args.methods or ()) - set(made)
     if unknown:
         parser.error(f"--methods: {sorted(unknown)} are not among {list(made)}")
@@ -324,11 +347,12 @@ def main() -> None:
             bar.set_postfix_str(f"{name}, seed {seed}")
             curve = []
             try:
-                for params, seconds in backend.train(engine, x[:, None], start(seed), seed, stops):
-                    curve.append(expected_log_likelihood(params))
+                for last in backend.train(engine, x[:, None], start(seed, setting), seed, stops):
+                    curve.append(expected_log_likelihood(last[0]))
             except FloatingPointError:  # it diverged, and said so
                 curve += [-np.inf] * (len(stops) - len(curve))
             results[name]["log_likelihood"].append(curve)
+            params, seconds = last
             results[name]["score_matching"].append(score_matching(params, held_out))
             results[name]["seconds"].append(seconds)
             keep.write_text(json.dumps({"stops": stops, "results": results}))

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import pyro
 from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor
 
 from . import densities, divergences, energies, visible
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, slopes
-from .jit import MAX_CAPTURES, Program
+from .jit import BilevelProgram
 from .losses import OuterLoss
 from .optim import descend, require_unrollable, settle
 from .params import random_state
@@ -116,8 +115,6 @@ class BiSM(Trainer):
         self.jit = jit
         self.info: BiSMInfo | None = None
         self._inner = divergences.as_inner_loss(inner_loss)
-        self._programs: dict[Any, Program] = {}
-        self._num_captures = 0
         # what the hypergradient carries from step to step, in a tuple; None before the first
         self._carried: tuple[Any] | None = None
 
@@ -135,7 +132,7 @@ class BiSM(Trainer):
         batch = pair.batch(leaves, spec)
         buffers = Buffers(pair.buffers)
         problem = self._problem(pair, batch, theta, phi)
-        program = self._program(pair, batch) if self.jit else None
+        program: BilevelProgram | None = self._captured(pair, batch) if self.jit else None
         if program is not None:
             problem.run = program.run  # type: ignore[method-assign]
         if self._carried is None:
@@ -162,7 +159,7 @@ class BiSM(Trainer):
             descend(self.optim, theta, found.gradient)
         return self.info.outer_loss
 
-    def _follow(self, problem: Bilevel, program: Program | None) -> tuple[Result, float]:
+    def _follow(self, problem: Bilevel, program: BilevelProgram | None) -> tuple[Result, float]:
         """What the hypergradient finds, and its norm; a program moves θ too."""
         assert self._carried is not None
         if program is not None:
@@ -171,28 +168,9 @@ class BiSM(Trainer):
             found = self.hypergradient(problem, *self._carried)
         return found, norm(found.gradient).item()
 
-    def _program(self, pair: densities.Pair, batch: visible.Batch) -> Program:
-        """The captured step for arguments of this structure, to be filled with this batch."""
-        constants = tuple(leaf for leaf in batch.leaves if not isinstance(leaf, Tensor))
-        for leaf in constants:
-            if not isinstance(leaf, int | float | str | None):
-                raise ValueError(f"jit=True: an argument is a {type(leaf).__name__}. Pass tensors, numbers or strings.")
-        key = (id(pair), constants)
-        program = self._programs.get(key)
-        if program is None or not program.is_current(pair):
-            self._num_captures += 1
-            if self._num_captures > MAX_CAPTURES:
-                raise RuntimeError(
-                    f"jit=True: the step has been captured {MAX_CAPTURES} times. Shapes and types of the arguments, "
-                    f"numbers among them ({constants}), training modes and optimiser settings other than Adam's rate "
-                    "are constants of a captured step: pass numbers that change as tensors and batches of one size, or "
-                    "take jit=False."
-                )
-            program = self._programs[key] = Program(
-                pair, self._problem, self.optim, self.inner_optim, self.hypergradient
-            )
-        program.bind(batch)
-        return program
+    def _made(self, pair: densities.Pair) -> BilevelProgram:
+        theta, phi = list(pair.theta.values()), list(pair.phi.values())
+        return BilevelProgram(pair, self._problem, theta, phi, self.optim, self.inner_optim, self.hypergradient)
 
     def _problem(self, pair, batch, theta, phi) -> Bilevel:
         return Bilevel(
@@ -206,7 +184,7 @@ class BiSM(Trainer):
             optim=self.inner_optim,
         )
 
-    def _fit(self, problem: Bilevel, buffers: Buffers, program: Program | None) -> tuple[float, float]:
+    def _fit(self, problem: Bilevel, buffers: Buffers, program: BilevelProgram | None) -> tuple[float, float]:
         """The K kept inner steps: G and ‖∇_φ G‖ at the last."""
         for k in range(max(self.num_inner_steps, 1)):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ

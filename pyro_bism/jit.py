@@ -1,6 +1,6 @@
-"""The captured step: a BiSM step of a Pyro program as graphs of tensor operations, compiled.
+"""The captured step: a step of BiSM, or of a rival, as graphs of tensor operations, compiled.
 
-A function of the bi-level problem runs once on stand-ins for all tensors that change from step to step (parameters,
+A function of the problem runs once on stand-ins for all tensors that change from step to step (parameters,
 optimiser states, data, buffers); every operation on them is recorded (``make_fx``) and torch's compiler makes a
 program of the recording. The inner step is one such graph, called K times; hypergradient and outer update are
 another. Noise is drawn inside by torch's own generator, in the order of the eager step.
@@ -89,29 +89,34 @@ def _follow(problem: Captured, state: Any) -> list[Any]:
 
 
 class Program:
-    """The graphs of a (model, guide) pair on arguments of one structure.
+    """The graphs of what a method solves, on arguments of one structure.
 
-    :param problem: makes the bi-level problem of a pair, a batch, θ and φ.
+    :param problem: makes it of a pair, a batch, θ and φ: an object with attributes ``theta`` and ``phi``, and
+        ``write_theta`` and ``write_phi``, which take the optimisers' steps in place where torch need not.
+    :param theta: what ``outer_optim`` moves.
+    :param phi: what ``inner_optim`` moves.
+    :param unrolls: whether the inner optimiser's steps are differentiated.
     """
 
     def __init__(
         self,
         pair: Pair,
-        problem: Callable[..., Bilevel],
+        problem: Callable[..., Any],
+        theta: Sequence[Tensor],
+        phi: Sequence[Tensor],
         outer_optim: PyroOptim,
         inner_optim: PyroOptim,
-        strategy: Hypergradient,
+        unrolls: bool = False,
     ):
-        self.pair, self._problem, self._strategy = pair, problem, strategy
-        self._theta, self._phi = list(pair.theta.values()), list(pair.phi.values())
+        self.pair, self._problem, self._unrolls = pair, problem, unrolls
+        self._theta, self._phi = theta, phi
         self._outer_optim, self._inner_optim = outer_optim, inner_optim
-        self._outer_kept = optim.KeptAdam.of(outer_optim, self._theta)
-        self._inner_kept = optim.KeptAdam.of(inner_optim, self._phi)
+        self._outer_kept = optim.KeptAdam.of(outer_optim, theta)
+        self._inner_kept = optim.KeptAdam.of(inner_optim, phi)
         # the optimisers that are part of a graph; others take their steps outside
-        inner = self._inner_kept is not None or strategy.unrolls
-        self._settings = [optim.Settings(inner_optim, self._phi)] if inner else []
+        self._settings = [optim.Settings(inner_optim, phi)] if self._inner_kept is not None or unrolls else []
         if self._outer_kept:
-            self._settings.append(optim.Settings(outer_optim, self._theta))
+            self._settings.append(optim.Settings(outer_optim, theta))
         self._graphs: dict[Any, _Graph] = {}
         self._batch: Any = None
         self._inputs: Mapping[str, Sequence[Tensor]] = {}
@@ -127,35 +132,19 @@ class Program:
         self._inputs = self._context(unrolls)
         self._flat = [x for group in self._inputs.values() for x in group]
 
-    def fit(self, moves: bool) -> tuple[float, float]:
-        """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
-        loss, found, *gradient = self.run(_fit if moves else _look)
-        length = found.item()
-        if moves and math.isfinite(length):
-            if self._inner_kept is None:
-                optim.descend(self._inner_optim, self._phi, gradient)
-            elif self._inner_kept.ticked(gradient):
-                self.bind(self._batch)
-        return loss.item(), length
+    def move_phi(self, gradient: Any) -> None:
+        """What is left of an inner step after its graph: ``gradient``, or which leaves the graph has moved."""
+        if self._inner_kept is None:
+            optim.descend(self._inner_optim, self._phi, gradient)
+        elif self._inner_kept.ticked(gradient):
+            self.bind(self._batch)
 
-    def follow(self, problem: Bilevel, state: Any) -> tuple[Result, float]:
-        """The outer step: what the strategy found, and ‖dJ/dθ‖. Nothing moves where they are not finite."""
-        whole = not self._strategy.resets_noise
-        if self._inner_kept is None and self._strategy.unrolls:
-            self.bind(self._batch, unrolls=True)
-        if whole:
-            size, loss, state, residual, curvature, *gradient = self.run(_follow, state)
-            found = Result(loss, gradient, state, residual, curvature)
+    def move_theta(self, gradient: Any) -> None:
+        """The same of an outer step."""
+        if self._outer_kept:
+            self._outer_kept.ticked(gradient)
         else:
-            found = self._strategy(problem, state)
-            size = norm(found.gradient)
-        length = size.item()
-        if math.isfinite(length) and math.isfinite(found.loss.item()):
-            if whole and self._outer_kept:
-                self._outer_kept.ticked(gradient)
-            else:
-                optim.descend(self._outer_optim, self._theta, found.gradient)
-        return found, length
+            optim.descend(self._outer_optim, self._theta, gradient)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``, captured the first time. Numbers in ``args`` are scalar inputs too."""
@@ -196,7 +185,7 @@ class Program:
             "data": [x for x in batch.leaves if isinstance(x, Tensor)],
         }
 
-    def _captured(self, given: Mapping[str, Sequence[Tensor]]) -> tuple[Captured, dict[Tensor, Tensor]]:
+    def _captured(self, given: Mapping[str, Sequence[Tensor]]) -> tuple[Any, dict[Tensor, Tensor]]:
         """The problem on stand-ins for :meth:`_context`, and what they stand in for."""
         batch: Batch = self._batch
         data = iter(given["data"])
@@ -207,20 +196,78 @@ class Program:
             leaves=[next(data) if isinstance(x, Tensor) else x for x in batch.leaves],
         )
         theta, phi = ([p.detach().requires_grad_() for p in given[name]] for name in ("theta", "phi"))
-        plain = self._problem(self.pair, stand_in, theta, phi)
-        problem = Captured(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)
+        problem = self._stand_in(self.pair, stand_in, theta, phi)
         if self._outer_kept:
             kept = self._outer_kept
             problem.write_theta = lambda g, allowed: kept.write(given["theta"], given["outer_state"], g, allowed)
         if self._inner_kept:
             inner = self._inner_kept
             problem.write_phi = lambda g, allowed: inner.write(given["phi"], given["inner_state"], g, allowed)
-            problem.steps = inner.bound(given["inner_state"])
+        swaps = dict(zip((*self._theta, *self._phi), (*theta, *phi), strict=True))
+        return problem, swaps | dict(zip(self.pair.buffers, given["buffers"], strict=True))
+
+    def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
+        return self._problem(pair, batch, theta, phi)
+
+
+class BilevelProgram(Program):
+    """The graphs of a bi-level problem.
+
+    :param strategy: the hypergradient.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        problem: Callable[..., Bilevel],
+        theta: Sequence[Tensor],
+        phi: Sequence[Tensor],
+        outer_optim: PyroOptim,
+        inner_optim: PyroOptim,
+        strategy: Hypergradient,
+    ):
+        super().__init__(pair, problem, theta, phi, outer_optim, inner_optim, strategy.unrolls)
+        self._strategy = strategy
+
+    def fit(self, moves: bool) -> tuple[float, float]:
+        """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
+        loss, found, *gradient = self.run(_fit if moves else _look)
+        length = found.item()
+        if moves and math.isfinite(length):
+            self.move_phi(gradient)
+        return loss.item(), length
+
+    def follow(self, problem: Bilevel, state: Any) -> tuple[Result, float]:
+        """The outer step: what the strategy found, and ‖dJ/dθ‖. Nothing moves where they are not finite."""
+        whole = not self._strategy.resets_noise
+        if self._inner_kept is None and self._strategy.unrolls:
+            self.bind(self._batch, unrolls=True)
+        if whole:
+            size, loss, state, residual, curvature, *gradient = self.run(_follow, state)
+            found = Result(loss, gradient, state, residual, curvature)
+        else:
+            found = self._strategy(problem, state)
+            size = norm(found.gradient)
+        length = size.item()
+        if math.isfinite(length) and math.isfinite(found.loss.item()):
+            if whole:
+                self.move_theta(gradient)
+            else:
+                optim.descend(self._outer_optim, self._theta, found.gradient)
+        return found, length
+
+    def _captured(self, given: Mapping[str, Sequence[Tensor]]) -> tuple[Captured, dict[Tensor, Tensor]]:
+        problem, swaps = super()._captured(given)
+        if self._inner_kept:
+            problem.steps = self._inner_kept.bound(given["inner_state"])
         elif given["inner_state"]:
             steps = optim.DifferentiableOptim(self._inner_optim, self._phi)
             problem.steps = steps.resumed(dict(zip(steps.state(), given["inner_state"], strict=True)))
-        swaps = dict(zip((*self._theta, *self._phi), (*theta, *phi), strict=True))
-        return problem, swaps | dict(zip(self.pair.buffers, given["buffers"], strict=True))
+        return problem, swaps
+
+    def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Captured:
+        plain = self._problem(pair, batch, theta, phi)
+        return Captured(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)
 
 
 class _Graph:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import densities, visible
+from .jit import MAX_CAPTURES, Program
 from .optim import torch_optimizer
 from .params import random_state, set_random_state
 
@@ -28,10 +29,16 @@ class Trainer(ABC):
         self._pairs: dict[Any, densities.Pair] = {}
         self._waiting: dict[str, Any] | None = None
         self._finite: dict[int, tuple[int, int]] = {}
+        self._programs: dict[Any, Any] = {}
+        self._num_captures = 0
 
     @abstractmethod
     def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
         """What the programs are, run once on these arguments; their optimisers made ready."""
+
+    @abstractmethod
+    def _made(self, pair: densities.Pair) -> Program:
+        """The captured step of this pair."""
 
     @property
     @abstractmethod
@@ -119,6 +126,31 @@ class Trainer(ABC):
                 # nothing was initialised: a look that a resumed run takes at another time draws nothing
                 set_random_state(before)
         return pair
+
+    def _captured(self, pair: densities.Pair, batch: visible.Batch) -> Any:
+        """The captured step for arguments of this structure, to be filled with this batch.
+
+        :raises ValueError: for an argument that is neither a tensor nor a constant.
+        :raises RuntimeError: if there have been too many.
+        """
+        constants = tuple(leaf for leaf in batch.leaves if not isinstance(leaf, Tensor))
+        for leaf in constants:
+            if not isinstance(leaf, int | float | str | None):
+                raise ValueError(f"jit=True: an argument is a {type(leaf).__name__}. Pass tensors, numbers or strings.")
+        key = (id(pair), constants)
+        program = self._programs.get(key)
+        if program is None or not program.is_current(pair):
+            self._num_captures += 1
+            if self._num_captures > MAX_CAPTURES:
+                raise RuntimeError(
+                    f"jit=True: the step has been captured {MAX_CAPTURES} times. Shapes and types of the arguments, "
+                    f"numbers among them ({constants}), training modes and optimiser settings other than Adam's rate "
+                    "are constants of a captured step: pass numbers that change as tensors and batches of one size, or "
+                    "take jit=False."
+                )
+            program = self._programs[key] = self._made(pair)
+        program.bind(batch)
+        return program
 
     def _buffers(self) -> list[Tensor]:
         return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())

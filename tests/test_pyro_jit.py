@@ -30,7 +30,9 @@ from pyro_bism import (
     Unrolled,
     jit,
 )
-from pyro_bism import bism as bism_module
+from pyro_bism import training as training_module
+from pyro_bism.kernels import Gibbs, Langevin
+from pyro_bism.rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood
 from test_pyro_bism import guide as gaussian_guide
 from test_pyro_bism import model as gaussian
 
@@ -289,7 +291,7 @@ def test_a_closed_over_tensor_may_change_in_place(replayed):
 
 
 def test_new_shapes_are_captured_and_a_flood_of_them_is_refused(replayed, monkeypatch):
-    monkeypatch.setattr(bism_module, "MAX_CAPTURES", 3)
+    monkeypatch.setattr(training_module, "MAX_CAPTURES", 3)
     bism = BiSM(gaussian, gaussian_guide, adam(), DenoisingScoreMatching(0.3), jit=True, hypergradient=Detached())
     for n in (4, 5, 4, 5):
         bism.step(data(n))
@@ -412,3 +414,87 @@ def test_compiled_continues_bit_for_bit():
     second = BiSM(gaussian, gaussian_guide, adam(), **settings)
     second.set_state(state)
     assert [second.step(x) for _ in range(3)] == expected
+
+
+# Rivals
+
+
+def weighted(x):
+    """Its weight is a latent site with a prior."""
+    w = pyro.sample("w", dist.Laplace(0.0, 1.0).expand([D]).to_event(1))
+    with pyro.plate("data", len(x)):
+        v = visible(x)
+        pyro.factor("energy", (v @ w) - 0.5 * v.square().sum(-1))
+
+
+def weighted_guide(x):
+    loc = pyro.param("loc", lambda: 0.1 * torch.randn(D))
+    pyro.sample("w", dist.Normal(loc, 0.5).to_event(1))
+
+
+def ising(x):
+    J = pyro.param("J", lambda: 0.3 * torch.randn(D, D))
+    with pyro.plate("data", len(x)):
+        v = pyro.sample("v", dist.Bernoulli(0.5).expand([D]).to_event(1).mask(False), obs=x)
+        pyro.factor("energy", ((v @ J.triu(1)) * v).sum(-1))
+
+
+def far():
+    return dist.Normal(torch.zeros(D), 2.0).to_event(1)
+
+
+RIVALS = {
+    "score matching": lambda **k: MarginalSM(bits, adam(), ScoreMatching(), **k),
+    "sliced": lambda **k: MarginalSM(bits, adam(), SlicedScoreMatching(), **k),
+    "denoising": lambda **k: MarginalSM(bits, adam(), DenoisingScoreMatching(0.3), **k),
+    "SGD": lambda **k: MarginalSM(bits, pyro.optim.SGD({"lr": 1e-2}), DenoisingScoreMatching(0.3), **k),
+    "CD": lambda **k: CD(bits, adam(), Gibbs(), 2, **k),
+    "persistent CD": lambda **k: CD(bits, adam(), Gibbs(), persistent=True, num_chains=4, **k),
+    "Langevin": lambda **k: CD(bits, adam(), Langevin(0.1), 2, persistent=True, **k),
+    "NCE": lambda **k: NCE(bits, adam(), num_noise=2, **k),
+    "conditional NCE": lambda **k: NCE(bits, adam(), conditional=lambda v: dist.Normal(v, 0.5).to_event(1), **k),
+    "VNCE": lambda **k: VNCE(bits, bits_guide, adam(), far(), num_particles=2, num_inner_steps=2, **k),
+    "VNCE, ELBO": lambda **k: VNCE(summed, summed_guide, adam(), inner_loss=TraceEnum_ELBO(max_plate_nesting=2), **k),
+    "persistent VI": lambda **k: PersistentVI(weighted, weighted_guide, adam(), Gibbs(), num_chains=4, **k),
+    "pseudo-likelihood": lambda **k: PseudoLikelihood(ising, adam(), **k),
+}
+
+
+def rival_trajectory(make, jit, num_steps=4):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    rival, infos = make(jit=jit), []
+    x = data() if rival.model is not ising else (data() > 0).double()
+    x = x[:, None] if rival.model is summed else x
+    for _ in range(num_steps):
+        rival.step(x)
+        infos.append(rival.info)
+    return infos, state_of(rival)
+
+
+def same_trajectory(make):
+    (eager, kept), (captured, found) = (rival_trajectory(make, jit) for jit in (False, True))
+    assert_allclose(captured, eager, rtol=1e-9, atol=1e-12)
+    assert len(found) == len(kept)
+    for a, b in zip(found, kept, strict=True):
+        assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", RIVALS.values(), ids=RIVALS)
+def test_every_rival_is_the_eager_one(replayed, make):
+    same_trajectory(make)
+
+
+@pytest.mark.parametrize("name", ["persistent CD", pytest.param("VNCE, ELBO", marks=pytest.mark.full)])
+def test_a_compiled_rival(name):
+    same_trajectory(RIVALS[name])
+
+
+def test_a_diverging_rival_moves_nothing(replayed):
+    rival = MarginalSM(bits, pyro.optim.Adam({"lr": 1e200}), ScoreMatching(), jit=True)
+    rival.step(data())
+    before = state_of(rival)
+    with pytest.raises(FloatingPointError, match="The loss or its gradient is not finite"):
+        rival.step(data())
+    for a, b in zip(state_of(rival), before, strict=True):
+        assert_allclose(a, b, rtol=0)

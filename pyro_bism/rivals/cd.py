@@ -32,6 +32,7 @@ class CD(Rival):
     :param persistent: whether the chains go on.
     :param num_chains: of the persistent chains; None takes as many as the batch has rows.
     :param visible: names of the visible sites; None takes all observed sample sites.
+    :param jit: capture the step and compile it, as in :class:`~pyro_bism.BiSM`.
     :raises ValueError: at construction for bad settings, at the first step for misuse, for a kernel that can't move the
         model, and for persistent chains of a model with covariates.
     """
@@ -50,8 +51,9 @@ class CD(Rival):
         *,
         num_chains: int | None = None,
         visible: Sequence[str] | None = None,
+        jit: bool = False,
     ):
-        super().__init__(model, optim, visible)
+        super().__init__(model, optim, visible, jit=jit)
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
         if num_chains is not None and (num_chains < 1 or not persistent):

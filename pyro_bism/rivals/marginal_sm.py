@@ -25,6 +25,7 @@ class MarginalSM(Rival):
     :param optim: a ``pyro.optim`` optimiser, for θ.
     :param loss: a loss of :mod:`pyro_bism.losses`; its ``num_particles`` and ``average`` have nothing to average.
     :param visible: names of the visible sites; None takes all observed sample sites.
+    :param jit: capture the step and compile it, as in :class:`~pyro_bism.BiSM`.
     :raises ValueError: at construction for bad settings, at the first step for misuse and for latents that can't be
         summed out.
     """
@@ -36,8 +37,9 @@ class MarginalSM(Rival):
         loss: OuterLoss,
         *,
         visible: Sequence[str] | None = None,
+        jit: bool = False,
     ):
-        super().__init__(model, optim, visible)
+        super().__init__(model, optim, visible, jit=jit)
         if not isinstance(loss, OuterLoss):
             raise ValueError(
                 f"loss={type(loss).__name__} is not a score-matching loss: use DenoisingScoreMatching(sigma=...) or "

@@ -115,6 +115,7 @@ class NCE(Rival):
         shape (n,) and event shape (D,), such as ``lambda v: dist.Normal(v, 0.3).to_event(1)``.
     :param log_normalizer: log Z to start from; None estimates it from the noise.
     :param visible: names of the visible sites; None takes all observed sample sites.
+    :param jit: capture the step and compile it, as in :class:`~pyro_bism.BiSM`.
     :raises ValueError: at construction for bad settings, at the first step for misuse and for latents that can't be
         summed out.
     """
@@ -129,8 +130,9 @@ class NCE(Rival):
         conditional: Callable[[Tensor], Any] | None = None,
         log_normalizer: float | None = None,
         visible: Sequence[str] | None = None,
+        jit: bool = False,
     ):
-        super().__init__(model, optim, visible)
+        super().__init__(model, optim, visible, jit=jit)
         check_noise(noise, num_noise)
         if conditional is not None and not (noise is None and log_normalizer is None):
             raise ValueError("conditional noise needs neither noise nor log_normalizer: leave them out.")

@@ -47,6 +47,7 @@ class PersistentVI(Rival):
     :param num_chains: how many chains.
     :param num_sweeps: steps of the kernel for each of φ.
     :param visible: names of the visible sites; None takes all observed sample sites.
+    :param jit: capture the step and compile it, as in :class:`~pyro_bism.BiSM`.
     :raises ValueError: at construction for bad settings, at the first step for misuse.
     """
 
@@ -65,8 +66,9 @@ class PersistentVI(Rival):
         num_sweeps: int = 1,
         *,
         visible: Sequence[str] | None = None,
+        jit: bool = False,
     ):
-        super().__init__(model, optim, visible, guide)
+        super().__init__(model, optim, visible, guide, jit)
         if num_chains < 1 or num_sweeps < 1:
             raise ValueError(f"num_chains and num_sweeps must be at least 1, got {num_chains} and {num_sweeps}.")
         if isinstance(kernel, type) or not callable(kernel):

@@ -33,14 +33,15 @@ class PseudoLikelihood(Rival):
     :param model: a Pyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it, but of discrete v.
     :param optim: a ``pyro.optim`` optimiser, for θ.
     :param visible: names of the visible sites; None takes all observed sample sites. Others are given, as covariates.
+    :param jit: capture the step and compile it, as in :class:`~pyro_bism.BiSM`.
     :raises ValueError: at the first step for misuse, for continuous visible sites, and for latents that can't be summed
         out.
     """
 
     takes_discrete = True
 
-    def __init__(self, model: Callable, optim: PyroOptim, *, visible: Sequence[str] | None = None):
-        super().__init__(model, optim, visible)
+    def __init__(self, model: Callable, optim: PyroOptim, *, visible: Sequence[str] | None = None, jit: bool = False):
+        super().__init__(model, optim, visible, jit=jit)
 
     def _check(self, target: Target, batch: Batch) -> Target:
         energy = target.energy

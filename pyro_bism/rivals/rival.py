@@ -15,11 +15,11 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .. import densities, energies, params, visible
+from .. import densities, energies, optim, params, visible
 from ..energies import VISIBLE, Energy, Point
-from ..hypergradients import Detached, norm
+from ..hypergradients import Detached, Gradient, norm
 from ..integrals import Integral
-from ..optim import descend, settle
+from ..jit import Program
 from ..training import Buffers, Trainer, require_optim
 
 __all__ = ["Rival", "RivalInfo"]
@@ -78,6 +78,46 @@ class Target:
         return log_prob
 
 
+@dataclass
+class Task:
+    """What a step solves on one batch.
+
+    :ivar loss: of what is carried from step to step, the loss of θ and what is carried on.
+    :ivar inner: of what is carried, the guide's own loss, if it has one.
+    :ivar write_theta: takes θ's optimiser step in place where it is allowed to; None if torch takes it.
+    :ivar write_phi: the same for φ.
+    """
+
+    loss: Callable[[Any], tuple[Tensor, Any]]
+    inner: Callable[[Any], Tensor]
+    theta: Sequence[Tensor]
+    phi: Sequence[Tensor]
+    write_theta: Callable[[Gradient, Tensor], None] | None = None
+    write_phi: Callable[[Gradient, Tensor], None] | None = None
+
+
+def fit(task: Task, carried: Any) -> list[Any]:
+    """The guide's step: its loss, the length of the gradient, and that, or which leaves a captured step has moved."""
+    loss = task.inner(carried)
+    gradient = torch.autograd.grad(loss, task.phi, allow_unused=True)
+    length = norm(gradient)
+    if task.write_phi:
+        task.write_phi(gradient, length.isfinite())
+        return [loss.detach(), length, *(g is not None for g in gradient)]
+    return [loss.detach(), length, *gradient]
+
+
+def descend(task: Task, carried: Any) -> list[Any]:
+    """The model's step, in the same way; what is carried on stands third."""
+    loss, carried = task.loss(carried)
+    gradient = torch.autograd.grad(loss, task.theta, allow_unused=True)
+    length = norm(gradient)
+    if task.write_theta:
+        task.write_theta(gradient, length.isfinite() & loss.isfinite())
+        return [loss.detach(), length, carried, *(g is not None for g in gradient)]
+    return [loss.detach(), length, carried, *gradient]
+
+
 class Rival(Trainer):
     """A method that minimises one loss of the model's parameters.
 
@@ -85,6 +125,7 @@ class Rival(Trainer):
     :param optim: a ``pyro.optim`` optimiser, for θ.
     :param visible: names of the visible sites; None takes all observed sample sites.
     :param guide: of the methods that have one.
+    :param jit: capture the step and compile it, as in :class:`~pyro_bism.BiSM`.
     :cvar takes_discrete: whether visible sites may be discrete.
     :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
     :cvar moves_visible: whether the conditionals of the visible values are wanted.
@@ -97,7 +138,14 @@ class Rival(Trainer):
     partial_guide = False
     info_type: Any = RivalInfo
 
-    def __init__(self, model: Callable, optim: PyroOptim, visible: Sequence[str] | None, guide: Callable | None = None):
+    def __init__(
+        self,
+        model: Callable,
+        optim: PyroOptim,
+        visible: Sequence[str] | None,
+        guide: Callable | None = None,
+        jit: bool = False,
+    ):
         super().__init__(model, guide)
         require_optim(optim, "optim")
         if isinstance(visible, str):
@@ -106,6 +154,7 @@ class Rival(Trainer):
         self.guide = guide
         self.optim = optim
         self.visible = None if visible is None else list(visible)
+        self.jit = jit
         self.info: Any = None
         self._targets: dict[int, Target] = {}
         # what the method carries from step to step, in a tuple; None before the first
@@ -132,7 +181,15 @@ class Rival(Trainer):
         """The program whose density this is."""
         return pair.model
 
-    def _fit(self, target: Target, batch: visible.Batch, carried: Any) -> tuple[float, ...]:
+    def _inner_loss(self, target: Target, batch: visible.Batch, carried: Any) -> Tensor:
+        """The guide's own loss."""
+        raise NotImplementedError
+
+    def _inner_leaves(self, pair: densities.Pair) -> list[Tensor]:
+        """φ, where the guide has a loss of its own."""
+        return []
+
+    def _fit(self, task: Task, carried: Any, program: Program | None) -> tuple[float, ...]:
         """What is fitted to θ before θ's own step is fitted; what of this the info tells."""
         return ()
 
@@ -153,15 +210,17 @@ class Rival(Trainer):
         """
         target, leaves, spec, batch = self._ready(args, kwargs)
         assert self._carried is not None
-        theta = [*target.pair.theta.values(), *self._own(target.pair)]
-        buffers = Buffers(target.pair.buffers)
+        pair = target.pair
+        task = self._task(pair, batch, self._theta(pair), self._inner_leaves(pair))
+        program: Program | None = self._captured(pair, batch) if self.jit else None
+        buffers = Buffers(pair.buffers)
         try:
-            seen = self._fit(target, batch, *self._carried)
-            loss, carried = self._loss(target, batch, *self._carried)
-            gradient = torch.autograd.grad(loss, theta, allow_unused=True)
+            seen = self._fit(task, *self._carried, program)
+            found = descend(task, *self._carried) if program is None else program.run(descend, *self._carried)
         finally:
             buffers.restore()
-        self.info = self.info_type(loss.item(), norm(gradient).item(), *seen)
+        loss, length, carried, *gradient = found
+        self.info = self.info_type(loss.item(), length.item(), *seen)
         if not all(map(math.isfinite, self.info)):
             visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
             raise FloatingPointError(
@@ -169,8 +228,27 @@ class Rival(Trainer):
                 "rate, or clip the gradient."
             )
         self._carried = (carried,)
-        descend(self.optim, theta, gradient)
+        if program is None:
+            optim.descend(self.optim, task.theta, gradient)
+        else:
+            program.move_theta(gradient)
         return self.info.loss
+
+    def _theta(self, pair: densities.Pair) -> list[Tensor]:
+        return [*pair.theta.values(), *self._own(pair)]
+
+    def _task(self, pair: densities.Pair, batch: visible.Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Task:
+        target = self._targets[id(pair)]
+        return Task(
+            loss=lambda carried: self._loss(target, batch, carried),
+            inner=lambda carried: self._inner_loss(target, batch, carried),
+            theta=theta,
+            phi=phi,
+        )
+
+    def _made(self, pair: densities.Pair) -> Program:
+        inner_optim = self._optims.get("inner_optim", self.optim)
+        return Program(pair, self._task, self._theta(pair), self._inner_leaves(pair), self.optim, inner_optim)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the present parameters, with fresh noise; nothing is updated."""
@@ -234,7 +312,7 @@ class Rival(Trainer):
         if self._carried is None or not set(self._own_names) <= set(pyro.get_param_store().keys()):
             # now, and not at the first step: a state that waits to be taken up is of all parameters
             self._carried = (self._begin(target, target.batch(leaves, spec)),)
-        settle(self.optim, [*pair.theta.values(), *self._own(pair)])
+        optim.settle(self.optim, self._theta(pair))
         self._targets[id(pair)] = target
         return pair
 

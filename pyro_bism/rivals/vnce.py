@@ -12,12 +12,12 @@ from torch.nn.functional import softplus
 
 from .. import densities, divergences
 from ..densities import Pair, joint_per_example, per_example, record
-from ..hypergradients import norm
+from ..jit import Program
 from ..optim import descend, settle
 from ..training import require_optim, same_settings
 from ..visible import Batch
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
-from .rival import Rival, Target
+from .rival import Rival, Target, Task, fit
 
 __all__ = ["VNCE", "VNCEInfo"]
 
@@ -60,6 +60,7 @@ class VNCE(Rival):
     :param num_inner_steps: steps of φ for each of θ.
     :param log_normalizer: log Z to start from; None estimates it from the noise.
     :param visible: names of the visible sites; None takes all observed sample sites.
+    :param jit: capture the step and compile it, as in :class:`~pyro_bism.BiSM`.
     :raises ValueError: at construction for bad settings, at the first step for misuse.
     """
 
@@ -80,8 +81,9 @@ class VNCE(Rival):
         num_inner_steps: int = 1,
         log_normalizer: float | None = None,
         visible: Sequence[str] | None = None,
+        jit: bool = False,
     ):
-        super().__init__(model, optim, visible, guide)
+        super().__init__(model, optim, visible, guide, jit)
         check_noise(noise, num_noise)
         if num_particles < 1 or num_inner_steps < 1:
             raise ValueError(
@@ -130,21 +132,27 @@ class VNCE(Rival):
         settle(self.inner_optim, list(pair.phi.values()))
         return pair
 
-    def _fit(self, target: Target, batch: Batch, carried: Any) -> tuple[float, ...]:
-        phi = list(target.pair.phi.values())
+    def _inner_leaves(self, pair: Pair) -> list[Tensor]:
+        return list(pair.phi.values())
+
+    def _inner_loss(self, target: Target, batch: Batch, carried: Any) -> Tensor:
+        if self._inner is not None:
+            return self._inner(target.pair, batch, batch.v)
+        return self._data_term(target.pair, batch, carried).mean()
+
+    def _fit(self, task: Task, carried: Any, program: Program | None) -> tuple[float, ...]:
         for _ in range(self.num_inner_steps):
-            if self._inner is not None:
-                loss = self._inner(target.pair, batch, batch.v)
-            else:
-                loss = self._data_term(target.pair, batch, carried).mean()
-            gradient = torch.autograd.grad(loss, phi, allow_unused=True)
-            length = norm(gradient).item()
+            loss, found, *gradient = fit(task, carried) if program is None else program.run(fit, carried)
+            length = found.item()
             if not math.isfinite(length):
                 raise FloatingPointError(
                     f"The gradient of the guide's loss is not finite (loss {loss.item()}). Lower the rate in "
                     "inner_optim, or clip its gradients."
                 )
-            descend(self.inner_optim, phi, gradient)
+            if program is None:
+                descend(self.inner_optim, task.phi, gradient)
+            else:
+                program.move_phi(gradient)
         return loss.item(), length
 
     def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
