@@ -330,11 +330,18 @@ def coded(backend, v, o, z):
     return 0.5 * (v**2).sum(-1) - ((v @ U + table[z]) * o).sum(-1)
 
 
+# real latents of which no two are Gaussian together, each alone given the others: three blocks
+def crossed(backend, v, h, g):
+    v, h, g = v**2, h**2, g**2
+    return 0.5 * (v + h + g + v * h + h * g + g * v).sum(-1)
+
+
 MODELS = {
     "linear": (linear, {"h": Real(K)}),
     "rbm": (rbm, {"h": Bits(K, PRIOR)}),
     "mixed": (mixed, {"h": Bits(K), "g": Positive()}),
     "coded": (coded, {"o": OneHot(), "z": Label()}),
+    "crossed": (crossed, {"h": Real(K), "g": Real(K)}),
 }
 
 
@@ -542,6 +549,37 @@ def test_a_conditional_of_the_visible_site(backend):
     agree(h[None], BITS.posterior(X[0]))
     agree_gaussian(noise[None], np.zeros(D), BITS.s**2 * np.eye(D))
     agree((noise[:, :, None] * h[:, None, :])[None], 0)
+
+
+@pytest.mark.parametrize("given", [(), ("g",), ("g", "h")], ids=["found", "one", "two"])
+def test_no_two_draws_share_their_noise(backend, given):
+    """Neither of two blocks, nor of two conditionals, nor of two steps: a random key used twice would show."""
+    m, start = 4000, rng.normal(size=(N, 2, K))
+
+    def conditional(name):
+        def fn(values):
+            squares = sum(value**2 for site, value in values.items() if site != name)
+            return backend.dist.Normal(0.0, 1 / backend.xp.sqrt(1 + squares)).to_event(1)
+
+        return fn
+
+    bism = backend.bism("crossed")
+    density, _ = backend.density(bism, X, VISIBLE, "h", "g")
+    assert [(block.kind, block.names) for block in density.blocks] == [("gaussian", (n,)) for n in (VISIBLE, "h", "g")]
+    kernel = backend.sampling.Gibbs(conditionals={name: conditional(name) for name in given})
+    init = {"h": backend.array(start[:, 0]), "g": backend.array(start[:, 1])}
+    chains = backend.run(bism, X, kernel=kernel, num_samples=2, num_warmup=0, num_chains=m, init=init)
+    rows = np.arange(m) % N
+    here = {"v": X[rows], "h": start[rows, 0], "g": start[rows, 1]}
+    noise = []
+    for step in range(2):
+        # the order of the draws: what is found from the energy, then what is given
+        for name in [*(name for name in "vhg" if name not in given), *given]:
+            squares = sum(value**2 for site, value in here.items() if site != name)
+            here[name] = np.asarray(chains.values[name])[:, step]
+            noise.append(here[name] * np.sqrt(1 + squares))
+    noise = np.concatenate(noise, -1)
+    agree_gaussian(noise[None], np.zeros(noise.shape[1]), np.eye(noise.shape[1]))
 
 
 # Langevin dynamics
