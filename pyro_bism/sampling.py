@@ -16,6 +16,7 @@ import torch
 import tqdm
 from torch import Tensor
 
+from . import visible
 from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Latent, Point, random_labels, select
 from .integrals import Integral
@@ -38,6 +39,8 @@ class Chains:
     :ivar point: where the chains are.
     :ivar kernel_state: the kernel's state.
     :ivar kernel: the kernel's name.
+    :ivar rows: by subsampling plate, the rows of the data that they belong to; empty if all are taken.
+    :ivar v: the data's visible values, (n, D), at these rows.
     """
 
     values: Mapping[str, Tensor]
@@ -48,6 +51,8 @@ class Chains:
     point: Point
     kernel_state: Any
     kernel: str
+    rows: Mapping[str, Tensor]
+    v: Tensor
 
 
 @torch.no_grad()
@@ -85,7 +90,7 @@ def run_chains(
         a mapping from site names to such arrays.
     :param init: "data"; "noise" (v normal with the data's mean and twice their spread, latents anywhere); or a mapping
         from site names to values, the rest as for "data".
-    :param chains: go on from these, made by the same call.
+    :param chains: go on from these, made by the same call; at the same rows of the data, if a plate subsamples them.
     :returns: the draws, which go to ``to_arviz(..., chains=...)``.
     :raises ValueError: on misuse, naming the site and the cure.
     :raises FloatingPointError: if a chain's log density is not finite.
@@ -105,6 +110,11 @@ def run_chains(
         raise ValueError(f"num_chains must be at least 1, got {num_chains}.")
     which = torch.arange(rows) % energy.num_rows
     masks = {name: mask if mask is True else mask[which] for name, mask in masks.items()}
+    if chains is not None:
+        if len(chains.point[VISIBLE]) != rows or set(chains.point) != {VISIBLE, *energy.latents}:
+            raise ValueError("chains were made by another call: they have other sites or another number of rows.")
+        if has_rows:
+            energy = _rejoined(energy, chains, masks)
     # where the constant precisions are taken matters not
     density = energy.density(data).moving(masks)
     if chains is None:
@@ -113,8 +123,6 @@ def run_chains(
         default = getattr(kernel, "num_warmup", 500)
     else:
         x, kernel_state, default = chains.point, chains.kernel_state, 0
-        if len(x[VISIBLE]) != rows or set(x) != {VISIBLE, *energy.latents}:
-            raise ValueError("chains were made by another call: they have other sites or another number of rows.")
     warmup = default if num_warmup is None else num_warmup
     if chains is None and warmup < getattr(kernel, "num_warmup", 0):
         raise ValueError(f"num_warmup = {warmup} ends before the schedule of {kernel} does, at {default}.")
@@ -151,6 +159,8 @@ def run_chains(
         x,
         kernel_state,
         type(kernel).__name__,
+        energy.batch.indices,
+        energy.batch.v,
     )
 
 
@@ -189,6 +199,31 @@ def _masks(energy: Energy, sites: Sequence[str] | None, missing: Any) -> dict[st
     if mask.all():
         return {VISIBLE: True, **moving}
     return {VISIBLE: mask, **moving} if mask.any() else moving
+
+
+def _rejoined(energy: Energy, chains: Chains, masks: Mapping[str, Any]) -> Energy:
+    """The energy at the rows that the chains belong to: a subsampling plate has drawn others.
+
+    :raises ValueError: where visible values that stand still are not those that the chains were given.
+    """
+    b = energy.batch
+    same = b.v.shape == chains.v.shape and b.indices.keys() == chains.rows.keys()
+    for site in b.sites:
+        if same and site.plate is not None:
+            same = int(chains.rows[site.plate].max()) < b.leaves[site.leaves[0]].shape[site.axis]
+    if same:
+        energy = energy.at(visible.batch(b.sites, chains.rows, b.leaves, b.spec))
+        old, new = energy.seen(chains.v), energy.seen(energy.batch.v)
+        for name, values in new.items():
+            moves = masks.get(name, False)
+            moves = moves if isinstance(moves, bool) else moves[: len(values)]
+            same = same and bool(((old[name] == values) | moves).all())
+    if not same:
+        raise ValueError(
+            "chains belong to other data: the visible values that stand still are not those of these arguments. Give "
+            "the data that the chains were made with, or start anew."
+        )
+    return energy
 
 
 def _start(energy: Energy, data: Point, which: Tensor, init: Any, density: Density) -> Point:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpyro.infer import TraceEnum_ELBO as NumpyroTraceEnum_ELBO
 from pyro.infer import TraceEnum_ELBO
+from pyro.infer.importance import psis_diagnostic
 
 import numpyro_bism
 import pyro_bism
@@ -413,6 +414,41 @@ def test_khat_finds_a_known_tail(backend, rate):
     ours = backend.psis_khat(log_weight)
     assert ours.dims == ("obs",)
     np.testing.assert_array_equal(ours.values, k)
+
+
+class DrawnAs(pyro.poutine.messenger.Messenger):
+    """Sites take these values for their draws. ``replay`` would keep them out of the plate of particles."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def _pyro_sample(self, msg):
+        msg["value"] = self.given.get(msg["name"], msg["value"])
+
+
+@pytest.mark.parametrize("name", ["normalised", "unnormalised", "heavy"])
+def test_khat_is_that_of_pyros_own_diagnostic(backend, name):
+    """psis_diagnostic knows one k for all data, so it is asked row by row, at the draws that to_arviz made."""
+    arguments = {
+        "normalised": (X[:, 0], (X[:, 1] > 0).astype(float), X[:, 2]),
+        "unnormalised": (X,),
+        "heavy": (np.zeros((N, 1)),),
+    }[name]
+
+    def bism(backend):
+        if name == "normalised":
+            return backend.covariates()
+        return backend.linear(OFF) if name == "unnormalised" else backend.exponential(0.25)
+
+    data = backend.to_arviz(bism(backend), *arguments, num_draws=S)
+    h = torch.tensor(values(data, "posterior", "h")[0])
+    with PyroBackend() as host:
+        programs = bism(host)
+        for i, k in enumerate(values(data, "sample_stats", "pareto_k")):
+            row = [torch.as_tensor(x[i : i + 1]) for x in arguments]
+            guide = DrawnAs({"h": h[:, i : i + 1]})(programs.guide)
+            theirs = psis_diagnostic(programs.model, guide, *row, num_particles=S, max_plate_nesting=1)
+            assert k == pytest.approx(theirs, rel=1e-7)
 
 
 def arviz_khat(log_weight):

@@ -38,6 +38,7 @@ LINEAR = LinearGaussian.random(rng, D, K)
 PRIOR = 0.3  # of the bits of BITS, in the model's own words; the oracle has its log odds in c
 BITS = GaussianBernoulliRBM(0.8 * rng.normal(size=(D, K)), rng.normal(size=D), rng.normal(size=K), 0.8)
 BIASES = BITS.c - np.log(PRIOR / (1 - PRIOR))
+DRIVES = 3 * rng.normal(size=(2 * N, K))  # of the first latent site, row by row: what covariates may do
 
 
 class PyroBackend:
@@ -55,8 +56,8 @@ class PyroBackend:
     def __exit__(self, *_):
         torch.set_default_dtype(torch.float32)
 
-    def bism(self, name, rows=None, size=None):
-        """A model of MODELS; ``rows`` of the data are subsampled, or the plate has a fixed ``size``."""
+    def bism(self, name, rows=None, size=None, drives=False):
+        """A model of MODELS; ``rows`` of the data are subsampled, the plate has a fixed ``size``, rows have DRIVES."""
         energy, latents = MODELS[name]
 
         def model(x):
@@ -66,6 +67,8 @@ class PyroBackend:
                 v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1).mask(False), obs=x)
                 h = [pyro.sample(name, site.prior(dist)) for name, site in latents.items()]
                 pyro.factor("energy", bias * v.sum(-1) - energy(self, v, *h))
+                if drives:
+                    pyro.factor("drive", (self.array(DRIVES)[i] * h[0]).sum(-1))
 
         def guide(x):
             loc = pyro.param("loc", torch.zeros(()))
@@ -123,15 +126,19 @@ class PyroBackend:
 
 
 class Remembered:
-    """A BiSM whose energy is found once for the same data."""
+    """A BiSM whose energy is found once for the same data, and for the same key if it subsamples them."""
 
-    def __init__(self, bism):
-        self.bism, self.found = bism, {}
+    def __init__(self, bism, subsamples):
+        self.bism, self.subsamples, self.states, self.found = bism, subsamples, {}, {}
 
     def energy(self, state, x, rng_key):
         key = (x.shape, np.asarray(x).tobytes())
+        if key not in self.states:
+            self.states[key] = self.bism.init(jax.random.key(0), x), x
+        state, x = self.states[key]
+        if self.subsamples and rng_key is not None:
+            return self.bism.energy(state, x, rng_key=rng_key)
         if key not in self.found:
-            state = self.bism.init(jax.random.key(0), x)
             self.found[key] = self.bism.energy(state, x, rng_key=jax.random.key(1))
         return self.found[key]
 
@@ -152,8 +159,8 @@ class NumpyroBackend:
         self.double.__exit__(None, None, None)
 
     @functools.cache  # noqa: B019  (compilation is most of the time: one model of each kind for all tests)
-    def bism(self, name, rows=None, size=None):
-        """A model of MODELS; ``rows`` of the data are subsampled, or the plate has a fixed ``size``."""
+    def bism(self, name, rows=None, size=None, drives=False):
+        """A model of MODELS; ``rows`` of the data are subsampled, the plate has a fixed ``size``, rows have DRIVES."""
         energy, latents = MODELS[name]
 
         def model(x):
@@ -163,6 +170,8 @@ class NumpyroBackend:
                 v = numpyro.sample("v", ndist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1).mask(False), obs=x)
                 h = [numpyro.sample(name, site.prior(ndist)) for name, site in latents.items()]
                 numpyro.factor("energy", bias * v.sum(-1) - energy(self, v, *h))
+                if drives:
+                    numpyro.factor("drive", (self.array(DRIVES)[i] * h[0]).sum(-1))
 
         def guide(x):
             loc = numpyro.param("loc", jnp.zeros(()))
@@ -179,7 +188,8 @@ class NumpyroBackend:
                 numpyro.optim.Adam(1e-2),
                 numpyro_bism.DenoisingScoreMatching(sigma=0.3),
                 inner_loss=NumpyroTraceEnum_ELBO(max_plate_nesting=1) if summed else None,
-            )
+            ),
+            rows is not None,
         )
 
     def density(self, bism, x, *names):
@@ -330,11 +340,18 @@ def coded(backend, v, o, z):
     return 0.5 * (v**2).sum(-1) - ((v @ U + table[z]) * o).sum(-1)
 
 
+# real latents of which no two are Gaussian together, each alone given the others: three blocks
+def crossed(backend, v, h, g):
+    v, h, g = v**2, h**2, g**2
+    return 0.5 * (v + h + g + v * h + h * g + g * v).sum(-1)
+
+
 MODELS = {
     "linear": (linear, {"h": Real(K)}),
     "rbm": (rbm, {"h": Bits(K, PRIOR)}),
     "mixed": (mixed, {"h": Bits(K), "g": Positive()}),
     "coded": (coded, {"o": OneHot(), "z": Label()}),
+    "crossed": (crossed, {"h": Real(K), "g": Real(K)}),
 }
 
 
@@ -544,6 +561,37 @@ def test_a_conditional_of_the_visible_site(backend):
     agree((noise[:, :, None] * h[:, None, :])[None], 0)
 
 
+@pytest.mark.parametrize("given", [(), ("g",), ("g", "h")], ids=["found", "one", "two"])
+def test_no_two_draws_share_their_noise(backend, given):
+    """Neither of two blocks, nor of two conditionals, nor of two steps: a random key used twice would show."""
+    m, start = 4000, rng.normal(size=(N, 2, K))
+
+    def conditional(name):
+        def fn(values):
+            squares = sum(value**2 for site, value in values.items() if site != name)
+            return backend.dist.Normal(0.0, 1 / backend.xp.sqrt(1 + squares)).to_event(1)
+
+        return fn
+
+    bism = backend.bism("crossed")
+    density, _ = backend.density(bism, X, VISIBLE, "h", "g")
+    assert [(block.kind, block.names) for block in density.blocks] == [("gaussian", (n,)) for n in (VISIBLE, "h", "g")]
+    kernel = backend.sampling.Gibbs(conditionals={name: conditional(name) for name in given})
+    init = {"h": backend.array(start[:, 0]), "g": backend.array(start[:, 1])}
+    chains = backend.run(bism, X, kernel=kernel, num_samples=2, num_warmup=0, num_chains=m, init=init)
+    rows = np.arange(m) % N
+    here = {"v": X[rows], "h": start[rows, 0], "g": start[rows, 1]}
+    noise = []
+    for step in range(2):
+        # the order of the draws: what is found from the energy, then what is given
+        for name in [*(name for name in "vhg" if name not in given), *given]:
+            squares = sum(value**2 for site, value in here.items() if site != name)
+            here[name] = np.asarray(chains.values[name])[:, step]
+            noise.append(here[name] * np.sqrt(1 + squares))
+    noise = np.concatenate(noise, -1)
+    agree_gaussian(noise[None], np.zeros(noise.shape[1]), np.eye(noise.shape[1]))
+
+
 # Langevin dynamics
 
 
@@ -688,6 +736,45 @@ def test_models_of_a_fixed_number_of_rows(backend, options):
     np.testing.assert_allclose(
         np.asarray(chains.log_joint), -LINEAR.energy(*np.split(z.reshape(-1, D + K), [D], -1)).reshape(z.shape[:2])
     )
+
+
+def test_chains_go_on_at_their_own_rows(backend):
+    """A plate that subsamples draws other rows at every call, and the rows have densities of their own."""
+    bism, x = backend.bism("linear", rows=4, drives=True), rng.normal(size=(2 * N, D))
+    options = {"kernel": backend.sampling.Gibbs(), "num_warmup": 0, "num_chains": 50}
+    chains = backend.run(bism, x, sites=["h"], num_samples=1, **options)
+    rows = np.asarray(chains.rows["data"])
+    np.testing.assert_array_equal(np.asarray(chains.values["v"])[0, 0], x[rows])
+    assert set(rows) != set(
+        np.asarray(backend.run(bism, x, seed=1, sites=["h"], num_samples=1, **options).rows["data"])
+    )
+    later = backend.run(bism, x, seed=1, sites=["h"], num_samples=20, chains=chains, **options)
+    np.testing.assert_array_equal(np.asarray(later.rows["data"]), rows)
+    np.testing.assert_array_equal(np.asarray(later.values["v"])[0, 0], x[rows])
+    h = np.asarray(later.values["h"])
+    agree_gaussian(h - (x[rows] @ LINEAR.W + LINEAR.c + DRIVES[rows]) @ inv(LINEAR.B), np.zeros(K), inv(LINEAR.B))
+    quadratic = -LINEAR.energy(x[rows], h[0, -1]) + (DRIVES[rows] * h[0, -1]).sum(-1)
+    np.testing.assert_allclose(np.asarray(later.log_joint)[0, -1], quadratic, rtol=1e-9)
+    # (v, h) too, as the rows are not alike
+    joint = backend.run(bism, x, num_samples=1, **options)
+    later = backend.run(bism, x, seed=1, num_samples=20, chains=joint, **options)
+    rows, z = np.asarray(joint.rows["data"]), joined(later, "v", "h")
+    drive = np.concatenate([np.zeros((4, D)), DRIVES[rows]], -1) @ inv(LINEAR.joint_precision)
+    agree_gaussian(z - LINEAR.joint_mean - drive, np.zeros(D + K), inv(LINEAR.joint_precision))
+    for other in (x + 1, x[: max(np.asarray(chains.rows["data"]))]):
+        with pytest.raises(ValueError, match="chains belong to other data: the visible values that stand still"):
+            backend.run(bism, other, sites=["h"], num_samples=1, chains=chains, **options)
+
+
+def test_chains_go_on_at_their_own_data(backend):
+    bism, options = backend.bism("linear"), gibbs(backend, num_samples=1, num_warmup=0, num_chains=2)
+    chains = backend.run(bism, X, missing=MISSING, **options)
+    backend.run(bism, np.where(MISSING, 0.0, X), missing=MISSING, chains=chains, **options)
+    with pytest.raises(ValueError, match="chains belong to other data"):
+        backend.run(bism, np.where(MISSING, X, 0.0), missing=MISSING, chains=chains, **options)
+    # the data are but a start if all moves
+    chains = backend.run(bism, X, **options)
+    backend.run(bism, X + 1, chains=chains, **options)
 
 
 # Misuse
