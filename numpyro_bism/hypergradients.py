@@ -25,6 +25,9 @@ __all__ = ["Amortized", "Covariance", "Detached", "Exact", "Implicit", "Penalty"
 FUSED_STEPS = 5
 MEMORY = 0.99  # of Amortized's running sums, a step
 FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
+FRESH = (
+    0.1  # share of ∂J/∂φ in Amortized's direction: H of separate units has blocks, and no power of it leads out of one
+)
 
 
 def fused(num_steps: int) -> int:
@@ -351,7 +354,8 @@ class Amortized(Hypergradient):
 
     :param step_size: ρ. None finds it: with d the direction of greatest curvature, carried along by power iteration
         at the price of one more product, ρ is a tenth of E[dᵀHd] / E[‖Hd‖²]. The ratio is 1/λ_max where H is the
-        same at every step, and less by as much as it is noisy, as stability in the mean square asks for.
+        same at every step, and less by as much as it is noisy, as stability in the mean square asks for. A tenth of
+        ∂J/∂φ is mixed into d at every step, so that it finds its way into whichever block of H has the most curvature.
     :param num_steps: Hessian products a step.
     """
 
@@ -384,7 +388,8 @@ class Amortized(Hypergradient):
             curvature = d.dot(image)
             moments = MEMORY * moments + jnp.stack([curvature, image.dot(image)]).astype(moments.dtype)
             rate = FRACTION * _ratio(*moments)
-            d = _ratio(image, jnp.linalg.norm(image))
+            d = _ratio(image, jnp.linalg.norm(image)) + FRESH * _ratio(system.rhs, norm)
+            d = _ratio(d, jnp.linalg.norm(d))
         else:
             rate, curvature = jnp.asarray(self.step_size, x.dtype), jnp.inf  # type: ignore[assignment]
 

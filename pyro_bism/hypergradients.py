@@ -26,6 +26,9 @@ __all__ = ["Amortized", "Covariance", "Detached", "Exact", "Implicit", "Penalty"
 
 MEMORY = 0.99  # of Amortized's running sums, a step
 FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
+FRESH = (
+    0.1  # share of ∂J/∂φ in Amortized's direction: H of separate units has blocks, and no power of it leads out of one
+)
 
 
 @dataclass
@@ -459,7 +462,8 @@ class Amortized(Hypergradient):
 
     :param step_size: ρ. None finds it: with d the direction of greatest curvature, carried along by power iteration
         at the price of one more product, ρ is a tenth of E[dᵀHd] / E[‖Hd‖²]. The ratio is 1/λ_max where H is the
-        same at every step, and less by as much as it is noisy, as stability in the mean square asks for.
+        same at every step, and less by as much as it is noisy, as stability in the mean square asks for. A tenth of
+        ∂J/∂φ is mixed into d at every step, so that it finds its way into whichever block of H has the most curvature.
     :param num_steps: Hessian products a step.
     """
 
@@ -492,7 +496,7 @@ class Amortized(Hypergradient):
             curvature = d.dot(image)
             moments = MEMORY * moments + torch.stack([curvature, image.dot(image)])
             rate = FRACTION * _ratio(moments[0], moments[1])
-            d = _unit(image)
+            d = _unit(_unit(image) + FRESH * _unit(system.rhs))
         else:
             rate = self.step_size
         for n in range(self.num_steps):

@@ -703,3 +703,58 @@ def test_covariance_takes_the_energy_example_by_example(host):
     case.programs = lambda h: programs(h, True)
     with pytest.raises(ValueError, match="'rest' has one log density for the whole batch"):
         at_posterior(host, case, ("Covariance", {}))
+
+
+# The Hessian of two latents that have nothing to do with each other, with curvatures 0.01 and 1
+CURVATURES = np.array([0.01, 1.0])
+
+
+def _separate(p, dist, array):
+    def model(x):
+        a = p.param("a", array(np.array([0.5, -0.7])))
+        with p.plate("data", len(x)):
+            v = p.sample("v", dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            h = p.sample("h", dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False))
+            quadratic = 0.5 * (array(CURVATURES) * h**2).sum(-1) + 0.5 * (v**2).sum(-1)
+            p.factor("energy", (a * v * h).sum(-1) - quadratic)
+
+    def guide(x):
+        loc = p.param("loc", array(np.array([0.3, 0.4])))
+        with p.plate("data", len(x)):
+            p.sample("h", dist.Normal(loc + 0.5 * x, 1.0).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+def test_amortized_finds_the_greatest_curvature_in_another_block(backend):
+    """Power iteration alone stays in the block where it is, and its rate is then too great for the others."""
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    if backend == "pyro":
+        pyro.clear_param_store()
+        torch.set_default_dtype(torch.float64)
+        still = pyro.optim.SGD({"lr": 0.0})
+        programs = _separate(pyro, pyro.distributions, torch.as_tensor)
+        bism = pyro_bism.BiSM(*programs, still, pyro_bism.DenoisingScoreMatching(0.3))
+        bism.step(torch.as_tensor(x))
+        (state,) = bism._carried
+        bism._carried = (state._replace(direction=[torch.tensor([1.0, 0.0])], moments=torch.zeros(2)),)
+        curvatures = []
+        for _ in range(30):
+            bism.step(torch.as_tensor(x))
+            curvatures.append(bism.info.curvature)
+        torch.set_default_dtype(torch.float32)
+    else:
+        with jax.enable_x64(True):
+            programs = _separate(numpyro, numpyro.distributions, jnp.asarray)
+            still = numpyro.optim.SGD(0.0)
+            bism = numpyro_bism.BiSM(*programs, still, numpyro_bism.DenoisingScoreMatching(0.3))
+            state, update, curvatures = bism.init(jax.random.key(0), jnp.asarray(x)), jax.jit(bism.update), []
+            caught = state.hypergradient_state._replace(direction={"loc": jnp.array([1.0, 0.0])})
+            state = state._replace(hypergradient_state=caught)
+            for _ in range(30):
+                state, _ = update(state, jnp.asarray(x))
+                curvatures.append(float(state.info.curvature))
+    assert curvatures[0] == pytest.approx(0.01)
+    # of a direction that is a tenth ∂J/∂φ, at most
+    assert curvatures[-1] == pytest.approx(1.0, rel=0.02)
