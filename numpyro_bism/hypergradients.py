@@ -25,9 +25,8 @@ __all__ = ["Amortized", "Covariance", "Detached", "Exact", "Implicit", "Penalty"
 FUSED_STEPS = 5
 MEMORY = 0.99  # of Amortized's running sums, a step
 FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
-FRESH = (
-    0.1  # share of ∂J/∂φ in Amortized's direction: H of separate units has blocks, and no power of it leads out of one
-)
+# share of ∂J/∂φ in Amortized's direction: where H has blocks, no power of it leads from one to another
+FRESH = 0.1
 
 
 def fused(num_steps: int) -> int:
