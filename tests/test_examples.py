@@ -102,3 +102,37 @@ def test_potts_contacts(tmp_path):
     pairs = re.search(r"strongest pairs: (.*)", done.stdout)[1].split(", ")
     assert set(pairs) == {"0-1", "2-3", "4-5", "6-7"}
     assert (tmp_path / "contacts.png").stat().st_size > 5_000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+def test_paper_checkerboard(backend, tmp_path):
+    """A row a method; score matching of the marginal learns in 20 steps already."""
+    requires(backend)
+    pytest.importorskip("matplotlib")
+    methods = ["DSM", "CD-5", "PCD-1", "NCE", "VNCE", "BiDSM, N = 5"]
+    command = [sys.executable, str(EXAMPLES / "paper_checkerboard.py"), "--smoke", "--backend", backend]
+    command += ["--output", "out/board", "--methods", *methods]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (.*?) \| (-\d\.\d+) ± .*? \|  \| (-\d\.\d+) ± ", done.stdout, re.MULTILINE)
+    assert [name for name, _, _ in rows] == methods
+    assert all(float(after) > float(before) for _, before, after in rows)
+    assert (tmp_path / "out" / "board.png").stat().st_size > 10_000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+def test_paper_freyface(backend, tmp_path):
+    """Two runs on digits; the second time they are there already."""
+    requires(backend)
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(EXAMPLES / "paper_freyface.py"), "--smoke", "--backend", backend]
+    command += ["--output", "out/faces"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    for done in (first, again):
+        assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (N = 1, K = 1|amortised, K = 1) \| (\S+) ± ", first.stdout, re.MULTILINE)
+    assert len(rows) == 2 and all(float(value) < 0 for _, value in rows)
+    assert re.findall(r"^\|.*$", again.stdout, re.MULTILINE) == re.findall(r"^\|.*$", first.stdout, re.MULTILINE)

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as ndist
+import numpyro.infer
 import pyro
 import pyro.distributions as pdist
+import pyro.infer
 import pyro.optim
 import pytest
 import torch
@@ -29,6 +31,7 @@ from oracles import GaussianBernoulliRBM, LinearGaussian, central_difference
 
 class Torch:
     name, p, dist, bism, rivals = "pyro", pyro, pdist, pyro_bism, pyro_bism.rivals
+    infer = pyro.infer
     kernels = pyro_bism.kernels
     einsum, exp = staticmethod(torch.einsum), staticmethod(torch.exp)
 
@@ -50,6 +53,10 @@ class Torch:
     @staticmethod
     def adam(rate):
         return pyro.optim.Adam({"lr": rate})
+
+    @staticmethod
+    def sgd(rate):
+        return pyro.optim.SGD({"lr": rate})
 
     def start(self, rival, *args):
         args = [self.array(x) for x in args]
@@ -78,6 +85,7 @@ class Torch:
 
 class Jax:
     name, p, dist, bism, rivals = "numpyro", numpyro, ndist, numpyro_bism, numpyro_bism.rivals
+    infer = numpyro.infer
     kernels = numpyro_bism.kernels
     einsum, exp = staticmethod(jnp.einsum), staticmethod(jnp.exp)
 
@@ -95,6 +103,10 @@ class Jax:
     @staticmethod
     def adam(rate):
         return numpyro.optim.Adam(rate)
+
+    @staticmethod
+    def sgd(rate):
+        return numpyro.optim.SGD(rate)
 
     def start(self, rival, *args):
         args = [jnp.asarray(x) for x in args]
@@ -290,6 +302,125 @@ def test_vnce_sums_discrete_latents_out(host):
     np.testing.assert_allclose(np.exp(log_shares).sum(1), 1.0, rtol=1e-10)
     marginal = np.log(np.exp(ratios + log_shares).sum((0, 1)))
     np.testing.assert_allclose(marginal, -RBM.free_energy(x), rtol=1e-10)
+
+
+def test_vnce_fits_its_guide_by_the_loss_it_is_given(host):
+    """One step of plain descent on the negative ELBO, its sum over h taken by enumeration outside."""
+    x = RBM.sample(np.random.default_rng(17), 30)[0]
+    rate, a = 0.1, np.array([0.3, -0.2, 0.5])
+    h = spins(3)
+
+    def negative_elbo(a):
+        log_q = h @ a - np.logaddexp(0, a).sum()
+        log_p = -np.stack([RBM.energy(x, np.broadcast_to(row, (len(x), 3))) for row in h], -1)
+        return (np.exp(log_q) * (log_q - log_p)).sum(-1).mean()
+
+    elbo = host.infer.TraceEnum_ELBO(max_plate_nesting=2)
+    settings = {"inner_optim": host.sgd(rate), "inner_loss": elbo, "num_inner_steps": 1, "log_normalizer": 0.0}
+    rival = host.rivals.VNCE(*summed_rbm(host), host.sgd(0.0), **settings)
+    found = host.fit(rival, 1, x[:, None])["a"]
+    gradient = [central_difference(lambda t, e=e: negative_elbo(a + t * e), 1e-5) for e in np.eye(3)]
+    np.testing.assert_allclose(found, a - rate * np.array(gradient), rtol=1e-7)
+    np.testing.assert_allclose(host.info.inner_loss, negative_elbo(a), rtol=1e-10)
+
+
+# What is consistent finds the truth: ten data sets of their own, each fitted from elsewhere
+
+SMALL = GaussianBernoulliRBM(np.array([[1.5], [-1.0]]), np.array([0.3, -0.2]), np.array([-0.4]), 0.8)
+
+
+def one_unit(host, start):
+    """SMALL in plates, its guide the posterior's family."""
+
+    def model(x):
+        W, b, c = (host.param(name, getattr(SMALL, name) + start) for name in "Wbc")
+        with host.p.plate("data", len(x), dim=-2):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            host.p.factor("quadratic", -0.5 * (((v - b) / SMALL.s) ** 2).sum(-1))
+            with host.p.plate("units", 1, dim=-1):
+                h = host.p.sample("h", host.dist.Bernoulli(0.5).mask(False))
+                host.p.factor("unit", h * (c + (v @ W).squeeze(-2)))
+
+    def guide(x):
+        a, u = host.param("a", np.zeros(1)), host.param("u", np.zeros((2, 1)))
+        with host.p.plate("data", len(x), dim=-2), host.p.plate("units", 1, dim=-1):
+            logits = a + (x @ u).squeeze(-2)
+            host.p.sample("h", host.dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+
+    return model, guide
+
+
+CONSISTENT = {
+    "score matching": lambda host, p, q: host.rivals.MarginalSM(p, host.adam(2e-2), host.bism.ScoreMatching()),
+    "sliced": lambda host, p, q: host.rivals.MarginalSM(p, host.adam(2e-2), host.bism.SlicedScoreMatching(4)),
+    "CD": lambda host, p, q: host.rivals.CD(p, host.adam(2e-2), host.kernels.Gibbs(), 5),
+    "persistent CD": lambda host, p, q: host.rivals.CD(p, host.adam(2e-2), host.kernels.Gibbs(), persistent=True),
+    "NCE": lambda host, p, q: host.rivals.NCE(p, host.adam(2e-2), num_noise=4),
+    "VNCE": lambda host, p, q: host.rivals.VNCE(p, q, host.adam(2e-2), num_noise=4, num_inner_steps=2),
+}
+
+
+def recovered(host, make, truth, sets, num_steps):
+    """Each parameter's mean over the sets is the truth within 5 standard errors of theirs."""
+    fits = []
+    for x in sets:
+        if host.name == "pyro":
+            pyro.clear_param_store()
+        fits.append(host.fit(make(), num_steps, x))
+    for name, exact in truth.items():
+        found = np.stack([fit[name] for fit in fits])
+        error = found.std(0, ddof=1) / np.sqrt(len(sets))
+        assert (abs(found.mean(0) - exact) < 5 * error).all(), (name, found.mean(0), exact, error)
+        assert (error < 0.15).all(), (name, error)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "score matching" else pytest.param(n, marks=pytest.mark.full) for n in CONSISTENT]
+)
+def test_the_truth_is_recovered(host, name):
+    sets = SMALL.sample(np.random.default_rng(18), 10 * 1000)[0].reshape(10, 1000, 1, 2)
+    programs = one_unit(host, 0.3)
+    made = []
+
+    def make():  # one of them in JAX, which compiles it once
+        if host.name == "pyro" or not made:
+            made.append(CONSISTENT[name](host, *programs))
+        return made[-1]
+
+    recovered(host, make, {"W": SMALL.W, "b": SMALL.b, "c": SMALL.c}, sets, 400)
+
+
+def test_pseudo_likelihood_recovers_the_truth(host):
+    """Of an Ising model of 4 spins, drawn from its table."""
+    rng = np.random.default_rng(19)
+    J, b = np.triu(rng.normal(size=(4, 4)), 1), 0.5 * rng.normal(size=4)
+    J = J + J.T
+    v = spins(4)
+    log_p = 0.5 * ((v @ J) * v).sum(-1) + v @ b
+    p = np.exp(log_p - log_p.max())
+    sets = v[rng.choice(len(v), (10, 1000), p=p / p.sum())]
+
+    def model(x):
+        upper, b_ = (
+            host.param("J", np.zeros((4, 4))) * host.array(np.triu(np.ones((4, 4)), 1)),
+            host.param("b", b + 0.3),
+        )
+        with host.p.plate("data", len(x)):
+            x = host.p.sample("v", host.dist.Bernoulli(0.5).expand([4]).to_event(1).mask(False), obs=x)
+            host.p.factor("energy", ((x @ upper) * x).sum(-1) + x @ b_)
+
+    rival = host.rivals.PseudoLikelihood(model, host.adam(3e-2))
+    at = np.triu_indices(4, 1)
+    fits = []
+    for x in sets:
+        if host.name == "pyro":
+            pyro.clear_param_store()
+            rival = host.rivals.PseudoLikelihood(model, host.adam(3e-2))
+        fit = host.fit(rival, 400, x)
+        fits.append(np.concatenate([fit["J"][at], fit["b"]]))
+    error = np.std(fits, 0, ddof=1) / np.sqrt(len(fits))
+    assert (abs(np.mean(fits, 0) - np.concatenate([J[at], b])) < 5 * error).all()
+    assert (error < 0.15).all()
 
 
 def couplings(d, q, rng):
