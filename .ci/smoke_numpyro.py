@@ -10,7 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 
-from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, to_arviz
+from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, psis_khat, to_arviz
 
 VISIBLE, HIDDEN = 2, 4
 
@@ -60,3 +60,8 @@ print(f"ArviZ {az.__version__}:", summary.head(3), sep="\n")
 assert len(summary) == 10 * HIDDEN
 if sys.version_info >= (3, 12):
     assert int(az.__version__.split(".")[0]) >= 1, az.__version__
+
+# weights whose law has k = 0.75: with ArviZ's other sign they would look perfect
+k = float(psis_khat(0.75 * rng.exponential(size=4000)))
+print(f"k-hat of weights with k = 0.75: {k:.2f}")
+assert 0.6 < k < 0.9, k

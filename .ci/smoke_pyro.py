@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, to_arviz
+from pyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, psis_khat, to_arviz
 
 VISIBLE, HIDDEN = 2, 4
 
@@ -54,3 +54,8 @@ assert np.isfinite(data["sample_stats"]["log_weight"].values).all()
 summary = az.summary(data, var_names=["h"])
 print(f"ArviZ {az.__version__}:", summary.head(3), sep="\n")
 assert len(summary) == 10 * HIDDEN
+
+# weights whose law has k = 0.75: with ArviZ's other sign they would look perfect
+k = float(psis_khat(0.75 * rng.exponential(size=4000)))
+print(f"k-hat of weights with k = 0.75: {k:.2f}")
+assert 0.6 < k < 0.9, k
