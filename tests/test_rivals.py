@@ -371,7 +371,7 @@ def recovered(host, make, truth, sets, num_steps):
         found = np.stack([fit[name] for fit in fits])
         error = found.std(0, ddof=1) / np.sqrt(len(sets))
         assert (abs(found.mean(0) - exact) < 5 * error).all(), (name, found.mean(0), exact, error)
-        assert (error < 0.15).all(), (name, error)
+        assert (error < 0.25).all(), (name, error)  # less than the 0.3 that the fits began away from it
 
 
 @pytest.mark.parametrize(
