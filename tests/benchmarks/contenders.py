@@ -78,7 +78,8 @@ class TorchStep:
         (score,) = torch.autograd.grad(log_weight.sum(), v, create_graph=True)
         return 0.5 * (score + noise[0] / self.model.sigma).square().flatten(1).sum(-1).mean()
 
-    def adam(self, state, gradient):
+    @staticmethod
+    def adam(state, gradient):
         import torch
 
         count = state.count + 1
@@ -142,7 +143,6 @@ def torch_eager(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, 
 def torch_compiled(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, strategy: Any) -> Steps:
     """The whole step in one graph of torch's compiler."""
     import torch
-    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils import _pytree as pytree
 
     torch.manual_seed(0)
@@ -155,11 +155,7 @@ def torch_compiled(model: Model, x: np.ndarray, num_inner: int, num_unrolled: in
         theta, phi, loss = by_hand.step(*pytree.tree_unflatten(values[:-1], spec), values[-1])
         return [v.detach() for v in (*pytree.tree_leaves((theta, phi)), loss)]
 
-    graph = make_fx(whole, tracing_mode="fake")(*flat, data)
-    with torch.no_grad():
-        compiled = torch._inductor.compile(
-            graph, [*flat, data], options={"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
-        )
+    compiled = in_one_graph(whole, *flat, data)
 
     def steps(num):
         nonlocal flat
@@ -171,6 +167,18 @@ def torch_compiled(model: Model, x: np.ndarray, num_inner: int, num_unrolled: in
         return total / num
 
     return steps
+
+
+def in_one_graph(function: Callable, *tensors: Any) -> Callable:
+    """A function of flat tensors, its own gradients in it, compiled; its noise is torch's own."""
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function, tracing_mode="fake")(*tensors)
+    with torch.no_grad():
+        return torch._inductor.compile(
+            graph, [*tensors], options={"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+        )
 
 
 def torch_higher(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, strategy: Any) -> Steps:
@@ -217,6 +225,20 @@ def torch_higher(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int,
 # By hand, in JAX
 
 
+def adam_in_jax(state: State, gradient: dict) -> State:
+    import jax
+    import jax.numpy as jnp
+
+    count = state.count + 1
+    first = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, state.first, gradient)
+    second = jax.tree.map(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, state.second, gradient)
+    rate, bias2 = RATE / (1 - BETA1**count), 1 - BETA2**count
+    params = jax.tree.map(
+        lambda p, m, s: p - rate * m / (jnp.sqrt(s / bias2 + EPS_ROOT) + EPS), state.params, first, second
+    )
+    return State(params, first, second, count)
+
+
 def jax_by_hand(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, strategy: Any) -> Steps:
     """All steps in one ``lax.scan``; the noise of a step in two calls."""
     import jax
@@ -246,19 +268,9 @@ def jax_by_hand(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, 
         score = jax.grad(lambda u: (log_joint(theta, u, h) - log_guide(guide(phi, u), h)).sum())(v)
         return 0.5 * jnp.square(score + noise[0] / model.sigma).reshape(len(x), -1).sum(-1).mean()
 
-    def adam(state, gradient):
-        count = state.count + 1
-        first = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, state.first, gradient)
-        second = jax.tree.map(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, state.second, gradient)
-        rate, bias2 = RATE / (1 - BETA1**count), 1 - BETA2**count
-        params = jax.tree.map(
-            lambda p, m, s: p - rate * m / (jnp.sqrt(s / bias2 + EPS_ROOT) + EPS), state.params, first, second
-        )
-        return State(params, first, second, count)
-
     def fit(theta, phi, noises):
         for noise in noises:  # Python loops: XLA fuses across the few iterations
-            phi = adam(phi, jax.grad(inner)(phi.params, theta, x, noise))
+            phi = adam_in_jax(phi, jax.grad(inner)(phi.params, theta, x, noise))
         return phi
 
     def step(states, key):
@@ -277,7 +289,7 @@ def jax_by_hand(model: Model, x: np.ndarray, num_inner: int, num_unrolled: int, 
             return outer(params, ahead.params, x, noises[-1])
 
         loss, gradient = jax.value_and_grad(whole)(theta.params)
-        return (adam(theta, gradient), kept), loss
+        return (adam_in_jax(theta, gradient), kept), loss
 
     @jax.jit
     def run(states, keys):
