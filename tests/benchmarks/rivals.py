@@ -27,7 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "examples"), str(HERE)]
 
-from rivals_by_hand import H, JaxByHand, N, TorchByHand  # noqa: E402
+from rivals_by_hand import SETTING, H, JaxByHand, N, TorchByHand  # noqa: E402
 
 import paper_checkerboard as paper  # noqa: E402
 from data import checkerboard  # noqa: E402
@@ -56,9 +56,9 @@ class Package:
             import jax
             import jax.numpy as jnp
 
-            found = paper.numpyro_backend()
-            self.args = jnp.asarray(x[:, None]), jax.tree.map(jnp.asarray, paper.start(0))
-            self.engine, self.is_compiled = paper.engines(found)[name](), True
+            found = paper.numpyro_backend(SETTING)
+            self.args = jnp.asarray(x[:, None]), jax.tree.map(jnp.asarray, paper.start(0, SETTING))
+            self.engine, self.is_compiled = paper.engines(found, SETTING)[name](), True
             self.state, self.steps = self.engine.init(jax.random.key(0), *self.args), self.in_jax
         else:
             import pyro
@@ -66,10 +66,10 @@ class Package:
 
             pyro.clear_param_store()
             pyro.set_rng_seed(0)
-            found = paper.pyro_backend()
+            found = paper.pyro_backend(SETTING)
             found.bism = compiled_where_possible(found.bism)
-            made = paper.engines(found)[name]
-            self.args = torch.tensor(x[:, None]), {k: torch.tensor(v) for k, v in paper.start(0).items()}
+            made = paper.engines(found, SETTING)[name]
+            self.args = torch.tensor(x[:, None]), {k: torch.tensor(v) for k, v in paper.start(0, SETTING).items()}
             self.engine, self.steps = made(), self.in_torch
             self.is_compiled = "jit" in inspect.signature(type(self.engine)).parameters
 

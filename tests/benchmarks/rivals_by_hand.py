@@ -12,7 +12,8 @@ from models import MODELS, TINY, in_jax, in_torch
 
 import paper_checkerboard as paper
 
-N, D, H, SIGMA = paper.BATCH_SIZE, paper.VISIBLE, paper.HIDDEN, paper.SIGMA
+SETTING = paper.CHECKERBOARD
+N, D, H, SIGMA = SETTING.batch_size, SETTING.visible, SETTING.hidden, SETTING.sigma
 
 
 class ByHand:
@@ -33,7 +34,7 @@ class ByHand:
 
     def start(self) -> tuple[dict, dict, np.ndarray]:
         """θ, φ, and h of the persistent chains."""
-        values = paper.start(0)
+        values = paper.start(0, SETTING)
         phi = {name: values.pop(name) for name in ("guide_W", "guide_b")}
         if self.name in ("NCE", "VNCE"):
             # no scalar: by torch's rules Adam's float64 rate would make it float64
