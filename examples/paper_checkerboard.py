@@ -150,9 +150,12 @@ def pyro_backend(setting: Setting) -> SimpleNamespace:
 
     import pyro_bism as bism
 
+    def param(name, init):  # a copy: Pyro trains the tensor that it is given, in place
+        return pyro.param(name, lambda: init[name].clone())
+
     def model(x, init):
-        W, b, c = (pyro.param(name, init[name]) for name in "Wbc")
-        log_s = pyro.param("log_s", init["log_s"])
+        W, b, c = (param(name, init) for name in "Wbc")
+        log_s = param("log_s", init)
         with pyro.plate("points", len(x), subsample_size=setting.batch_size, dim=-2) as rows:
             v = pyro.sample("v", dist.Normal(0, 1).expand([setting.visible]).to_event(1).mask(False), obs=x[rows])
             pyro.factor("quadratic", -0.5 * ((v - b) * torch.exp(-log_s)).square().sum(-1))
@@ -162,7 +165,7 @@ def pyro_backend(setting: Setting) -> SimpleNamespace:
 
     def guide_of(summed):
         def guide(x, init):
-            W, b = pyro.param("guide_W", init["guide_W"]), pyro.param("guide_b", init["guide_b"])
+            W, b = param("guide_W", init), param("guide_b", init)
             with pyro.plate("points", len(x), subsample_size=setting.batch_size, dim=-2) as rows:
                 logits = b + (x[rows] @ W).squeeze(-2)
                 with pyro.plate("units", setting.hidden, dim=-1):

@@ -61,6 +61,14 @@ class Captured(Bilevel):
     write_phi: Callable[[Gradient, Tensor], None] | None = None
 
 
+def left(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, allowed: Tensor) -> list[Any]:
+    """What of an optimiser's step is left to torch: the gradient; where ``write`` takes it, which leaves have moved."""
+    if write is None:
+        return list(gradient)
+    write(gradient, allowed)
+    return [g is not None for g in gradient]
+
+
 def _look(problem: Bilevel) -> list[Any]:
     """G and ‖∇_φ G‖."""
     loss, gradient = slopes(problem, "inner", "phi")
@@ -71,21 +79,16 @@ def _fit(problem: Captured) -> list[Any]:
     """An inner step: G, ‖∇_φ G‖, and the gradient if it has yet to be followed, else which leaves it moves."""
     loss, gradient = slopes(problem, "inner", "phi")
     length = norm(gradient)
-    if problem.write_phi:
-        problem.write_phi(gradient, length.isfinite())
-        return [loss, length, *(g is not None for g in gradient)]
-    return [loss, length, *gradient]
+    return [loss, length, *left(problem.write_phi, gradient, length.isfinite())]
 
 
 def _follow(problem: Captured, state: Any) -> list[Any]:
     """The outer step: ‖dJ/dθ‖, the rest of the strategy's result, and the gradient, or which leaves it moves."""
     assert problem.strategy is not None
     found = problem.strategy(problem, state)
-    length, gradient = norm(found.gradient), found.gradient
-    if problem.write_theta:
-        problem.write_theta(gradient, length.isfinite() & found.loss.isfinite())
-        gradient = [g is not None for g in gradient]  # type: ignore[misc]
-    return [length, found.loss, found.state, found.residual, found.curvature, *gradient]
+    length = norm(found.gradient)
+    rest = left(problem.write_theta, found.gradient, length.isfinite() & found.loss.isfinite())
+    return [length, found.loss, found.state, found.residual, found.curvature, *rest]
 
 
 class Program:

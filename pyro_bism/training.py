@@ -108,7 +108,7 @@ class Trainer(ABC):
             if isinstance(leaf, Tensor) and self._finite.get(id(leaf), (None, -1)) != (leaf.data_ptr(), leaf._version)
         }
         if fresh:
-            visible.require_finite(leaves, spec)
+            visible.require_finite([leaf if id(leaf) in fresh else None for leaf in leaves], spec)
         for key, leaf in fresh.items():
             if key not in self._finite:  # its number may be given to another tensor
                 weakref.finalize(leaf, self._finite.pop, key, None)

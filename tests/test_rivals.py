@@ -272,17 +272,24 @@ def test_vnce_is_nce_where_the_guide_is_the_posterior(host):
     assert abs(gradient["nce.log_normalizer"]) < 5 * np.sqrt(2 / len(x))
 
 
-def summed_rbm(host):
-    """The RBM in plates, and a guide that is not its posterior, summed out."""
+def plated(host, truth, start=0.0):
+    """A machine in plates, its parameters so far from their truth."""
+    d, k = truth.W.shape
 
     def model(x):
-        W, b, c = (host.param(name, getattr(RBM, name)) for name in "Wbc")
+        W, b, c = (host.param(name, getattr(truth, name) + start) for name in "Wbc")
         with host.p.plate("data", len(x), dim=-2):
-            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
-            host.p.factor("quadratic", -0.5 * (((v - b) / RBM.s) ** 2).sum(-1))
-            with host.p.plate("units", 3, dim=-1):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([d]).to_event(1).mask(False), obs=x)
+            host.p.factor("quadratic", -0.5 * (((v - b) / truth.s) ** 2).sum(-1))
+            with host.p.plate("units", k, dim=-1):
                 h = host.p.sample("h", host.dist.Bernoulli(0.5).mask(False))
                 host.p.factor("unit", h * (c + (v @ W).squeeze(-2)))
+
+    return model
+
+
+def summed_rbm(host):
+    """The RBM in plates, and a guide that is not its posterior, summed out."""
 
     def guide(x):
         a = host.param("a", np.array([0.3, -0.2, 0.5]))
@@ -290,7 +297,7 @@ def summed_rbm(host):
             logits = a + 0 * x.sum(-1)
             host.p.sample("h", host.dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
 
-    return model, guide
+    return plated(host, RBM), guide
 
 
 def test_vnce_sums_discrete_latents_out(host):
@@ -330,16 +337,7 @@ SMALL = GaussianBernoulliRBM(np.array([[1.5], [-1.0]]), np.array([0.3, -0.2]), n
 
 
 def one_unit(host, start):
-    """SMALL in plates, its guide the posterior's family."""
-
-    def model(x):
-        W, b, c = (host.param(name, getattr(SMALL, name) + start) for name in "Wbc")
-        with host.p.plate("data", len(x), dim=-2):
-            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
-            host.p.factor("quadratic", -0.5 * (((v - b) / SMALL.s) ** 2).sum(-1))
-            with host.p.plate("units", 1, dim=-1):
-                h = host.p.sample("h", host.dist.Bernoulli(0.5).mask(False))
-                host.p.factor("unit", h * (c + (v @ W).squeeze(-2)))
+    """SMALL in plates, its guide of the posterior's family."""
 
     def guide(x):
         a, u = host.param("a", np.zeros(1)), host.param("u", np.zeros((2, 1)))
@@ -347,7 +345,7 @@ def one_unit(host, start):
             logits = a + (x @ u).squeeze(-2)
             host.p.sample("h", host.dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
 
-    return model, guide
+    return plated(host, SMALL, start), guide
 
 
 CONSISTENT = {
@@ -371,7 +369,7 @@ def recovered(host, make, truth, sets, num_steps):
         found = np.stack([fit[name] for fit in fits])
         error = found.std(0, ddof=1) / np.sqrt(len(sets))
         assert (abs(found.mean(0) - exact) < 5 * error).all(), (name, found.mean(0), exact, error)
-        assert (error < 0.25).all(), (name, error)  # less than the 0.3 that the fits began away from it
+        assert (error < 0.15).all(), (name, error)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +377,8 @@ def recovered(host, make, truth, sets, num_steps):
 )
 def test_the_truth_is_recovered(host, name):
     if (host.name, name) == ("pyro", "VNCE"):
-        pytest.skip("half an hour of eager steps; the loss is that of NumPyro, above")
-    sets = SMALL.sample(np.random.default_rng(18), 10 * 1000)[0].reshape(10, 1000, 1, 2)
+        pytest.skip("30,000 steps take too long without a compiler; the pieces of the loss are compared above")
+    sets = SMALL.sample(np.random.default_rng(18), 10 * 2000)[0].reshape(10, 2000, 1, 2)
     programs = one_unit(host, 0.3)
     made = []
 

@@ -19,7 +19,7 @@ from .. import densities, energies, optim, params, visible
 from ..energies import VISIBLE, Energy, Point
 from ..hypergradients import Detached, Gradient, norm
 from ..integrals import Integral
-from ..jit import Program
+from ..jit import Program, left
 from ..training import Buffers, Trainer, require_optim
 
 __all__ = ["Rival", "RivalInfo"]
@@ -101,10 +101,7 @@ def fit(task: Task, carried: Any) -> list[Any]:
     loss = task.inner(carried)
     gradient = torch.autograd.grad(loss, task.phi, allow_unused=True)
     length = norm(gradient)
-    if task.write_phi:
-        task.write_phi(gradient, length.isfinite())
-        return [loss.detach(), length, *(g is not None for g in gradient)]
-    return [loss.detach(), length, *gradient]
+    return [loss.detach(), length, *left(task.write_phi, gradient, length.isfinite())]
 
 
 def descend(task: Task, carried: Any) -> list[Any]:
@@ -112,10 +109,7 @@ def descend(task: Task, carried: Any) -> list[Any]:
     loss, carried = task.loss(carried)
     gradient = torch.autograd.grad(loss, task.theta, allow_unused=True)
     length = norm(gradient)
-    if task.write_theta:
-        task.write_theta(gradient, length.isfinite() & loss.isfinite())
-        return [loss.detach(), length, carried, *(g is not None for g in gradient)]
-    return [loss.detach(), length, carried, *gradient]
+    return [loss.detach(), length, carried, *left(task.write_theta, gradient, length.isfinite() & loss.isfinite())]
 
 
 class Rival(Trainer):

@@ -11,16 +11,12 @@ compilation is not in it.
 """
 
 import argparse
-import inspect
 import math
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
@@ -39,15 +35,6 @@ NUM_DRAWS = 400  # of a loss, to compare its mean
 # The packages
 
 
-def compiled_where_possible(bism: Any) -> SimpleNamespace:
-    """``pyro_bism`` with ``jit=True`` for those of its rivals that take it."""
-    found = dict(vars(bism))
-    for name in ("MarginalSM", "CD", "NCE", "VNCE"):
-        if "jit" in inspect.signature(found[name]).parameters:
-            found[name] = partial(found[name], jit=True)
-    return SimpleNamespace(**found)
-
-
 class Package:
     """A rival of either package, ready to step."""
 
@@ -58,7 +45,7 @@ class Package:
 
             found = paper.numpyro_backend(SETTING)
             self.args = jnp.asarray(x[:, None]), jax.tree.map(jnp.asarray, paper.start(0, SETTING))
-            self.engine, self.is_compiled = paper.engines(found, SETTING)[name](), True
+            self.engine = paper.engines(found, SETTING)[name]()
             self.state, self.steps = self.engine.init(jax.random.key(0), *self.args), self.in_jax
         else:
             import pyro
@@ -67,11 +54,8 @@ class Package:
             pyro.clear_param_store()
             pyro.set_rng_seed(0)
             found = paper.pyro_backend(SETTING)
-            found.bism = compiled_where_possible(found.bism)
-            made = paper.engines(found, SETTING)[name]
             self.args = torch.tensor(x[:, None]), {k: torch.tensor(v) for k, v in paper.start(0, SETTING).items()}
-            self.engine, self.steps = made(), self.in_torch
-            self.is_compiled = "jit" in inspect.signature(type(self.engine)).parameters
+            self.engine, self.steps = paper.engines(found, SETTING)[name](), self.in_torch
 
     def in_jax(self, num: int) -> float:
         result = self.engine.run(None, num, *self.args, init_state=self.state, progress_bar=False)
@@ -85,21 +69,20 @@ class Package:
 HANDS = {"numpyro": JaxByHand, "pyro": TorchByHand}
 
 
-def measure(backend: str, name: str, x: np.ndarray, rounds: int) -> dict[str, Any]:
+def measure(backend: str, name: str, x: np.ndarray, rounds: int) -> dict[str, float]:
     """Microseconds a step, of both, and their ratio: medians of the rounds."""
     package, by_hand = Package(backend, name, x), HANDS[backend](name, x)
-    many = {"numpyro": 2000, "pyro": 200}[backend]
-    contenders = [(package, many if package.is_compiled else many // 10), (by_hand, many)]
+    num = {"numpyro": 2000, "pyro": 200}[backend]
     times: tuple[list[float], list[float]] = [], []
     for n in range(rounds + 1):
-        for (contender, num), kept in zip(contenders, times, strict=True):
+        for contender, kept in zip((package, by_hand), times, strict=True):
             began = time.perf_counter()
             loss = contender.steps(num)
             if n:  # the first compiles
                 kept.append(1e6 * (time.perf_counter() - began) / num)
             assert math.isfinite(loss), (name, contender)
     ratio = median(a / b for a, b in zip(*times, strict=True))
-    return {"package": median(times[0]), "by hand": median(times[1]), "ratio": ratio, "jit": package.is_compiled}
+    return {"package": median(times[0]), "by hand": median(times[1]), "ratio": ratio}
 
 
 # The same mathematics?
@@ -173,17 +156,12 @@ def main() -> None:
     titles = {"numpyro": ("numpyro_bism", "JAX"), "pyro": ("pyro_bism", "torch")}
     cells = [f"{ours} µs | hand-written {host} µs | ratio" for ours, host in (titles[b] for b in args.backends)]
     print(" | ".join(["| method", *cells]) + " |\n" + "|---" * (1 + 3 * len(cells)) + "|", flush=True)
-    all_compiled = True
     for name in args.methods:
         line = f"| {name}"
         for backend in args.backends:
             found = measure(backend, name, x, args.rounds)
-            all_compiled &= found["jit"]
-            mark = "" if found["jit"] else " (eager)"
-            line += f" | {found['package']:.4g}{mark} | {found['by hand']:.4g} | {found['ratio']:.2f}"
+            line += f" | {found['package']:.4g} | {found['by hand']:.4g} | {found['ratio']:.2f}"
         print(line + " |", flush=True)
-    if not all_compiled:
-        print("\n(eager): the method takes no `jit` yet, and is timed without.")
 
 
 if __name__ == "__main__":
