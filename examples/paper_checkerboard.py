@@ -319,9 +319,9 @@ def table(results: dict, stops: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["numpyro", "pyro"], default="numpyro")
-    parser.add_argument("--methods", nargs="*", help="some of them, by the names in the table")
+    parser.add_argument("--methods", nargs="+", help="some of them, by the names in the table")
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--output", type=Path, default=Path("build/paper_checkerboard"), help="a picture and the numbers"
     )

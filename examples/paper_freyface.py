@@ -83,6 +83,14 @@ def judged(backend: SimpleNamespace, params: dict, x: np.ndarray, seed: int, tem
     }
 
 
+def parsed(pair: str) -> tuple[int | None, int]:
+    """N, None for the amortised gradient, and K."""
+    first, _, second = pair.partition(",")
+    if not (first == AMORTISED or first.isdecimal()) or not second.isdecimal():
+        raise argparse.ArgumentTypeError(f"{pair!r} is not N,K: two whole numbers, or {AMORTISED},K")
+    return None if first == AMORTISED else int(first), int(second)
+
+
 def picture(results: dict, data: Split, path: Path) -> None:
     import matplotlib
 
@@ -126,7 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["numpyro", "pyro"], default="numpyro")
     parser.add_argument("--data", help="the Frey faces; also by the environment variable BISM_DATA")
-    parser.add_argument("--pairs", nargs="*", help=f"N,K of the runs, or {AMORTISED},K; all of 0, 1, 5 and 10 if none")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        type=parsed,
+        metavar="N,K",
+        help=f"N,K of the runs, or {AMORTISED},K; all of 0, 1, 5 and 10 if none",
+    )
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/paper_freyface"), help="a picture and the numbers")
@@ -137,8 +151,8 @@ def main() -> None:
     d = data.train.shape[1]
     setting = Setting(d, 400 if d == 560 else 8 if args.smoke else 64, BATCH_SIZE, RATE, SIGMA)
     steps, temperatures, sweeps = (20, 20, 20) if args.smoke else (args.steps, 1000, 1000)
-    pairs = args.pairs or [f"{n},{k}" for n, k in itertools.product((0, 1, 5, 10), repeat=2)] + [f"{AMORTISED},5"]
-    pairs = ["1,1", f"{AMORTISED},1"] if args.smoke else pairs
+    pairs = args.pairs or [*itertools.product((0, 1, 5, 10), repeat=2), (None, 5)]
+    pairs = [(1, 1), (None, 1)] if args.smoke else pairs
     make = {"numpyro": numpyro_backend, "pyro": pyro_backend}[args.backend]
     backend, whole = make(setting), make(setting._replace(batch_size=None))
     keep = args.output.with_suffix(".json")
@@ -151,19 +165,17 @@ def main() -> None:
             parser.error(f"{keep} has the numbers of {kept['about']}: take another --output")
         results = kept["results"]
     with tqdm(pairs) as bar:
-        for pair in bar:
-            first, k = pair.split(",")
-            n = None if first == AMORTISED else int(first)
+        for n, k in bar:
             name = f"{AMORTISED}, K = {k}" if n is None else f"N = {n}, K = {k}"
             bar.set_postfix_str(name)
             if name in results:
                 continue
             begun = time.perf_counter()
-            made, begin = engine(backend, n, int(k)), start(args.seed, setting)
+            made, begin = engine(backend, n, k), start(args.seed, setting)
             ((params, _),) = backend.train(made, data.train[:, None], begin, args.seed, [steps])
             seconds = time.perf_counter() - begun
             found = judged(whole, params, data.test, args.seed, temperatures, sweeps)
-            results[name] = {"N": n, "K": int(k), "seconds": seconds, **found}
+            results[name] = {"N": n, "K": k, "seconds": seconds, **found}
             keep.write_text(json.dumps({"about": about, "results": results}))
     print(f"{args.backend}, {setting.visible} x {setting.hidden} units, {steps:,} steps, seed {args.seed}")
     print(table(results))

@@ -465,9 +465,11 @@ def _explained(error: Exception, last: _last_site) -> Exception:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).exists()]
     own = [f for f in frames if not any(folder in Path(f.filename).parents for folder in inside)]
     place = f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else "no line of yours"
+    # a rival's energy hides its sites from the handlers outside
+    before = "" if last.name is None else f"The last sample statement before was '{last.name}'; "
     first = (str(error).splitlines() or ["it asks for the value of a tensor"])[0]
     return RuntimeError(
-        f"jit=True: the step can't be captured ({first}). The last sample statement before was "
-        f"'{last.name}'; {place}. What the program does must not depend on the values of tensors: write torch.where "
-        "for if, leave tensors tensors (no float(), .numpy(), .tolist()), or take jit=False."
+        f"jit=True: the step can't be captured ({first}). {before}{place}. What the program does must not depend on "
+        "the values of tensors: write torch.where for if, leave tensors tensors (no float(), .numpy(), .tolist()), or "
+        "take jit=False."
     )
