@@ -7,6 +7,7 @@ another. Noise is drawn inside by torch's own generator, in the order of the eag
 """
 
 import math
+import operator
 import sys
 import traceback
 import warnings
@@ -36,6 +37,7 @@ from .visible import Batch
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
 MAX_SUMS = 2**13  # multiplications
+MIN_ENTRIES = 2**10  # for which a scalar is worth a place in memory
 # torch's own generator, and no check of what the graph itself has made
 OPTIONS = {
     "fallback_random": True,
@@ -341,7 +343,7 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
 def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler's own making
-        from torch._inductor import compile_fx, exc
+        from torch._inductor import compile_fx, cpu_vec_isa, exc
         from torch._inductor.decomposition import select_decomp_table
 
         # a random operation taken apart would draw other numbers than the eager step
@@ -351,21 +353,32 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         found: list[Any] = []
 
         def inner(graph, *args, **kwargs):
+            _merge(graph.graph)
+            _store_scalars(graph.graph)
             found.append((graph.graph, compile_fx.compile_fx_inner(graph, *args, **kwargs)))
             return found[-1][1]
 
-        try:
-            compiled = compile_fx.compile_fx(
-                recorded, [*inputs], inner_compile=inner, config_patches=OPTIONS, decompositions=kept
-            )
-            assert callable(compiled)
-            return _bare(recorded.graph, found) or torch.no_grad()(lambda values: compiled(*values))
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, exc.InvalidCxxCompiler | exc.CppCompileError):
-                cause = cause.__cause__ or getattr(cause, "inner_exception", None)
-            if cause is None:
-                raise
+        # Trying out one by one which vector instructions compile and load takes longer than a small model's kernels:
+        # the processor's own list is taken at its word, and they are tried out only if that fails.
+        for trusts in (True, None):
+            try:
+                compiled = compile_fx.compile_fx(
+                    recorded,
+                    [*inputs],
+                    inner_compile=inner,
+                    config_patches={**OPTIONS, "cpp.vec_isa_ok": trusts},
+                    decompositions=kept,
+                )
+                assert callable(compiled)
+                return _bare(recorded.graph, found) or torch.no_grad()(lambda values: compiled(*values))
+            except Exception as error:
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, exc.InvalidCxxCompiler | exc.CppCompileError):
+                    cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+                if cause is None:
+                    raise
+                found.clear()
+                cpu_vec_isa.valid_vec_isa_list.cache_clear()
     _warn_once()
     return torch.no_grad()(lambda values: recorded(*values))
 
@@ -384,6 +397,44 @@ def _sums(other: Callable | None) -> Callable:
         return (args[0] if beta == 1 else beta * args[0]) + (found if alpha == 1 else alpha * found)
 
     return product
+
+
+def _merge(graph: torch.fx.Graph) -> None:
+    """Do once what the graph computes twice: a guide's logits, say, that draw and score both need.
+
+    The graph writes nothing but its inputs, at its end. torch's own pass for this takes two ``randn_like`` for one.
+    """
+    firsts: dict[Any, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        target = node.target
+        pure = target is operator.getitem or (
+            isinstance(target, torch._ops.OpOverload)
+            and not target._schema.is_mutable
+            and torch.Tag.nondeterministic_seeded not in target.tags
+        )
+        # what has no inputs is a constant, better made again; outputs have to be tensors of their own
+        if not (pure and node.all_input_nodes) or any(user.op == "output" for user in node.users):
+            continue
+        leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+        first = firsts.setdefault((target, spec, tuple((type(x), x) for x in leaves)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _store_scalars(graph: torch.fx.Graph) -> None:
+    """Have the compiler keep a scalar that a large tensor needs: it would put it into the loop over the entries.
+
+    Adam's corrections, 1 - βᵗ, are powers: two of them for every sixteen entries take longer than all the rest.
+    """
+
+    def size(node):
+        value = node.meta.get("val")
+        return value.numel() if isinstance(value, Tensor) else 0
+
+    for node in graph.nodes:
+        if node.op == "call_function" and size(node) == 1 and any(size(user) >= MIN_ENTRIES for user in node.users):
+            node.meta["inductor_realize_to_strides"] = True
 
 
 def _bare(recorded: torch.fx.Graph, found: Sequence[tuple[torch.fx.Graph, Any]]) -> Callable | None:

@@ -289,8 +289,10 @@ class _AdamStep:
         centred = g - self.mean if group.get("centered_variance") else g
         self.square = torch.addcmul(beta2 * self.square, centred, centred, value=1 - beta2)
         correction1, correction2 = 1 - beta1**self.step, (1 - beta2**self.step) ** 0.5
-        # Adam adds eps to the corrected root, ClippedAdam to the uncorrected one
-        root = _root(self.square) + (group["eps"] if clipped else group["eps"] * correction2)
+        # Adam adds eps to the corrected root, ClippedAdam to the uncorrected one. The least number under the root keeps
+        # its derivative finite where all gradients have been 0, which then multiply it; a mean square needs no clamp.
+        root = (self.square + torch.finfo(self.square.dtype).tiny).sqrt()
+        root = root + (group["eps"] if clipped else group["eps"] * correction2)
         length = self.lr * correction2 / correction1
         if isinstance(length, Tensor):
             return value - length * (self.mean / root)
