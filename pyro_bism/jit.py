@@ -335,6 +335,8 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
             tensors.append(getattr(recorded, node.target).detach())
         node.replace_all_uses_with(places[node.target])
         recorded.graph.erase_node(node)
+    for node in placeholders:  # torch's compiler would take what it finds here for its arguments, all or none
+        node.meta.pop("val", None)
     for name in places:  # torch's compiler would take what is left for parameters, and pass them too
         delattr(recorded, name)
     return tensors
@@ -358,27 +360,25 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
             found.append((graph.graph, compile_fx.compile_fx_inner(graph, *args, **kwargs)))
             return found[-1][1]
 
-        # Trying out one by one which vector instructions compile and load takes longer than a small model's kernels:
-        # the processor's own list is taken at its word, and they are tried out only if that fails.
-        for trusts in (True, None):
+        for faster in (True, False):
+            # All in one C++ program, not one for each group of operations between two calls of a library: that takes
+            # longer to compile than it runs. And trying out one by one which vector instructions compile and load
+            # takes longer than a small model's kernels: the processor's own list is taken at its word.
+            patches = {**OPTIONS, **({"cpp_wrapper": True, "cpp.vec_isa_ok": True} if faster else {})}
             try:
                 compiled = compile_fx.compile_fx(
-                    recorded,
-                    [*inputs],
-                    inner_compile=inner,
-                    config_patches={**OPTIONS, "cpp.vec_isa_ok": trusts},
-                    decompositions=kept,
+                    recorded, [*inputs], inner_compile=inner, config_patches=patches, decompositions=kept
                 )
                 assert callable(compiled)
                 return _bare(recorded.graph, found) or torch.no_grad()(lambda values: compiled(*values))
             except Exception as error:
+                found.clear()
+                cpu_vec_isa.valid_vec_isa_list.cache_clear()
                 cause: BaseException | None = error
                 while cause is not None and not isinstance(cause, exc.InvalidCxxCompiler | exc.CppCompileError):
                     cause = cause.__cause__ or getattr(cause, "inner_exception", None)
-                if cause is None:
+                if cause is None and not faster:
                     raise
-                found.clear()
-                cpu_vec_isa.valid_vec_isa_list.cache_clear()
     _warn_once()
     return torch.no_grad()(lambda values: recorded(*values))
 
