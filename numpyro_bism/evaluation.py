@@ -16,6 +16,7 @@ from .bism import BiSM
 from .diagnostics import guide_draws
 from .energies import VISIBLE, Density, Energy, Point, random_labels
 from .integrals import Integral
+from .jit import compiled
 from .kernels import Gibbs, Kernel, Langevin, called, draw_affine
 
 __all__ = [
@@ -166,7 +167,7 @@ def ais(
     summed = next((block.names for block in target.blocks if block.kind == "affine"), ())
     rest = target.moving({name: True for block in target.blocks for name in block.names if name not in summed})
 
-    @jax.jit
+    @compiled
     def learn(key, x):
         """A run that only finds the kernel's settings at every β."""
 
@@ -187,7 +188,7 @@ def ais(
     last = len(betas) - 1
     num_settling = max(1, len(betas) // 10)
 
-    @jax.jit
+    @compiled
     def anneal(key, x, log_weight, first, stop, backwards):
         """Steps ``first`` to ``stop`` of a run: along the path, or at p̃ for a while and then backwards."""
 

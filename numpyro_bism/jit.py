@@ -1,9 +1,11 @@
-"""The compiled step: noise that depends on random keys alone is drawn for many keys at once.
+"""The compiled step: noise that depends on random keys alone is drawn for many keys at once, and convolutions have the
+form that is fast in a loop.
 
 The keys of all inner steps, and of the next outer ones, are known before the first is taken. Threefry in a compiled
 loop costs a small model as much as the rest of the step; vectorised over the keys it gives the same numbers for less.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -88,3 +90,79 @@ def _run(eqns: list[Any], values: dict[Any, Any]) -> dict[Any, Any]:
     for eqn in eqns:
         values.update(zip(eqn.outvars, bind(eqn, [_read(values, v) for v in eqn.invars]), strict=True))
     return values
+
+
+def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """``jax.jit``, whose convolutions are as fast in a loop on CPUs as outside of one.
+
+    XLA has fast code for a convolution with channels last, and brings others to that form; but not those in the body
+    of a loop, which take 10 to 100 times as long there. The numbers are the same.
+
+    :param settings: of ``jax.jit``.
+    """
+
+    @functools.wraps(function)
+    def rewritten(*args: Any) -> Any:
+        if jax.default_backend() != "cpu" or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return function(*args)
+        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        found = _channels_last(jaxpr) if _convolves(jaxpr) else jaxpr
+        return jax.tree.unflatten(jax.tree.structure(shape), core.jaxpr_as_fun(found)(*jax.tree.leaves(args)))
+
+    return jax.jit(rewritten, **settings)
+
+
+def _inside(eqn: Any) -> dict[str, tuple[Any, ...]]:
+    """The programs that an operation runs, by parameter: a loop's body, the branches of a condition."""
+    several = {name: x if isinstance(x, list | tuple) else (x,) for name, x in eqn.params.items()}
+    found = {name: tuple(y for y in x if isinstance(y, core.ClosedJaxpr | core.Jaxpr)) for name, x in several.items()}
+    return {name: programs for name, programs in found.items() if programs}
+
+
+def _convolves(program: Any) -> bool:
+    eqns = program.eqns if isinstance(program, core.Jaxpr) else program.jaxpr.eqns
+    return any(
+        eqn.primitive is jax.lax.conv_general_dilated_p or any(map(_convolves, sum(_inside(eqn).values(), ())))
+        for eqn in eqns
+    )
+
+
+def _channels_last(program: Any) -> Any:
+    """The same program, its convolutions and those inside of its loops with the axes (n, ..., channels)."""
+    closed = core.ClosedJaxpr(program, ()) if isinstance(program, core.Jaxpr) else program
+    jaxpr = closed.jaxpr
+
+    def run(*args: Any) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+        for eqn in jaxpr.eqns:
+            inputs = [_read(values, v) for v in eqn.invars]
+            if eqn.primitive is jax.lax.conv_general_dilated_p and eqn.params["batch_group_count"] == 1:
+                outputs = [_convolution(eqn, *inputs)]
+            elif any(map(_convolves, sum(_inside(eqn).values(), ()))):
+                params = {
+                    name: type(eqn.params[name])(map(_channels_last, programs))
+                    if isinstance(eqn.params[name], list | tuple)
+                    else _channels_last(*programs)
+                    for name, programs in _inside(eqn).items()
+                }
+                outputs = bind(eqn.replace(params={**eqn.params, **params}), inputs)
+            else:
+                outputs = bind(eqn, inputs)
+            values.update(zip(eqn.outvars, outputs, strict=True))
+        return [_read(values, v) for v in jaxpr.outvars]
+
+    kinds = [v.aval for v in jaxpr.invars]
+    found = jax.make_jaxpr(run)(*[jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in kinds])
+    return found.jaxpr if isinstance(program, core.Jaxpr) else found
+
+
+def _convolution(eqn: Any, images: Array, filters: Array) -> Array:
+    axes, num = eqn.params["dimension_numbers"], images.ndim - 2
+    middle = tuple(range(1, num + 1))
+    images = images.transpose(axes.lhs_spec[0], *axes.lhs_spec[2:], axes.lhs_spec[1])
+    filters = filters.transpose(*axes.rhs_spec[2:], axes.rhs_spec[1], axes.rhs_spec[0])
+    last = (0, num + 1, *middle)
+    plain = jax.lax.ConvDimensionNumbers(last, (num + 1, num, *range(num)), last)
+    found = eqn.primitive.bind(images, filters, **{**eqn.params, "dimension_numbers": plain})
+    places = dict(zip(axes.out_spec, last, strict=True))
+    return found.transpose([places[axis] for axis in range(num + 2)])

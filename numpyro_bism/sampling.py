@@ -22,6 +22,7 @@ from . import visible
 from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Latent, Point, random_labels
 from .integrals import Integral
+from .jit import compiled
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin
 
 __all__ = ["AnnealedLangevin", "Chains", "Gibbs", "Langevin", "program", "run_chains"]
@@ -137,7 +138,7 @@ def run_chains(
     shapes = jax.eval_shape(collect, x)
     kept = jax.tree.map(lambda s: jnp.zeros((num_samples, *s.shape), s.dtype), (*shapes, shapes[1]))
 
-    @jax.jit
+    @compiled
     def loop(x, kernel_state, kept, start, stop):
         """Steps ``start`` to ``stop``, counted from the first of the warm-up."""
 

@@ -12,7 +12,7 @@ from jax import Array
 
 from . import densities
 from . import visible as visibles
-from .jit import num_ahead, taken_apart
+from .jit import compiled, num_ahead, taken_apart
 
 __all__ = ["BiSMRunResult", "Trainer", "norm"]
 
@@ -193,7 +193,7 @@ class Trainer(ABC):
 
                 return jax.lax.while_loop(lambda carry: carry[0] < stop, some, (start, state, losses))[1:]
 
-            self._loops[key] = jax.jit(loop, donate_argnums=(0, 1))
+            self._loops[key] = compiled(loop, donate_argnums=(0, 1))
         return self._loops[key], [leaf for yes, leaf in zip(is_array, leaves, strict=True) if yes]
 
     def _checked(self, args: tuple, kwargs: dict) -> tuple[list[Any], Any]:

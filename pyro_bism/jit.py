@@ -370,7 +370,7 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
                     recorded, [*inputs], inner_compile=inner, config_patches=patches, decompositions=kept
                 )
                 assert callable(compiled)
-                return _bare(recorded.graph, found) or torch.no_grad()(lambda values: compiled(*values))
+                return _bare(recorded.graph, found) or _unpacked(compiled)
             except Exception as error:
                 found.clear()
                 cpu_vec_isa.valid_vec_isa_list.cache_clear()
@@ -380,7 +380,7 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
                 if cause is None and not faster:
                     raise
     _warn_once()
-    return torch.no_grad()(lambda values: recorded(*values))
+    return _unpacked(recorded)
 
 
 def _sums(other: Callable | None) -> Callable:
@@ -397,6 +397,10 @@ def _sums(other: Callable | None) -> Callable:
         return (args[0] if beta == 1 else beta * args[0]) + (found if alpha == 1 else alpha * found)
 
     return product
+
+
+def _unpacked(compiled: Callable) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    return torch.no_grad()(lambda values: compiled(*values))
 
 
 def _merge(graph: torch.fx.Graph) -> None:

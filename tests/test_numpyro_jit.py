@@ -1,4 +1,4 @@
-"""Noise drawn for many steps at once is the noise that each step would draw."""
+"""Noise drawn for many steps at once is the noise that each step would draw; convolutions in another form are equal."""
 
 import jax
 import jax.numpy as jnp
@@ -56,3 +56,54 @@ def test_steps_drawn_ahead_are_those_taken_one_by_one(strategy, monkeypatch):
     assert (jax.random.key_data(result.state.rng_key) == jax.random.key_data(state.rng_key)).all()
     for ours, theirs in zip(jax.tree.leaves(result.params), jax.tree.leaves(bism.get_params(state)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+PLANE = {"window_strides": (2, 1), "padding": ((1, 2), (0, 1)), "rhs_dilation": (1, 2)}
+CONVOLUTIONS = {
+    "line": ((3, 4, 9), (5, 4, 3), {"window_strides": (2,), "padding": ((1, 0),), "lhs_dilation": (2,)}),
+    "plane": ((3, 4, 7, 6), (5, 4, 3, 2), PLANE),
+    "channels last": ((3, 7, 6, 4), (3, 2, 4, 5), {**PLANE, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}),
+    "mixed axes": ((4, 7, 3, 6), (3, 5, 2, 4), {**PLANE, "dimension_numbers": ("CHNW", "HOWI", "WNHC")}),
+    "groups": ((3, 4, 7, 6), (6, 2, 3, 2), {**PLANE, "feature_group_count": 2}),
+    "groups of images": ((6, 4, 7, 6), (4, 4, 3, 2), {**PLANE, "batch_group_count": 2}),
+    "space": ((2, 3, 5, 4, 4), (2, 3, 2, 2, 3), {"window_strides": (1, 2, 1), "padding": "SAME"}),
+}
+
+
+@pytest.mark.parametrize("images, filters, settings", CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
+def test_convolutions_with_channels_last_are_the_same_in_loops_branches_and_gradients(images, filters, settings):
+    with jax.enable_x64(True):
+        x, w = (jnp.asarray(np.random.default_rng(0).normal(size=size)) for size in (images, filters))
+
+        def energy(x, w):
+            return jnp.tanh(jax.lax.conv_general_dilated(x, w, **settings)).sum()
+
+        def whole(x, w, key):
+            """A loop over steps on the gradient of a gradient, one of them under a condition and rematerialised."""
+
+            def body(i, carry):
+                w, total = carry
+                length = lambda w: jnp.square(jax.grad(jax.checkpoint(energy))(x, w)).sum()  # noqa: E731
+                slope = jax.lax.cond(i % 2 == 0, jax.grad(length), lambda w: jax.jit(jax.grad(energy, 1))(x, w), w)
+                return w - 1e-3 * slope + 0 * jax.random.normal(key, w.shape), total + energy(x, w)
+
+            return jax.lax.fori_loop(0, 3, body, (w, 0.0))
+
+        expected, found = jax.jit(whole)(x, w, jax.random.key(0)), jit.compiled(whole)(x, w, jax.random.key(0))
+        assert abs(expected[0] - w).max() > 1e-4
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+
+        plain = jit._channels_last(jax.make_jaxpr(whole)(x, w, jax.random.key(0)))
+        axes = [eqn.params["dimension_numbers"] for eqn in convolutions(plain) if eqn.params["batch_group_count"] == 1]
+        assert axes or "batch_group_count" in settings
+        assert all(a.lhs_spec == a.out_spec == (0, x.ndim - 1, *range(1, x.ndim - 1)) for a in axes)
+
+
+def convolutions(program):
+    jaxpr = getattr(program, "jaxpr", program)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is jax.lax.conv_general_dilated_p:
+            yield eqn
+        for inner in sum(jit._inside(eqn).values(), ()):
+            yield from convolutions(inner)

@@ -1,10 +1,10 @@
-"""The three models that ``performance.py`` times, as bare functions in torch and in JAX.
+"""The models that ``performance.py`` times, as bare functions in torch and in JAX.
 
 ``log_joint(θ, v, h)`` is log p̃(v, h) = -E(v, h) of shape (n,), ``guide(φ, v)`` the parameters of q(h|v). The programs
 of both packages and the steps written by hand all call these, so that they differ in nothing but their machinery.
 
 - checkerboard: a Gaussian-Bernoulli RBM of 2 x 4 units, relaxed guide, σ = 0.05.
-- rbm: the same at 560 x 400 units, σ = 0.3.
+- rbm: the same at 560 x 400 units, σ = 0.3; and with half and twice as many of either.
 - conv: 1 x 32 x 32 images, 16 channels twice, 50 Gaussian latents: E = ½‖v‖² + ½‖h‖² - f(v)·h, f two strided
   convolutions and a linear map; the guide has such a network of its own. σ = 0.3.
 """
@@ -81,6 +81,8 @@ def _conv(channels: int, hidden: int) -> Callable:
 MODELS = {
     "checkerboard": Model("checkerboard", (2,), 4, 0.05, True, _rbm(2, 4, 0.1)),
     "rbm": Model("rbm", (560,), 400, 0.3, True, _rbm(560, 400, 0.01)),
+    "rbm / 2": Model("rbm / 2", (280,), 200, 0.3, True, _rbm(280, 200, 0.01)),
+    "rbm x 2": Model("rbm x 2", (1120,), 800, 0.3, True, _rbm(1120, 800, 0.01)),
     "conv": Model("conv", (1, 32, 32), 50, 0.3, False, _conv(16, 50)),
 }
 

@@ -9,6 +9,8 @@ the rounds' own ratios. What is measured is kept in ``--output`` as JSON; the pa
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -17,9 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +38,11 @@ RATIOS = {
     "pyro_bism, jit=True": ("torch by hand, compiled", "higher"),
     "numpyro_bism, run": ("JAX by hand, scan", "higher"),
 }
+CONVOLUTIONS = """## Convolutions in JAX
+
+On CPUs, XLA has fast code for convolutions with channels last and brings others to that form, but not those in the body
+of a loop. `numpyro_bism` rewrites what it compiles, so that it is faster than the same step in a plain `lax.scan`; what
+is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100:"""
 STRATEGIES = [
     "Detached()",
     "Unrolled(5)",
@@ -48,6 +57,7 @@ TITLES = {
     "rbm": "Gaussian-Bernoulli RBM of 560 x 400 units",
     "conv": "Convolutional, 1 x 32 x 32, 16 channels, 50 latents",
 }
+UNITS = {"rbm / 2": "280 x 200", "rbm": "560 x 400", "rbm x 2": "1120 x 800"}
 
 
 def work(job: dict) -> None:
@@ -64,11 +74,31 @@ def work(job: dict) -> None:
     busy = sum(u.ru_utime + u.ru_stime for u in used)
     print(json.dumps({"seconds": time.perf_counter() - start, "busy": busy, "loss": loss}), flush=True)
     for line in sys.stdin:
+        if line.startswith("memory"):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(json.dumps({"peak": peak, "own": own_memory(lambda: steps(job["steps"]))}), flush=True)
+            continue
         start = time.perf_counter()
         loss = steps(int(line))
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - start, "loss": loss}), flush=True)
+
+
+def own_memory(run: Callable[[], Any]) -> float | None:
+    """Megabytes that ``run`` holds at its height beyond what lies there before and after it; None but on Linux."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+
+    def resident(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for the next step is the step's own
+    before = resident("VmRSS")
+    reset.write_text("5")  # the high-water mark starts anew
+    run()
+    return resident("VmHWM") - before
 
 
 @dataclass
@@ -76,7 +106,6 @@ class Worker:
     job: dict
     times: list[float] = field(default_factory=list)
     loss: float = 0.0
-    peak: float = 0.0
 
     def __post_init__(self):
         command = [sys.executable, __file__, "--work", json.dumps(self.job)]
@@ -94,12 +123,15 @@ class Worker:
             raise RuntimeError(f"{self.job} failed:\n{self.process.stderr.read()[-3000:]}")
         return json.loads(line)
 
-    def round(self) -> None:
-        self.process.stdin.write(f"{self.job['steps']}\n")
+    def ask(self, what: str) -> dict:
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
-        found = self._answer()
+        return self._answer()
+
+    def round(self) -> None:
+        found = self.ask(self.job["steps"])
         self.times.append(found["seconds"] / self.job["steps"])
-        self.loss, self.peak = found["loss"], found["peak"]
+        self.loss = found["loss"]
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -109,7 +141,7 @@ class Worker:
 
 def job(model: str, contender: str, strategy: str = "Unrolled(5)", K: int = 5, N: int = 5, batch: int = BATCH) -> dict:
     slow = "eager" in contender or contender == "higher"
-    steps = {"checkerboard": 20 if slow else 200, "rbm": 5 if slow else 10, "conv": 2 if slow else 4}[model]
+    steps = {"checkerboard": 20 if slow else 200, "conv": 2 if slow else 4}.get(model, 5 if slow else 10)
     if contender in ("JAX by hand, scan", "numpyro_bism, run") and model == "checkerboard":
         steps = 1000
     scans = "JAX" in contender or "numpyro" in contender
@@ -137,13 +169,20 @@ def measure(jobs: list[dict], rounds: int, label: str) -> list[dict]:
             if n == 0:  # not counted
                 for worker in workers:
                     worker.times.clear()
+        return [
+            {
+                **w.job,
+                "ms": [1e3 * t for t in w.times],
+                "first": w.first,
+                "busy": w.busy,
+                "loss": w.loss,
+                **w.ask("memory"),
+            }
+            for w in workers
+        ]
     finally:
         for worker in workers:
             worker.close()
-    return [
-        {**w.job, "ms": [1e3 * t for t in w.times], "first": w.first, "busy": w.busy, "loss": w.loss, "peak": w.peak}
-        for w in workers
-    ]
 
 
 def ratio(found: list[dict], contender: str, yardstick: str) -> float | None:
@@ -153,7 +192,7 @@ def ratio(found: list[dict], contender: str, yardstick: str) -> float | None:
     return median(a / b for a, b in zip(rows[contender], rows[yardstick], strict=True))
 
 
-# The three parts
+# The parts
 
 
 def steps(args: argparse.Namespace) -> dict:
@@ -170,17 +209,24 @@ def strategies(args: argparse.Namespace) -> list[dict]:
 
 
 def growth(args: argparse.Namespace) -> list[dict]:
-    """K, N and batch, one at a time, on the large RBM."""
-    settings = [(K, 5, BATCH) for K in (1, 5, 10)] + [(5, N, BATCH) for N in (1, 10)] + [(5, 5, 4 * BATCH)]
+    """K, N, batch and the numbers of units, one at a time, on the large RBM."""
+    settings = [("rbm", K, 5, BATCH) for K in (1, 5, 10)] + [("rbm", 5, N, BATCH) for N in (1, 10)]
+    settings += [("rbm", 5, 5, 2 * BATCH), ("rbm", 5, 5, 4 * BATCH), ("rbm / 2", 5, 5, BATCH), ("rbm x 2", 5, 5, BATCH)]
     found = []
-    for K, N, batch in settings:
+    for model, K, N, batch in settings:
         names = ("pyro_bism, jit=True", "torch by hand, compiled", "numpyro_bism, run", "JAX by hand, scan")
-        jobs = [job("rbm", name, f"Unrolled({N})", K, N, batch) for name in names]
-        found += measure(jobs, args.rounds, f"K={K} N={N} batch={batch}")
+        jobs = [job(model, name, f"Unrolled({N})", K, N, batch) for name in names]
+        found += measure(jobs, args.rounds, f"{model} K={K} N={N} batch={batch}")
     return found
 
 
-PARTS = {"steps": steps, "strategies": strategies, "growth": growth}
+def convolutions(args: argparse.Namespace) -> list[dict]:
+    """The convolutional model's two convolutions and their gradients by themselves, in torch and in JAX."""
+    command = [sys.executable, str(HERE / "convolutions.py"), str(BATCH), str(args.rounds)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+PARTS = {"steps": steps, "convolutions": convolutions, "strategies": strategies, "growth": growth}
 
 
 # The page
@@ -205,8 +251,8 @@ def number(x: float | None, spec: str = ".2f") -> str:
 
 def step_table(found: list[dict]) -> list[str]:
     lines = [
-        "| | ms a step | first step, s | processor, s | peak, MB | to its like by hand | to `higher` |",
-        "|---|---|---|---|---|---|---|",
+        "| | ms a step | to its like by hand | to `higher` | first step, s | processor, s | own, MB | peak, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         name = row["contender"]
@@ -214,45 +260,61 @@ def step_table(found: list[dict]) -> list[str]:
         cells = [
             name,
             number(median(row["ms"]), ".3g"),
-            number(row["first"], ".1f"),
-            number(row.get("busy"), ".1f"),
-            number(row["peak"], ".0f"),
             number(ratio(found, name, like) if like else None),
             number(ratio(found, name, other) if name != other else None, ".3f"),
+            number(row["first"], ".1f"),
+            number(row["busy"], ".1f"),
+            number(row["own"], ".0f"),
+            number(row["peak"], ".0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def strategy_table(found: list[dict]) -> list[str]:
-    lines = ["| | `pyro_bism`, jit: ms | first, s | peak, MB | `numpyro_bism`: ms | first, s | peak, MB |"]
+    lines = ["| | `pyro_bism`, jit: ms | first, s | own, MB | `numpyro_bism`: ms | first, s | own, MB |"]
     lines += ["|---" * 7 + "|"]
     for name in STRATEGIES:
         rows = [row for row in found if row["strategy"] == name]
-        cells = [f"{median(r['ms']):.3g} | {r['first']:.1f} | {r['peak']:.0f}" for r in rows]
+        cells = [f"{median(r['ms']):.3g} | {r['first']:.1f} | {r['own']:.0f}" for r in rows]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return lines
 
 
 def growth_table(found: list[dict]) -> list[str]:
     names = list(dict.fromkeys(row["contender"] for row in found))
-    lines = ["| K | N | batch | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for setting in dict.fromkeys((row["K"], row["N"], row["batch"]) for row in found):
-        rows = [row for row in found if (row["K"], row["N"], row["batch"]) == setting]
+    lines = ["| units | K | N | batch | " + " | ".join(names) + " | Pyro | NumPyro |", "|---" * (6 + len(names)) + "|"]
+    for setting in dict.fromkeys((row["model"], row["K"], row["N"], row["batch"]) for row in found):
+        rows = [row for row in found if (row["model"], row["K"], row["N"], row["batch"]) == setting]
         cells = [format(median(row["ms"]), ".3g") for row in rows]
-        lines.append("| " + " | ".join([*map(str, setting), *cells]) + " |")
-    lines += ["", "Milliseconds that one more costs (least squares over the rows above):", ""]
+        cells += [number(ratio(rows, name, RATIOS[name][0])) for name in RATIOS if "eager" not in name]
+        lines.append("| " + " | ".join([UNITS[setting[0]], *map(str, setting[1:]), *cells]) + " |")
+    lines += [
+        "",
+        "The last two columns are the packages' ratios to their likes by hand. Milliseconds that one more costs",
+    ]
+    lines += ["(least squares over the rows above), and in brackets how far a row is from that line at most:", ""]
     lines += ["| | inner step (K) | unrolled step (N) | 100 examples |", "|---|---|---|---|"]
+    fixed = {"model": "rbm", "K": 5, "N": 5, "batch": BATCH}
     for name in names:
         rows = [row for row in found if row["contender"] == name]
         cells = []
         for which in ("K", "N", "batch"):
-            fixed = {"K": 5, "N": 5, "batch": BATCH}
-            del fixed[which]
-            points = [(r[which], median(r["ms"])) for r in rows if all(r[k] == v for k, v in fixed.items())]
-            slope = np.polyfit(*zip(*points, strict=True), 1)[0]
-            cells.append(format(slope * (BATCH if which == "batch" else 1), ".3g"))
+            others = {key: value for key, value in fixed.items() if key != which}
+            points = [(r[which], median(r["ms"])) for r in rows if all(r[k] == v for k, v in others.items())]
+            at, ms = (np.array(values, float) for values in zip(*points, strict=True))
+            line = np.polyfit(at, ms, 1)
+            off = np.abs(ms / np.polyval(line, at) - 1).max()
+            cells.append(f"{line[0] * (BATCH if which == 'batch' else 1):.3g} ({off:.0%})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def convolution_table(found: list[dict]) -> list[str]:
+    lines = ["| | torch | JAX, alone | JAX, in a loop | in `numpyro_bism`'s loop |", "|---|---|---|---|---|"]
+    for row in found:
+        cells = [format(row[name], ".3g") for name in ("torch", "alone", "loop", "compiled")]
+        lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -290,14 +352,18 @@ def page(found: dict, path: Path) -> None:
         f"figure is a median of {found['rounds']} rounds in which the contenders take turns, each in a process of its",
         "own; *first step* is from the start of the set-up, imports of the framework among it, to the end of that step",
         "(of the first compiled run, for JAX), with nothing compiled before; *processor* is the computing time in it,",
-        "compilers' included, which other load on the machine lengthens less. `higher` is the",
-        "paper's algorithm in plain torch, unrolled with that package as its authors did.",
+        "compilers' included, which other load on the machine lengthens less; *own* memory is what steps hold",
+        "at their height beyond what lies in the process between them, and *peak* is the whole process's, libraries",
+        "and compiler included. `higher` is the paper's algorithm in plain torch, unrolled with that package as its",
+        "authors did.",
     ]
     if "steps" in found:
         lines += ["", "![Milliseconds a step](images/performance.png)"]
         for model, rows in found["steps"].items():
             lines += ["", f"## {TITLES[model]}", "", *step_table(rows)]
         picture(found["steps"], path.parent / "images" / "performance.png")
+    if "convolutions" in found:
+        lines += ["", CONVOLUTIONS, "", *convolution_table(found["convolutions"])]
     if "strategies" in found:
         lines += ["", f"## Hypergradients: {TITLES['rbm']}, K = 5", "", *strategy_table(found["strategies"])]
     if "growth" in found:
