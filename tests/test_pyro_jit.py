@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_bism import (
     Amortized,
@@ -398,6 +399,45 @@ COMPILED = {"unrolled": Unrolled(1), "amortized": Amortized(), "covariance": Cov
 def test_compiled(strategy):
     """torch's compiler keeps the noise: the same trajectory, to rounding."""
     assert_same(bits, bits_guide, hypergradient=strategy, num_steps=6, tolerance=1e-8)
+
+
+def recorded(function, *inputs):
+    graph = make_fx(function, tracing_mode="fake")(*inputs)
+    return graph, lambda name: sum(name in str(node.target) for node in graph.graph.nodes)
+
+
+def test_what_stands_twice_is_done_once_and_noise_is_drawn_as_often_as_it_stands():
+    def function(x, w):
+        first, second = x @ w + torch.randn_like(x @ w), x @ w + torch.randn_like(x @ w)
+        return [first, first * second, (x @ w).sum(0), (x @ w).sum(1), torch.rand(2), torch.rand(2)]
+
+    x, w = data(), torch.ones(D, 2)
+    graph, count = recorded(function, x, w)
+    torch.manual_seed(3)
+    expected = function(x, w)
+    assert count("mm") == 6
+    jit._merge(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    assert (count("mm"), count("randn_like"), count("rand."), count("sum")) == (1, 2, 2, 2)
+    torch.manual_seed(3)
+    for ours, theirs in zip(graph(x, w), expected, strict=True):
+        assert (ours == theirs).all()
+
+
+def test_equal_outputs_stay_tensors_of_their_own():
+    graph, _ = recorded(lambda x: [x + 1, x + 1, x + 1.0], data())
+    jit._merge(graph.graph)
+    graph.recompile()
+    assert len({found.data_ptr() for found in graph(data())}) == 3
+
+
+@pytest.mark.parametrize("size, kept", [(jit.MIN_ENTRIES, ["aten.rsub.Scalar"]), (jit.MIN_ENTRIES - 1, [])])
+def test_a_scalar_is_kept_for_a_large_tensor(size, kept):
+    """β^t stays a step on the way to 1 - β^t, which is all that the loop over the entries reads."""
+    graph, _ = recorded(lambda x, t: [x / (1 - 0.9**t), 0.5**t], torch.ones(size), torch.tensor(3.0))
+    jit._store_scalars(graph.graph)
+    assert [str(n.target) for n in graph.graph.nodes if n.meta.get("inductor_realize_to_strides")] == kept
 
 
 def test_compiled_continues_bit_for_bit():
