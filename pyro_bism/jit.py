@@ -344,7 +344,8 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
 
 def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler's own making
+        for category in (DeprecationWarning, FutureWarning):  # of the compiler's own making
+            warnings.filterwarnings("ignore", category=category)
         from torch._inductor import compile_fx, cpu_vec_isa, exc
         from torch._inductor.decomposition import select_decomp_table
 
