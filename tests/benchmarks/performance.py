@@ -42,7 +42,7 @@ CONVOLUTIONS = """## Convolutions in JAX
 
 On CPUs, XLA has fast code for convolutions with channels last and brings others to that form, but not those in the body
 of a loop. `numpyro_bism` rewrites what it compiles, so that it is faster than the same step in a plain `lax.scan`; what
-is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100:"""
+is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100, {}:"""
 STRATEGIES = [
     "Detached()",
     "Unrolled(5)",
@@ -110,7 +110,8 @@ class Worker:
     def __post_init__(self):
         command = [sys.executable, __file__, "--work", json.dumps(self.job)]
         self.cache = tempfile.TemporaryDirectory()  # nothing is compiled yet when it starts
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TORCHINDUCTOR_CACHE_DIR": self.cache.name}
+        caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), self.cache.name)  # the latter for its headers
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", **caches}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
@@ -240,9 +241,13 @@ def machine() -> str:
     import jax
     import torch
 
-    cores = len(os.sched_getaffinity(0))
     versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, JAX {jax.__version__}"
-    return f"{cores} core{'s' * (cores > 1)} ({name}), {versions}"
+    return f"{name}, {versions}"
+
+
+def cores() -> str:
+    num = len(os.sched_getaffinity(0))
+    return f"{num} core{'s' * (num > 1)}"
 
 
 def number(x: float | None, spec: str = ".2f") -> str:
@@ -349,7 +354,7 @@ def page(found: dict, path: Path) -> None:
         "",
         f"Made by `make bench` on {found['machine']}.",
         f"Batch {BATCH}, K = N = 5, denoising, Adam at both levels, float32, unless a table says otherwise. Every",
-        f"figure is a median of {found['rounds']} rounds in which the contenders take turns, each in a process of its",
+        "figure is a median of rounds in which the contenders take turns, each in a process of its",
         "own; *first step* is from the start of the set-up, imports of the framework among it, to the end of that step",
         "(of the first compiled run, for JAX), with nothing compiled before; *processor* is the computing time in it,",
         "compilers' included, which other load on the machine lengthens less; *own* memory is what steps hold",
@@ -359,15 +364,24 @@ def page(found: dict, path: Path) -> None:
     ]
     if "steps" in found:
         lines += ["", "![Milliseconds a step](images/performance.png)"]
+        lines += ["", f"The three tables that follow: {found['cores']['steps']}."]
         for model, rows in found["steps"].items():
             lines += ["", f"## {TITLES[model]}", "", *step_table(rows)]
         picture(found["steps"], path.parent / "images" / "performance.png")
     if "convolutions" in found:
-        lines += ["", CONVOLUTIONS, "", *convolution_table(found["convolutions"])]
+        lines += ["", CONVOLUTIONS.format(found["cores"]["convolutions"])]
+        lines += ["", *convolution_table(found["convolutions"])]
     if "strategies" in found:
-        lines += ["", f"## Hypergradients: {TITLES['rbm']}, K = 5", "", *strategy_table(found["strategies"])]
+        lines += [
+            "",
+            f"## Hypergradients: {TITLES['rbm']}, K = 5",
+            "",
+            f"Without turns, {found['cores']['strategies']}.",
+        ]
+        lines += ["", *strategy_table(found["strategies"])]
     if "growth" in found:
-        lines += ["", f"## Growth: {TITLES['rbm']}", "", "Milliseconds a step.", "", *growth_table(found["growth"])]
+        lines += ["", "## Growth: Gaussian-Bernoulli RBM", "", f"Milliseconds a step, {found['cores']['growth']}."]
+        lines += ["", *growth_table(found["growth"])]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -386,10 +400,11 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     kept = args.output / "performance.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    found |= {"machine": machine(), "rounds": args.rounds}
+    found["machine"] = machine()
     for name in args.part:
         part = PARTS[name](args)
         found[name] = found.get(name, {}) | part if isinstance(part, dict) else part
+        found.setdefault("cores", {})[name] = cores()
         kept.write_text(json.dumps(found, indent=1))
         page(found, args.page)
         if name == "steps":
