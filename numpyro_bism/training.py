@@ -125,25 +125,22 @@ class Trainer(ABC):
         state = jax.tree.map(jnp.copy, state)
         losses = jnp.full(num_steps, jnp.inf, jnp.result_type(float))
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, arrays))):
-            state, losses = loop(state, losses, 0, num_steps, arrays)
+            state, losses, _ = loop(state, losses, 0, num_steps, arrays)
             return BiSMRunResult(self.get_params(state), state, losses)
         done, chunk = 0, 1 if progress_bar else num_steps
         with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
             while done < num_steps:
                 stop, began = min(done + chunk, num_steps), time.perf_counter()
-                state, losses = loop(state, losses, done, stop, arrays)
-                recent = jax.device_get(losses[done:stop])
-                finite = jnp.isfinite(recent)
-                if not stable_update and not finite.all():
+                state, losses, seen = loop(state, losses, done, stop, arrays)
+                mean, bad = jax.device_get(seen)
+                if not stable_update and bad < stop:
                     raise FloatingPointError(
-                        f"The outer loss is not finite from step {done + int(finite.argmin())} of {num_steps} on "
+                        f"The outer loss is not finite from step {bad} of {num_steps} on "
                         f"({jax.tree.map(float, state.info)}). {self._cure}. "
                         "stable_update=True skips such steps."
                     )
                 bar.update(stop - done)
-                bar.set_postfix_str(
-                    f"avg loss [{done + 1}-{stop}]: {recent[finite].mean() if finite.any() else jnp.nan:.4f}"
-                )
+                bar.set_postfix_str(f"avg loss [{done + 1}-{stop}]: {mean:.4f}")
                 # the first chunk is a single step, with the compilation in it; then half a second each
                 seconds = time.perf_counter() - began
                 chunk = 10 if done == 0 else max(1, min(10 * chunk, round(0.5 * (stop - done) / seconds)))
@@ -158,6 +155,14 @@ class Trainer(ABC):
         if key not in self._loops:
 
             def loop(state, losses, start, stop, arrays):
+                """The steps, and what is seen of them: looked at here, as every slice would be compiled anew."""
+                state, losses = steps(state, losses, start, stop, arrays)
+                place, finite = jnp.arange(len(losses)), jnp.isfinite(losses)
+                recent = (start <= place) & (place < stop)
+                mean = jnp.where(recent & finite, losses, 0.0).sum() / (recent & finite).sum()
+                return state, losses, (mean, jnp.where(recent & ~finite, place, len(losses)).min())
+
+            def steps(state, losses, start, stop, arrays):
                 rest = iter(arrays)
                 filled = [next(rest) if yes else leaf for yes, leaf in zip(is_array, static, strict=True)]
 

@@ -237,6 +237,24 @@ def test_run_is_update_step_by_step_with_or_without_progress_bar():
     assert update._cache_size() == 1  # never traced again
 
 
+def test_the_progress_bar_compiles_nothing(monkeypatch):
+    """It returns from the loop after as many steps as half a second takes, another number every time."""
+    bism = BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3))
+    state = bism.init(KEY, X)
+    bism.run(KEY, 60, X, init_state=state)
+    compilations, clock = [], iter(np.cumsum(np.random.default_rng(0).uniform(0.1, 1.0, 200)))
+    monkeypatch.setattr("numpyro_bism.training.time.perf_counter", lambda: next(clock))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compilations.append(name) if "backend_compile" in name else None
+    )
+    try:
+        bism.run(KEY, 60, X, init_state=state)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert next(clock) > 5  # it did return many times
+    assert not compilations
+
+
 def test_nan_is_named_before_anything_moves():
     bad = X.copy()
     bad[2, 1] = np.nan
