@@ -124,7 +124,7 @@ def to_arviz(
     \                    ``pareto_k``: :func:`psis_khat`, from 25 draws on        obs
     \                    of chains: ``acceptance_rate``                           chain, draw, obs
     \                    of HMC and NUTS: ``diverging``, and ``acceptance_rate``, chain, draw
-    \                    ``step_size``, ``energy`` if they were collected
+    \                    ``step_size``, ``energy`` if collected (``recorded``)
     posterior_predictive visible sites                                            chain, draw, obs, ...
     model_samples        visible and latent sites                                 chain, draw, ...
     observed_data        each visible site                                        obs, ...
@@ -279,7 +279,7 @@ def _read(group: str, source: Any, n: int, known: Mapping[str, np.ndarray], rows
         stats = {_STATS[name]: np.asarray(x) for name, x in extra.items() if name in _STATS}
         if not rows:  # each row is a chain of its own
             values = {name: np.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:]) for name, x in values.items()}
-        found = _Read(values, stats, None, type(source.sampler).__name__.lower())
+        found = _Read(values, stats, None, type(source.sampler).__name__.lower().removeprefix("recorded"))
     else:
         raise ValueError(
             f"{group} takes the result of run_chains, or an MCMC that has run; got {type(source).__name__}."

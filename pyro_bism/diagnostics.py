@@ -122,7 +122,7 @@ def to_arviz(
     \                    ``pareto_k``: :func:`psis_khat`, from 25 draws on        obs
     \                    of chains: ``acceptance_rate``                           chain, draw, obs
     \                    of HMC and NUTS: ``diverging``, and ``acceptance_rate``, chain, draw
-    \                    ``step_size``, ``energy`` if they were collected
+    \                    ``step_size``, ``energy`` if collected (``recorded``)
     posterior_predictive visible sites                                            chain, draw, obs, ...
     model_samples        visible and latent sites                                 chain, draw, ...
     observed_data        each visible site                                        obs, ...
@@ -263,12 +263,15 @@ def _read(group: str, source: Any, n: int, known: Mapping[str, np.ndarray], rows
         values = {name: np.asarray(x) for name, x in samples.items() if name in known}
         num_chains, num_draws = next(iter(samples.values())).shape[:2]
         diverging = np.zeros((num_chains, num_draws), bool)
-        for chain, draws in enumerate(source.diagnostics().get("divergences", {}).values()):
+        diagnostics = source.diagnostics()
+        for chain, draws in enumerate(diagnostics.get("divergences", {}).values()):
             diverging[chain, list(draws)] = True
         stats = {"diverging": diverging}
+        kept = list(diagnostics.get("per draw", {}).values())
+        stats |= {name: np.stack([chain[name] for chain in kept]) for name in (kept[0] if kept else ())}
         if not rows:  # each row is a chain of its own
             values = {name: np.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:]) for name, x in values.items()}
-        found = _Read(values, stats, None, type(source.kernel).__name__.lower())
+        found = _Read(values, stats, None, type(source.kernel).__name__.lower().removeprefix("recorded"))
     else:
         raise ValueError(
             f"{group} takes the result of run_chains, or an MCMC that has run; got {type(source).__name__}."

@@ -4,6 +4,7 @@ The tests see a package only through its ``Backend``: NumPy arrays in, what Arvi
 """
 
 import types
+import warnings
 
 import arviz as az
 import jax
@@ -19,6 +20,7 @@ import torch
 from numpyro.infer import MCMC as NumpyroMCMC
 from numpyro.infer import NUTS as NumpyroNUTS
 from pyro.infer import MCMC, NUTS
+from pyro.infer.mcmc.api import _UnarySampler
 
 import numpyro_bism
 import numpyro_bism.evaluation
@@ -72,13 +74,13 @@ class PyroBackend:
     def call(self, function, bism, x, *args, **options):
         return function(bism, torch.as_tensor(x), *args, **options)
 
-    def nuts(self, bism, x):
-        mcmc = MCMC(
-            NUTS(pyro_bism.program(bism, torch.as_tensor(x), sites=["h"])),
-            num_samples=40,
-            warmup_steps=30,
-            disable_progbar=True,
-        )
+    def nuts(self, bism, x, num_samples=40):
+        kernel = pyro_bism.recorded(NUTS(pyro_bism.program(bism, torch.as_tensor(x), sites=["h"])))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "num_chains=2 is more than available_cpu")
+            mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=30, num_chains=2, disable_progbar=True)
+        # one after the other: each process would import everything
+        mcmc.sampler = _UnarySampler(kernel, num_samples, 30, 2, True)
         mcmc.run()
         return mcmc
 
@@ -118,10 +120,11 @@ class NumpyroBackend:
             self.states[id(bism)] = bism, bism.init(jax.random.key(0), x)
         return function(bism, self.states[id(bism)][1], x, *args, rng_key=jax.random.key(1), **options)
 
-    def nuts(self, bism, x):
-        model = self.call(numpyro_bism.program, bism, x, sites=["h"])
-        mcmc = NumpyroMCMC(NumpyroNUTS(model), num_samples=40, num_warmup=30, progress_bar=False)
-        mcmc.run(jax.random.key(0), extra_fields=("energy", "accept_prob", "diverging"))
+    def nuts(self, bism, x, num_samples=40):
+        kernel = numpyro_bism.recorded(NumpyroNUTS(self.call(numpyro_bism.program, bism, x, sites=["h"])))
+        options = {"num_chains": 2, "chain_method": "vectorized", "progress_bar": False}
+        mcmc = NumpyroMCMC(kernel, num_samples=num_samples, num_warmup=100, **options)
+        mcmc.run(jax.random.key(0))
         return mcmc
 
 
@@ -230,18 +233,42 @@ def test_chains_fill_every_group(good):
         backend.call(package.to_arviz, bism, x, posterior=1.0)
 
 
+# ArviZ 0.23 with matplotlib 3.11, as above
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
 @SLOW_IN_NUMPYRO
-def test_an_mcmc_of_the_host_is_read_too(good):
+def test_nuts_of_the_host_through_diagnose_and_arviz(good):
+    """The guide beside NUTS on the same rows, in the report and its figure; then what ArviZ says of the chains."""
     backend, bism, _ = good
-    x = X[:2]
-    data = backend.call(backend.package.to_arviz, bism, x, posterior=backend.nuts(bism, x))
-    assert data.posterior["h"].shape == (1, 40, 2, K)
+    x, mcmc = X[:4], backend.nuts(bism, X[:4], 300)
+    found = backend.call(backend.package.diagnose, bism, x, posterior=mcmc, **QUICK)
+    assert found["guide"].passed, str(found)
+    assert found["posterior chains"].passed
+    h = np.asarray(mcmc.get_samples(group_by_chain=True)["h"])
+    np.testing.assert_array_equal(found.chain_latents["h"], h)
+    assert np.abs(found.guide.kl).max() < 1e-9
+    beside = found.plot().axes[1].lines[0]
+    np.testing.assert_allclose(beside.get_xdata(), h.mean((0, 1)).ravel())
+    np.testing.assert_allclose(beside.get_ydata(), found.guide_latents["h"].mean(0).ravel())
+    matplotlib.pyplot.close("all")
+
+    data = backend.call(backend.package.to_arviz, bism, x, posterior=mcmc)
+    assert data.posterior["h"].shape == (2, 300, 4, K)
     assert data.posterior.attrs["sampling_method"] == "nuts"
-    assert data.sample_stats["diverging"].shape == (1, 40)
-    expected = LINEAR.energy(np.tile(x, (40, 1)), np.asarray(data.posterior["h"]).reshape(-1, K))
+    expected = LINEAR.energy(np.tile(x, (600, 1)), h.reshape(-1, K))
     assert np.allclose(np.asarray(data.sample_stats["model_energy"]).ravel(), expected)
-    if "energy" in data.sample_stats:  # NumPyro hands it out
-        assert (az.bfmi(data) > 0).all()
+    stats = {name: np.asarray(data.sample_stats[name]) for name in ("diverging", "acceptance_rate", "step_size")}
+    assert {x.shape for x in stats.values()} == {(2, 300)}
+    # by its definition, (Betancourt 2016)
+    energy = np.asarray(data.sample_stats["energy"])
+    bfmi = (np.diff(energy) ** 2).mean(-1) / energy.var(-1)
+    seen = az.bfmi(data)
+    np.testing.assert_allclose(np.asarray(seen["energy"] if hasattr(seen, "keys") else seen), bfmi, rtol=0.02)
+    assert (bfmi > 0.3).all()
+    assert (np.asarray(az.rhat(data)["h"]) < 1.1).all()
+    assert (np.asarray(az.ess(data)["h"]) > 50).all()
+    for plot in ("plot_energy", "plot_rank", "plot_trace", "plot_forest"):
+        assert getattr(az, plot)(data) is not None
+        matplotlib.pyplot.close("all")
 
 
 @SLOW_IN_NUMPYRO
