@@ -190,7 +190,14 @@ def test_a_good_model_passes(good):
 def test_what_it_carries_goes_through_arviz(good, tmp_path):
     _, _, found = good
     assert {"posterior", "sample_stats", "observed_data", "model_samples"} <= set(found.data.groups())
+    # all chains, those from data and those from noise
     assert list(found.data.model_samples["v"].dims) == ["chain", "draw", "v_dim_0"]
+    np.testing.assert_array_equal(found.data.model_samples["v"], found.chain_visible)
+    assert found.data.model_samples.sizes["chain"] == 8
+    # the ten points by their rows
+    rows = np.linspace(0, N - 1, 10).round()
+    np.testing.assert_array_equal(found.data.observed_data["obs"], rows)
+    np.testing.assert_array_equal(found.data.observed_data["v"], X[rows.astype(int)])
     summary = az.summary(found.data.model_samples)
     assert (summary["r_hat"] < 1.1).all()
     cov = np.linalg.inv(LINEAR.joint_precision)
@@ -279,6 +286,27 @@ def test_calibration_tells_the_posterior_from_a_narrow_guide(good):
     assert right.pit["h"].shape == (100, K) and right.p_values["h"] > 0.01
     wrong = backend.call(backend.package.calibration, backend.bism(*linear(NARROW)), X, **options)
     assert wrong.p_values["h"] < 1e-3
+
+
+@SLOW_IN_NUMPYRO
+def test_either_test_of_fit_rejects(good, monkeypatch):
+    """Chains that are not where the data are tell it, whatever the score says; each at half of the level."""
+    backend, bism, _ = good
+    reports = backend.package.reports
+    options = {**QUICK, "num_points": 2, "dims": {"v": ["pixel"]}, "coords": {"obs": ["a", "b"]}}
+
+    def fit(stein, x):
+        monkeypatch.setattr(reports, "kernel_stein_discrepancy", lambda *a, **k: FitTest(0.0, stein))
+        return backend.call(backend.package.diagnose, bism, x, **options)
+
+    FitTest = backend.evaluation.FitTest
+    found = fit(0.5, X + 1.0)
+    assert found["fit"].passed is False
+    assert "rejected: kernel Stein discrepancy 0, p = 0.500; maximum mean" in found["fit"].text
+    assert found.data.model_samples["v"].dims == ("chain", "draw", "pixel")
+    assert list(found.data.posterior["obs"].values) == ["a", "b"]
+    assert fit(0.004, X)["fit"].passed is False
+    assert fit(0.006, X)["fit"].passed is True
 
 
 @pytest.mark.parametrize("kind", [PyroBackend, NumpyroBackend], ids=["pyro", "numpyro"])
