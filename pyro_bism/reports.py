@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .bism import BiSM
 from .densities import per_example, record
-from .diagnostics import _read, guide_draws, psis_khat, to_arviz
+from .diagnostics import _read, check_noise, guide_draws, psis_khat, to_arviz
 from .energies import VISIBLE, Energy
 from .evaluation import (
     AIS,
@@ -580,7 +580,7 @@ def loo(estimate: Estimate) -> Any:
 
     Noise of 1 nat in log Z moves the result by tens of nats without an alarm, so a standard error above 0.1 is refused.
 
-    :param estimate: ``value`` of shape (chain, draw, n), and its standard error.
+    :param estimate: ``value`` of shape (chain, draw, n), and its standard error: ``log_likelihood`` of a PersistentVI.
     :returns: ArviZ's ``ELPDData``.
     :raises ValueError: if θ has no draws, or the error is too large: it says so.
     """
@@ -590,12 +590,7 @@ def loo(estimate: Estimate) -> Any:
             "LOO takes draws of θ, log p(v | θ) of shape (chain, draw, n): this θ is one point. Use the log_likelihood "
             "of held-out data."
         )
-    worst = float(np.max(estimate.standard_error))
-    if not worst <= 0.1:
-        raise ValueError(
-            f"LOO is refused: the log-likelihood's standard error reaches {worst:.2g} nat, more than 0.1, and its "
-            "noise would pass for the data's. Anneal for longer (ais), or use exact_log_normalizer."
-        )
+    check_noise(estimate.standard_error)
     import arviz as az
     import xarray as xr
 
