@@ -452,7 +452,7 @@ def test_khat_is_that_of_pyros_own_diagnostic(backend, name):
             assert k == pytest.approx(theirs, rel=1e-7)
 
 
-@pytest.mark.parametrize("name", ["normalised", "unnormalised", "heavy"])
+@pytest.mark.parametrize("name", ["normalised", pytest.param("unnormalised", marks=pytest.mark.full), "heavy"])
 def test_khat_is_that_of_numpyros_own_diagnostic(name, monkeypatch):
     """On the weights that it makes: one number for all data, so it is asked at one row."""
     arguments = {

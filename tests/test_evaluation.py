@@ -633,7 +633,7 @@ def learnt(num_hidden):
     return oracle, x, (oracle.log_prob(x) - start.log_prob(x)).mean()
 
 
-@pytest.mark.parametrize("num_hidden", [4, pytest.param(12, marks=pytest.mark.full), 16])
+@pytest.mark.parametrize("num_hidden", [*(pytest.param(n, marks=pytest.mark.full) for n in (4, 12)), 16])
 def test_ais_of_a_machine_that_has_learnt(backend, num_hidden):
     """From the default base, which knows nothing but the moments of the data."""
     oracle, x, gain = learnt(num_hidden)
