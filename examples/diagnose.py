@@ -85,7 +85,7 @@ def main() -> None:
     small = {"num_points": 3, "num_chains": 4, "num_samples": 30, "num_warmup": 20, "num_draws": 100}
     # log Z by annealing although 16 units can be summed over: what most models need
     ais = {"num_temperatures": 30, "num_chains": 20} if options.smoke else {"num_temperatures": 1000}
-    settings = {"ais_options": ais, **(small if options.smoke else {})}
+    settings = {"ais_options": ais, **(small if options.smoke else {"num_samples": 2000})}
     options.output.mkdir(parents=True, exist_ok=True)
     for backend in ["pyro", "numpyro"] if options.backend == "both" else [options.backend]:
         run = {"pyro": diagnose_pyro, "numpyro": diagnose_numpyro}[backend]

@@ -102,13 +102,15 @@ def to_arviz(
     posterior: Any = None,
     posterior_predictive: Any = None,
     model_samples: Any = None,
+    log_likelihood: Any = None,
     coords: Mapping[str, Sequence] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Draws of h at these data, of the guide or of chains, and draws of the model, as ArviZ reads them.
 
-    Of a :class:`PersistentVI` the posterior is one of θ: ``num_draws`` draws of its guide, and no other group.
+    Of a :class:`PersistentVI` the posterior is one of θ: ``num_draws`` draws of its guide, or those given as
+    ``posterior``, with what ``log_likelihood(..., theta=...)`` said of them.
 
     h ~ q(h|v; φ) at the clean v and the present parameters: no noise is added and nothing is updated. Relaxed sites
     (``ConcreteBernoulli``, ``ConcreteOneHot``) are drawn and scored as the discrete distributions that they stand
@@ -124,7 +126,7 @@ def to_arviz(
     \                    ``pareto_k``: :func:`psis_khat`, from 25 draws on        obs
     \                    of chains: ``acceptance_rate``                           chain, draw, obs
     \                    of HMC and NUTS: ``diverging``, and ``acceptance_rate``, chain, draw
-    \                    ``step_size``, ``energy`` if they were collected
+    \                    ``step_size``, ``energy`` if collected (``recorded``)
     posterior_predictive visible sites                                            chain, draw, obs, ...
     model_samples        visible and latent sites                                 chain, draw, ...
     observed_data        each visible site                                        obs, ...
@@ -149,6 +151,8 @@ def to_arviz(
         it by position, or wrapped in ``functools.partial``.
     :param posterior: chains of h given v at these data, ``run_chains(..., sites=[...])``, in the guide's place.
     :param posterior_predictive: chains of v given h at these data.
+    :param log_likelihood: of a PersistentVI: an estimate of log p(v | θ) by draw; refused with a standard error above
+        0.1 nat, whose noise would pass for the data's.
     :param model_samples: chains of (v, h).
     :param coords: coordinate values by dimension, ``obs`` among them; the default counts from 0.
     :param dims: by site, names of the dimensions that follow ``obs`` (``h_dim_0``, ... by default).
@@ -166,9 +170,19 @@ def to_arviz(
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
     if isinstance(bism, PersistentVI):
-        given_draws = bism.posterior(state, *args, rng_key=rng_key, num_draws=num_draws, **kwargs)
-        draws_of = {name: np.asarray(value) for name, value in given_draws.items()}
-        return _of_parameters(bism, draws_of, coords or {}, dims or {})
+        if posterior_predictive is not None or model_samples is not None:
+            raise ValueError(
+                "Of a PersistentVI there are draws of θ: leave posterior_predictive and model_samples out."
+            )
+        if posterior is None:
+            posterior = bism.posterior(state, *args, rng_key=rng_key, num_draws=num_draws, **kwargs)
+        draws_of = {name: np.asarray(value) for name, value in posterior.items()}
+        names = (
+            [site.name for site in bism.pair(*bism._checked(args, kwargs)).sites] if log_likelihood is not None else []
+        )
+        return _of_parameters(bism, draws_of, log_likelihood, names, coords or {}, dims or {})
+    if log_likelihood is not None:
+        raise ValueError("log_likelihood goes with draws of θ, and this θ is one point: see that of held-out data.")
     if not isinstance(bism, BiSM):
         raise ValueError(f"to_arviz reads a BiSM or a PersistentVI, got {type(bism).__name__}.")
     leaves, spec = bism._checked(args, kwargs)
@@ -279,7 +293,7 @@ def _read(group: str, source: Any, n: int, known: Mapping[str, np.ndarray], rows
         stats = {_STATS[name]: np.asarray(x) for name, x in extra.items() if name in _STATS}
         if not rows:  # each row is a chain of its own
             values = {name: np.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:]) for name, x in values.items()}
-        found = _Read(values, stats, None, type(source.sampler).__name__.lower())
+        found = _Read(values, stats, None, type(source.sampler).__name__.lower().removeprefix("recorded"))
     else:
         raise ValueError(
             f"{group} takes the result of run_chains, or an MCMC that has run; got {type(source).__name__}."
@@ -493,8 +507,30 @@ class _Layout:
         return {dim: self.coords.get(dim, counted) for dim, counted in default.items()}
 
 
-def _of_parameters(trained: PersistentVI, draws: Mapping[str, np.ndarray], coords: Mapping, dims: Mapping) -> Any:
-    """Draws of θ as ArviZ's posterior: one chain, of independent draws of the guide."""
+def check_noise(standard_error: Any) -> None:
+    """
+    :raises ValueError: where the noise of a log-likelihood would pass for the data's.
+    """
+    worst = float(np.max(np.asarray(standard_error)))
+    if not worst <= 0.1:
+        raise ValueError(
+            f"LOO is refused: the log-likelihood's standard error reaches {worst:.2g} nat, more than 0.1, and its "
+            "noise would pass for the data's. Anneal for longer (ais), or use exact_log_normalizer."
+        )
+
+
+def _of_parameters(
+    trained: PersistentVI,
+    draws: Mapping[str, np.ndarray],
+    log_likelihood: Any,
+    names: Sequence[str],
+    coords: Mapping,
+    dims: Mapping,
+) -> Any:
+    """Draws of θ as ArviZ's posterior: one chain, of independent draws of the guide.
+
+    :param names: of the visible sites.
+    """
     import arviz as az
     import xarray as xr
 
@@ -504,13 +540,29 @@ def _of_parameters(trained: PersistentVI, draws: Mapping[str, np.ndarray], coord
         if len(trailing) != value.ndim - 1:
             raise ValueError(f"dims['{name}'] has {len(trailing)} names, but the site has {value.ndim - 1} dimensions.")
         variables[name.replace("/", ".")] = (("chain", "draw", *trailing), value[None])
-    used = {dim for names, _ in variables.values() for dim in names}
-    known = {dim: list(values) for dim, values in coords.items() if dim in used}
+    groups = {"posterior": variables}
+    if log_likelihood is not None:
+        check_noise(log_likelihood.standard_error)
+        value = np.asarray(log_likelihood.value)
+        num = len(next(iter(draws.values())))
+        if value.ndim != 3 or value.shape[:2] != (1, num):
+            raise ValueError(
+                f"log_likelihood has shape {value.shape} where (1, {num}, n) is wanted: make it of the draws given as "
+                "posterior, log_likelihood(..., theta=draws)."
+            )
+        groups["log_likelihood"] = {"_".join(names).replace("/", "."): (("chain", "draw", "obs"), value)}
+    used = {dim for group in groups.values() for named, _ in group.values() for dim in named}
+    for name in coords:
+        if name not in used:
+            raise ValueError(f"coords names '{name}'; the dimensions are {sorted(used)}.")
     configuration = {"kernel": _settings(trained.kernel), "num_chains": trained.num_chains, "method": "PersistentVI"}
-    attrs = {**_library(), "normalized": 0, "sampling_method": "guide"}
+    attrs = {**_library(), "normalized": int(log_likelihood is not None), "sampling_method": "guide"}
     attrs["configuration"] = json.dumps(configuration, default=repr)
-    posterior = xr.Dataset(variables, known, attrs)
-    tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), "posterior": posterior})
+    datasets = {"/": xr.Dataset(attrs=attrs)}
+    for group, values in groups.items():
+        here = {dim for named, _ in values.values() for dim in named}
+        datasets[group] = xr.Dataset(values, {dim: list(c) for dim, c in coords.items() if dim in here}, attrs)
+    tree = xr.DataTree.from_dict(datasets)
     return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
 
 

@@ -22,7 +22,7 @@ from .losses import (
 )
 from .reports import calibration, diagnose, loo
 from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, VNCEInfo
-from .sampling import AnnealedLangevin, Gibbs, Langevin, program, run_chains
+from .sampling import AnnealedLangevin, Gibbs, Langevin, program, recorded, run_chains
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "maximum_mean_discrepancy",
     "program",
     "psis_khat",
+    "recorded",
     "run_chains",
     "to_arviz",
 ]

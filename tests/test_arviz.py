@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from numpyro.infer import TraceEnum_ELBO as NumpyroTraceEnum_ELBO
+from numpyro.infer import importance
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.importance import psis_diagnostic
 
@@ -449,6 +450,35 @@ def test_khat_is_that_of_pyros_own_diagnostic(backend, name):
             guide = DrawnAs({"h": h[:, i : i + 1]})(programs.guide)
             theirs = psis_diagnostic(programs.model, guide, *row, num_particles=S, max_plate_nesting=1)
             assert k == pytest.approx(theirs, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["normalised", pytest.param("unnormalised", marks=pytest.mark.full), "heavy"])
+def test_khat_is_that_of_numpyros_own_diagnostic(name, monkeypatch):
+    """On the weights that it makes: one number for all data, so it is asked at one row."""
+    arguments = {
+        "normalised": (X[:1, 0], (X[:1, 1] > 0).astype(float), X[:1, 2]),
+        "unnormalised": (X[:1],),
+        "heavy": (np.zeros((1, 1)),),
+    }[name]
+    seen, theirs = [], importance._psis_khat
+
+    def watched(log_weight):
+        seen.append(np.array(log_weight))
+        return theirs(log_weight)
+
+    monkeypatch.setattr(importance, "_psis_khat", watched)
+    with NumpyroBackend() as backend:
+        if name == "normalised":
+            bism = backend.covariates()
+        else:
+            bism = backend.linear(OFF) if name == "unnormalised" else backend.exponential(0.25)
+        params = bism.get_params(bism.init(jax.random.key(0), *arguments))
+        # of 400 draws the tail has 60; 3√S is rounded up by NumPyro and ArviZ 0.23, and down by ArviZ 1.x
+        options = {"num_particles": 400}
+        k = importance.psis_diagnostic(jax.random.key(1), params, bism.model, bism.guide, *arguments, **options)
+        (log_weight,) = seen
+        assert len(np.unique(log_weight)) == 400
+        assert backend.psis_khat(log_weight) == pytest.approx(k, rel=1e-6)
 
 
 def arviz_khat(log_weight):

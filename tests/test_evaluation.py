@@ -610,6 +610,40 @@ def test_ais_of_a_machine(backend, key):
     assert found.upper - found.lower < 1
 
 
+@functools.cache
+def learnt(num_hidden):
+    """A machine trained on eight clusters by the exact gradient of its likelihood; the data, and what it gained."""
+    generator, s, n = np.random.default_rng(2), 0.5, 200
+    x = generator.choice([-1.0, 1.0], size=(n, D)) + s * generator.normal(size=(n, D))
+    theta = [0.1 * generator.normal(size=(D, num_hidden)), x.mean(0), np.zeros(num_hidden)]
+    h = np.concatenate(list(configurations(num_hidden)))
+    start, speed = GaussianBernoulliRBM(*theta, s), [np.zeros_like(a) for a in theta]
+    for _ in range(150):
+        oracle = GaussianBernoulliRBM(*theta, s)
+        log_weight, mean, p = oracle.log_weight(h), oracle.conditional_mean(h), oracle.posterior(x)
+        weight = np.exp(log_weight - scipy.special.logsumexp(log_weight))
+        gap = (
+            x.T @ p / n - (weight[:, None] * mean).T @ h,
+            (x.mean(0) - weight @ mean) / s**2,
+            p.mean(0) - weight @ h,
+        )
+        speed = [0.9 * v + 0.05 * g for v, g in zip(speed, gap, strict=True)]
+        theta = [a + v for a, v in zip(theta, speed, strict=True)]
+    oracle = GaussianBernoulliRBM(*theta, s)
+    return oracle, x, (oracle.log_prob(x) - start.log_prob(x)).mean()
+
+
+@pytest.mark.parametrize("num_hidden", [*(pytest.param(n, marks=pytest.mark.full) for n in (4, 12)), 16])
+def test_ais_of_a_machine_that_has_learnt(backend, num_hidden):
+    """From the default base, which knows nothing but the moments of the data."""
+    oracle, x, gain = learnt(num_hidden)
+    assert gain > 0.3
+    found = backend.ais(rbm(oracle), x, num_temperatures=60, num_chains=300)
+    brackets(found, oracle.log_normalizer)
+    assert found.standard_error < 0.1
+    assert found.upper - found.lower < 1
+
+
 def honest(backend, log_weights, exact, num_repetitions=20):
     """The chains of a run know nothing of each other: parts of it are runs. Their 95 % intervals cover log Z."""
     parts = np.asarray(log_weights).reshape(num_repetitions, -1)

@@ -4,6 +4,7 @@ The tests see a package only through its ``Backend``: NumPy arrays in, what Arvi
 """
 
 import types
+import warnings
 
 import arviz as az
 import jax
@@ -19,6 +20,7 @@ import torch
 from numpyro.infer import MCMC as NumpyroMCMC
 from numpyro.infer import NUTS as NumpyroNUTS
 from pyro.infer import MCMC, NUTS
+from pyro.infer.mcmc.api import _UnarySampler
 
 import numpyro_bism
 import numpyro_bism.evaluation
@@ -72,13 +74,13 @@ class PyroBackend:
     def call(self, function, bism, x, *args, **options):
         return function(bism, torch.as_tensor(x), *args, **options)
 
-    def nuts(self, bism, x):
-        mcmc = MCMC(
-            NUTS(pyro_bism.program(bism, torch.as_tensor(x), sites=["h"])),
-            num_samples=40,
-            warmup_steps=30,
-            disable_progbar=True,
-        )
+    def nuts(self, bism, x, num_samples=40):
+        kernel = pyro_bism.recorded(NUTS(pyro_bism.program(bism, torch.as_tensor(x), sites=["h"])))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "num_chains=2 is more than available_cpu")
+            mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=30, num_chains=2, disable_progbar=True)
+        # one after the other: each process would import everything
+        mcmc.sampler = _UnarySampler(kernel, num_samples, 30, 2, True)
         mcmc.run()
         return mcmc
 
@@ -118,10 +120,11 @@ class NumpyroBackend:
             self.states[id(bism)] = bism, bism.init(jax.random.key(0), x)
         return function(bism, self.states[id(bism)][1], x, *args, rng_key=jax.random.key(1), **options)
 
-    def nuts(self, bism, x):
-        model = self.call(numpyro_bism.program, bism, x, sites=["h"])
-        mcmc = NumpyroMCMC(NumpyroNUTS(model), num_samples=40, num_warmup=30, progress_bar=False)
-        mcmc.run(jax.random.key(0), extra_fields=("energy", "accept_prob", "diverging"))
+    def nuts(self, bism, x, num_samples=40):
+        kernel = numpyro_bism.recorded(NumpyroNUTS(self.call(numpyro_bism.program, bism, x, sites=["h"])))
+        options = {"num_chains": 2, "chain_method": "vectorized", "progress_bar": False}
+        mcmc = NumpyroMCMC(kernel, num_samples=num_samples, num_warmup=100, **options)
+        mcmc.run(jax.random.key(0))
         return mcmc
 
 
@@ -186,9 +189,17 @@ def test_a_good_model_passes(good):
 
 def test_what_it_carries_goes_through_arviz(good, tmp_path):
     _, _, found = good
-    assert {"posterior", "sample_stats", "observed_data", "model_samples"} <= set(found.data.groups())
+    groups = found.data.children if hasattr(found.data, "children") else found.data.groups()  # ArviZ 1.x, 0.23
+    assert {"posterior", "sample_stats", "observed_data", "model_samples"} <= set(groups)
+    # all chains, those from data and those from noise
     assert list(found.data.model_samples["v"].dims) == ["chain", "draw", "v_dim_0"]
-    summary = az.summary(found.data.model_samples)
+    np.testing.assert_array_equal(found.data.model_samples["v"], found.chain_visible)
+    assert found.data.model_samples.sizes["chain"] == 8
+    # the ten points by their rows
+    rows = np.linspace(0, N - 1, 10).round()
+    np.testing.assert_array_equal(found.data.observed_data["obs"], rows)
+    np.testing.assert_array_equal(found.data.observed_data["v"], X[rows.astype(int)])
+    summary = az.summary(found.data, group="model_samples", round_to="none")
     assert (summary["r_hat"] < 1.1).all()
     cov = np.linalg.inv(LINEAR.joint_precision)
     error = np.sqrt(np.diag(cov) / summary["ess_bulk"].to_numpy())  # v and h, in this order
@@ -217,8 +228,10 @@ def test_chains_fill_every_group(good):
     assert np.allclose(energy.ravel(), expected)
     assert np.allclose(data.sample_stats["lp"], -energy.sum(-1))
     assert "pareto_k" not in data.sample_stats and (np.asarray(data.sample_stats["acceptance_rate"]) == 1).all()
-    axes = az.plot_ppc(data, num_pp_samples=5, random_seed=0)
-    assert axes is not None
+    if hasattr(az, "plot_ppc"):
+        assert az.plot_ppc(data, num_pp_samples=5, random_seed=0) is not None
+    else:  # ArviZ 1.x
+        assert az.plot_ppc_dist(data, num_samples=5) is not None
     matplotlib.pyplot.close("all")
     with pytest.raises(ValueError, match=r"posterior takes chains at the data: run_chains\(\.\.\., sites="):
         backend.call(package.to_arviz, bism, x, posterior=samples)
@@ -230,18 +243,42 @@ def test_chains_fill_every_group(good):
         backend.call(package.to_arviz, bism, x, posterior=1.0)
 
 
+# ArviZ 0.23 with matplotlib 3.11, as above
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
 @SLOW_IN_NUMPYRO
-def test_an_mcmc_of_the_host_is_read_too(good):
+def test_nuts_of_the_host_through_diagnose_and_arviz(good):
+    """The guide beside NUTS on the same rows, in the report and its figure; then what ArviZ says of the chains."""
     backend, bism, _ = good
-    x = X[:2]
-    data = backend.call(backend.package.to_arviz, bism, x, posterior=backend.nuts(bism, x))
-    assert data.posterior["h"].shape == (1, 40, 2, K)
+    x, mcmc = X[:4], backend.nuts(bism, X[:4], 300)
+    found = backend.call(backend.package.diagnose, bism, x, posterior=mcmc, **QUICK)
+    assert found["guide"].passed, str(found)
+    assert found["posterior chains"].passed
+    h = np.asarray(mcmc.get_samples(group_by_chain=True)["h"])
+    np.testing.assert_array_equal(found.chain_latents["h"], h)
+    assert np.abs(found.guide.kl).max() < 1e-9
+    beside = found.plot().axes[1].lines[0]
+    np.testing.assert_allclose(beside.get_xdata(), h.mean((0, 1)).ravel())
+    np.testing.assert_allclose(beside.get_ydata(), found.guide_latents["h"].mean(0).ravel())
+    matplotlib.pyplot.close("all")
+
+    data = backend.call(backend.package.to_arviz, bism, x, posterior=mcmc)
+    assert data.posterior["h"].shape == (2, 300, 4, K)
     assert data.posterior.attrs["sampling_method"] == "nuts"
-    assert data.sample_stats["diverging"].shape == (1, 40)
-    expected = LINEAR.energy(np.tile(x, (40, 1)), np.asarray(data.posterior["h"]).reshape(-1, K))
+    expected = LINEAR.energy(np.tile(x, (600, 1)), h.reshape(-1, K))
     assert np.allclose(np.asarray(data.sample_stats["model_energy"]).ravel(), expected)
-    if "energy" in data.sample_stats:  # NumPyro hands it out
-        assert (az.bfmi(data) > 0).all()
+    stats = {name: np.asarray(data.sample_stats[name]) for name in ("diverging", "acceptance_rate", "step_size")}
+    assert {x.shape for x in stats.values()} == {(2, 300)}
+    # by its definition, (Betancourt 2016)
+    energy = np.asarray(data.sample_stats["energy"])
+    bfmi = (np.diff(energy) ** 2).mean(-1) / energy.var(-1)
+    seen = az.bfmi(data)
+    np.testing.assert_allclose(np.asarray(seen["energy"] if hasattr(seen, "keys") else seen), bfmi, rtol=0.02)
+    assert (bfmi > 0.3).all()
+    assert (np.asarray(az.rhat(data)["h"]) < 1.1).all()
+    assert (np.asarray(az.ess(data)["h"]) > 50).all()
+    for plot in ("plot_energy", "plot_rank", "plot_trace", "plot_forest"):
+        assert getattr(az, plot)(data) is not None
+        matplotlib.pyplot.close("all")
 
 
 @SLOW_IN_NUMPYRO
@@ -252,6 +289,27 @@ def test_calibration_tells_the_posterior_from_a_narrow_guide(good):
     assert right.pit["h"].shape == (100, K) and right.p_values["h"] > 0.01
     wrong = backend.call(backend.package.calibration, backend.bism(*linear(NARROW)), X, **options)
     assert wrong.p_values["h"] < 1e-3
+
+
+@SLOW_IN_NUMPYRO
+def test_either_test_of_fit_rejects(good, monkeypatch):
+    """Chains that are not where the data are tell it, whatever the score says; each at half of the level."""
+    backend, bism, _ = good
+    reports = backend.package.reports
+    options = {**QUICK, "num_points": 2, "dims": {"v": ["pixel"]}, "coords": {"obs": ["a", "b"]}}
+
+    def fit(stein, x):
+        monkeypatch.setattr(reports, "kernel_stein_discrepancy", lambda *a, **k: FitTest(0.0, stein))
+        return backend.call(backend.package.diagnose, bism, x, **options)
+
+    FitTest = backend.evaluation.FitTest
+    found = fit(0.5, X + 1.0)
+    assert found["fit"].passed is False
+    assert "rejected: kernel Stein discrepancy 0, p = 0.500; maximum mean" in found["fit"].text
+    assert found.data.model_samples["v"].dims == ("chain", "draw", "pixel")
+    assert list(found.data.posterior["obs"].values) == ["a", "b"]
+    assert fit(0.004, X)["fit"].passed is False
+    assert fit(0.006, X)["fit"].passed is True
 
 
 @pytest.mark.parametrize("kind", [PyroBackend, NumpyroBackend], ids=["pyro", "numpyro"])
@@ -285,8 +343,10 @@ def test_loo_is_arvizs_or_refused(package):
     Estimate = __import__(f"{package.__name__}.evaluation", fromlist=["Estimate"]).Estimate
     value = -0.05 * rng.normal(size=(2, 100, 8)) ** 2
     found = package.loo(Estimate(value, np.full(8, 0.01), "exact"))
-    tree = az.from_dict(posterior={"theta": value.mean(-1)}, log_likelihood={"v": value})
-    assert float(found.elpd_loo) == pytest.approx(float(az.loo(tree).elpd_loo))
+    groups = {"posterior": {"theta": value.mean(-1)}, "log_likelihood": {"v": value}}
+    theirs = az.loo(az.from_dict(**groups) if hasattr(az, "from_datatree") else az.from_dict(groups))
+    name = "elpd_loo" if hasattr(az, "from_datatree") else "elpd"
+    assert float(getattr(found, name)) == pytest.approx(float(getattr(theirs, name)))
     with pytest.raises(ValueError, match=r"refused: the log-likelihood's standard error reaches 0\.2 nat"):
         package.loo(Estimate(value, np.full(8, 0.2), "AIS"))
     with pytest.raises(ValueError, match="this θ is one point"):

@@ -4,7 +4,9 @@ A host is what differs: how its programs are written, and how its trainers are r
 """
 
 import dataclasses
+import warnings
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +18,16 @@ import pyro.distributions as pdist
 import pyro.infer
 import pyro.optim
 import pytest
+import scipy.special
 import torch
 from torch.utils import _pytree as pytree
 
 import numpyro_bism
+import numpyro_bism.evaluation
 import numpyro_bism.kernels
 import numpyro_bism.rivals
 import pyro_bism
+import pyro_bism.evaluation
 import pyro_bism.kernels
 import pyro_bism.rivals
 from numpyro_bism.visible import flatten
@@ -32,7 +37,7 @@ from oracles import GaussianBernoulliRBM, LinearGaussian, central_difference
 class Torch:
     name, p, dist, bism, rivals = "pyro", pyro, pdist, pyro_bism, pyro_bism.rivals
     infer = pyro.infer
-    kernels = pyro_bism.kernels
+    kernels, evaluation = pyro_bism.kernels, pyro_bism.evaluation
     einsum, exp = staticmethod(torch.einsum), staticmethod(torch.exp)
 
     def __init__(self):
@@ -86,7 +91,7 @@ class Torch:
 class Jax:
     name, p, dist, bism, rivals = "numpyro", numpyro, ndist, numpyro_bism, numpyro_bism.rivals
     infer = numpyro.infer
-    kernels = numpyro_bism.kernels
+    kernels, evaluation = numpyro_bism.kernels, numpyro_bism.evaluation
     einsum, exp = staticmethod(jnp.einsum), staticmethod(jnp.exp)
 
     @staticmethod
@@ -594,6 +599,141 @@ def test_persistent_vi_finds_a_gaussian_posterior(host):
     # Adam's last steps wander by its rate
     assert abs(found["loc"] - x.sum() / precision) < 0.08
     assert abs(np.exp(found["log_scale"]) - precision**-0.5) < 0.04
+
+
+def test_log_likelihood_and_loo_where_theta_has_draws(host, monkeypatch):
+    """Of v = N(mean, 1) with a factor h of two latent bits that the mean drives, whose sums are known."""
+    rng = np.random.default_rng(14)
+    x, num = rng.normal(1.0, 1.0, (12, 1)), 30
+
+    def model(x):
+        mean = host.p.sample("mean", host.dist.Normal(0.0, 0.5))
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([1]).to_event(1).mask(False), obs=x)
+            h = host.p.sample("h", host.dist.Bernoulli(0.5).expand([2]).to_event(1).mask(False))
+            host.p.factor("energy", (v * (mean + h.sum(-1)[..., None]) - 0.5 * v**2).sum(-1))
+
+    def guide(x):
+        loc, log_scale = host.param("loc", np.zeros(())), host.param("log_scale", np.array(-2.5))
+        host.p.sample("mean", host.dist.Normal(loc, host.exp(log_scale)))
+
+    rival = host.rivals.PersistentVI(model, guide, host.adam(1e-2), host.kernels.Gibbs(), num_chains=4)
+    package, evaluation = host.bism, host.evaluation
+    if host.name == "pyro":
+        data, state, keyed = (host.array(x),), (), {}
+        pyro.set_rng_seed(0)
+    else:
+        data, keyed = (jnp.asarray(x),), {"rng_key": jax.random.key(1)}
+        state = (rival.init(jax.random.key(0), *data),)
+    theta = rival.posterior(*state, *data, num_draws=num, **keyed)
+    mean = np.asarray(theta["mean"])
+    assert mean.shape == (num,)
+    assert mean.std() > 0.05
+
+    # v given the bits is N(mean + h₁ + h₂, 1), and the bits are summed
+    drive = mean[:, None] + np.array([0, 1, 1, 2])
+    log_z = scipy.special.logsumexp(0.5 * drive**2, -1) + 0.5 * np.log(2 * np.pi)
+    log_p = scipy.special.logsumexp(x * drive[:, None, :], -1) - 0.5 * x[:, 0] ** 2
+    exact = log_p - log_z[:, None]
+    found = package.log_likelihood(rival, *state, *data, theta=theta, progress_bar=False, **keyed)
+    np.testing.assert_allclose(np.asarray(found.value), exact[None], rtol=1e-6)
+    assert np.shape(found.standard_error) == (1, num, 12)
+    assert (np.asarray(found.standard_error) == 0).all()
+    assert found.method == "exact"
+    at = rival.at({"mean": theta["mean"][3]})
+    np.testing.assert_allclose(np.asarray(package.free_energy(at, *state, *data)), -log_p[3], rtol=1e-6)
+    own = package.log_likelihood(rival, *state, *data, num_draws=3, progress_bar=False, **keyed)
+    assert np.shape(own.value) == (1, 3, 12)
+
+    # what loo says of it, and what ArviZ says of the tree
+    tree = package.to_arviz(rival, *state, *data, posterior=theta, log_likelihood=found, **keyed)
+    np.testing.assert_array_equal(np.asarray(tree.posterior["mean"])[0], mean)
+    assert tree.log_likelihood["v"].dims == ("chain", "draw", "obs")
+    assert tree.posterior.attrs["normalized"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # thirty draws, whose k-hat may be large
+        name = "elpd_loo" if hasattr(az, "from_datatree") else "elpd"
+        elpd = [float(getattr(loo, name)) for loo in (az.loo(tree), package.loo(found))]
+    assert elpd[0] == pytest.approx(elpd[1])
+    # the harmonic mean over draws, whose weights PSIS smooths: they hardly vary here
+    harmonic = np.log(num) - scipy.special.logsumexp(-exact, 0)
+    assert elpd[0] == pytest.approx(harmonic.sum(), abs=0.1)
+
+    # annealed where there is no exact sum, within its errors; too noisy for LOO, and refused
+    def out_of_reach(*args, **kwargs):
+        raise ValueError("out of reach")
+
+    two = {name: value[:2] for name, value in theta.items()}
+    real = evaluation.Integral.of
+    monkeypatch.setattr(evaluation, "exact_log_normalizer", out_of_reach)
+    monkeypatch.setattr(
+        evaluation.Integral,
+        "of",
+        staticmethod(lambda density, x, over: out_of_reach() if "(visible)" in over else real(density, x, over)),
+    )
+    short = evaluation.ais
+    monkeypatch.setattr(evaluation, "ais", lambda *a, **k: short(*a, num_temperatures=4, num_chains=100, **k))
+    noisy = package.log_likelihood(rival, *state, *data, theta=two, progress_bar=False, **keyed)
+    assert noisy.method == "log p̃: exact, log Z: AIS"
+    error = np.asarray(noisy.standard_error)
+    assert (error > 0).all()
+    assert (np.abs(np.asarray(noisy.value) - exact[None, :2]) < 4 * error).all()
+    coarse = noisy._replace(standard_error=0.2 + error)
+    for refuse in (
+        lambda: package.loo(coarse),
+        lambda: package.to_arviz(rival, *state, *data, posterior=two, log_likelihood=coarse, **keyed),
+    ):
+        with pytest.raises(ValueError, match="LOO is refused: the log-likelihood's standard error reaches"):
+            refuse()
+
+
+def test_theta_that_can_not_be(host):
+    x = np.random.default_rng(15).normal(size=(6, 1))
+
+    def model(x):
+        mean = host.p.sample("mean", host.dist.Normal(0.0, 0.5))
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([1]).to_event(1).mask(False), obs=x)
+            host.p.factor("energy", (v * mean - 0.5 * v**2).sum(-1))
+
+    def guide(x):
+        host.p.sample("mean", host.dist.Normal(host.param("loc", np.zeros(())), 0.1))
+
+    rival = host.rivals.PersistentVI(model, guide, host.adam(1e-2), host.kernels.Gibbs(), num_chains=4)
+    marginal = host.rivals.MarginalSM(rbm(host), host.adam(1e-2), host.bism.ScoreMatching())
+    package = host.bism
+    if host.name == "pyro":
+        data, state, keyed = (host.array(x),), (), {}
+    else:
+        data, keyed = (jnp.asarray(x),), {"rng_key": jax.random.key(1)}
+        state = (rival.init(jax.random.key(0), *data),)
+    theta = rival.posterior(*state, *data, num_draws=3, **keyed)
+    found = package.log_likelihood(rival, *state, *data, theta=theta, progress_bar=False, **keyed)
+    for call, message in (
+        (lambda: package.free_energy(rival, *state, *data), r"no one θ: pass persistent_vi\.at\(theta\)"),
+        (lambda: package.free_energy(rival.at({"mena": 0.0}), *state, *data), "theta has the sites and shapes"),
+        (lambda: package.free_energy(rival.at(theta), *state, *data), "theta has the sites and shapes"),
+        (
+            lambda: package.log_likelihood(rival, *state, *data, log_normalizer=1.0, **keyed),
+            "a log Z for every draw of θ",
+        ),
+        (lambda: package.log_likelihood(rival, *state, *data, method="importance", **keyed), "has not"),
+        (
+            lambda: package.log_likelihood(marginal, *state, *data, theta=theta, **keyed),
+            "theta goes with a PersistentVI",
+        ),
+        (
+            lambda: package.to_arviz(rival, *state, *data, log_likelihood=found, num_draws=2, **keyed),
+            r"shape \(1, 3, 6\) where \(1, 2, n\)",
+        ),
+        (lambda: package.to_arviz(rival, *state, *data, model_samples=1, **keyed), "leave posterior_predictive"),
+        (
+            lambda: package.to_arviz(rival, *state, *data, posterior=theta, coords={"unit": [0]}, **keyed),
+            "coords names 'unit'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_a_run_goes_on_from_its_state(host):

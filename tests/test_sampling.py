@@ -23,6 +23,7 @@ from numpy.linalg import inv
 from numpyro.infer import DiscreteHMCGibbs
 from numpyro.infer import TraceEnum_ELBO as NumpyroTraceEnum_ELBO
 from pyro.infer import TraceEnum_ELBO
+from scipy.special import logsumexp
 
 import numpyro_bism
 import numpyro_bism.sampling
@@ -100,13 +101,13 @@ class PyroBackend:
     def run(self, bism, x, seed=0, **options):
         bism.energy(torch.as_tensor(x))  # the first run initialises the parameters, which may draw
         pyro.set_rng_seed(seed)
-        return pyro_bism.sampling.run_chains(bism, torch.as_tensor(x), progress_bar=False, **options)
+        return pyro_bism.sampling.run_chains(bism, torch.as_tensor(x), **{"progress_bar": False, **options})
 
     def program(self, bism, x, **options):
         return pyro_bism.sampling.program(bism, torch.as_tensor(x), **options)
 
-    def nuts(self, program, num_warmup, num_samples):
-        mcmc = pyro.infer.MCMC(pyro.infer.NUTS(program), num_samples, warmup_steps=num_warmup, disable_progbar=True)
+    def nuts(self, program, num_warmup, num_samples, kernel=pyro.infer.NUTS):
+        mcmc = pyro.infer.MCMC(kernel(program), num_samples, warmup_steps=num_warmup, disable_progbar=True)
         pyro.set_rng_seed(0)
         mcmc.run()
         return mcmc
@@ -203,7 +204,7 @@ class NumpyroBackend:
 
     def run(self, bism, x, seed=0, **options):
         return numpyro_bism.sampling.run_chains(
-            bism, None, jnp.asarray(x), rng_key=jax.random.key(seed), progress_bar=False, **options
+            bism, None, jnp.asarray(x), rng_key=jax.random.key(seed), **{"progress_bar": False, **options}
         )
 
     def program(self, bism, x, **options):
@@ -885,11 +886,113 @@ def test_the_program_of_missing_entries(backend):
     np.testing.assert_allclose(slopes["v_missing"], (LINEAR.b + h @ LINEAR.W.T - v @ LINEAR.A)[MISSING], rtol=1e-8)
 
 
+def test_the_program_with_some_latents_summed_out(backend):
+    """Coupled bits are summed over, the positive latent moves: the host's own Jacobian, and not ours besides."""
+    program = backend.program(backend.bism("mixed"), X, marginal=["h"])
+    g, h = rng.gamma(SHAPE, size=N), np.concatenate(list(configurations(K)))
+    drive = X @ TO_BITS @ h.T + np.einsum("si,ij,sj->s", h, COUPLINGS, h)
+    weight = np.exp(drive - logsumexp(drive, 1, keepdims=True))
+    rate = 1 + 0.5 * X[:, 0] ** 2
+    rows = logsumexp(drive, 1) - 0.5 * (X**2).sum(-1) + (SHAPE - 1) * np.log(g) - g * rate
+    value, slopes = backend.log_density(program, {"v": X, "g": g})
+    assert value == pytest.approx(rows.sum(), rel=1e-10)
+    np.testing.assert_allclose(slopes["g"], (SHAPE - 1) / g - rate, rtol=1e-8, atol=1e-10)
+    score = weight @ h @ TO_BITS.T - X - np.outer(g * X[:, 0], np.eye(D)[0])
+    np.testing.assert_allclose(slopes["v"], score, rtol=1e-8, atol=1e-10)
+
+
+def test_the_program_of_missing_entries_with_the_bits_summed_out(backend):
+    program = backend.program(backend.bism("rbm"), X, missing=MISSING, marginal=True)
+    v = np.where(MISSING, rng.normal(size=X.shape), X)
+    value, slopes = backend.log_density(program, {"v_missing": v[MISSING]})
+    assert value == pytest.approx(N * K * np.log(1 - PRIOR) - BITS.free_energy(v).sum(), rel=1e-10)
+    np.testing.assert_allclose(slopes["v_missing"], BITS.score(v)[MISSING], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.full
+def test_nuts_with_some_latents_summed_out(backend):
+    """Given v the positive latent is a Gamma, whatever the bits are."""
+    program = backend.program(backend.bism("mixed"), X, sites=["g"], marginal=["h"])
+    g, rate = by_row(backend.nuts(program, 100, 200).get_samples()["g"])[:, :, None], 1 + 0.5 * X[:, 0] ** 2
+    for row, r in zip(g, rate, strict=True):
+        agree(row[None], SHAPE / r, 100)
+
+
 def test_programs_that_can_not_be(backend):
-    with pytest.raises(ValueError, match="leave sites and missing out"):
-        backend.program(backend.bism("rbm"), X, marginal=True, sites=["v"])
-    with pytest.raises(ValueError, match="can't be summed in closed form or by enumeration"):
-        backend.program(backend.bism("mixed"), X, marginal=True)
+    rbm, linear, mixed = (backend.bism(name) for name in ("rbm", "linear", "mixed"))
+    for bism, options, message in (
+        (rbm, {"marginal": True, "sites": ["h"]}, "Site 'h' is in sites and in marginal"),
+        (rbm, {"marginal": True, "sites": []}, "Nothing moves"),
+        (rbm, {"marginal": "h"}, r"marginal=\['h'\]"),
+        (rbm, {"marginal": ["v"]}, r"marginal names 'v'; the latent sites are \['h'\]"),
+        (mixed, {"marginal": True}, "can't be summed in closed form or by enumeration"),
+        (linear, {"sites": ["g"]}, r"sites names 'g'; the sites are \['h', 'v'\]"),
+        (linear, {"sites": "h"}, r"sites=\['h'\]"),
+        (linear, {"missing": MISSING[:2]}, r"missing\['v'\] has shape \(2, 3\).* has \(6, 3\)"),
+        (linear, {"missing": {"w": MISSING}}, r"missing names \['w'\]; .* are \['v'\]"),
+        (linear, {"missing": MISSING & False, "sites": ["v"]}, "Nothing moves"),
+        (linear, {"init": {"g": X}}, "init names 'g'"),
+        (linear, {"sites": ["v"], "init": {"h": backend.array(X[:2])}}, r"init\['h'\] has shape \(2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backend.program(bism, X, **options)
+
+
+@pytest.mark.parametrize("kind", ["HMC", pytest.param("NUTS", marks=pytest.mark.full)])
+def test_a_recorded_kernel_tells_its_energy(backend, kind):
+    """Of d Gaussian coordinates it is, above the minimum, half a chi-square of 2d: U has d of them and K the rest."""
+    program, m = backend.program(backend.bism("linear"), X), N * (D + K)
+    host = numpyro.infer if backend is NUMPYRO else pyro.infer
+    options = {"trajectory_length": 1.5} if kind == "HMC" else {}
+
+    def kernel(program):
+        return backend.sampling.recorded(getattr(host, kind)(program, **options))
+
+    mcmc = backend.nuts(program, 100, 200, kernel)
+    data = backend.package.diagnostics._read("posterior", mcmc, N, {"h": np.zeros((N, K))}, rows=True)
+    assert data.method == kind.lower()
+    energy = data.stats["energy"] - N * LINEAR.energy(*np.split(LINEAR.joint_mean[None], [D], -1))
+    agree(np.stack([energy, (energy - m) ** 2], -1), m, 20)  # its mean and its variance
+    assert not data.stats["diverging"].any()
+    step, acceptance = data.stats["step_size"], data.stats["acceptance_rate"]
+    assert step.shape == acceptance.shape == (1, 200)
+    assert (step == step[0, 0]).all()
+    assert 0 < step[0, 0] < 2
+    assert ((acceptance >= 0) & (acceptance <= 1 + 1e-9)).all()
+    assert 0.6 < acceptance.mean() < 1
+    with pytest.raises(ValueError, match="recorded takes an HMC or NUTS"):
+        backend.sampling.recorded(program)
+
+
+def test_progress_is_shown(backend, capsys):
+    options = {"num_samples": 3, "num_warmup": 2, "num_chains": 2}
+    backend.run(backend.bism("linear"), X, kernel=backend.sampling.Gibbs(), progress_bar=True, **options)
+    shown = capsys.readouterr().err
+    assert "Gibbs" in shown
+    assert "5/5" in shown
+    backend.run(backend.bism("linear"), X, kernel=backend.sampling.Gibbs(), **options)
+    assert capsys.readouterr().err == ""
+
+
+def test_pyro_starts_no_hmc_on_a_bounded_improper_site():
+    def model(x):
+        bias = pyro.param("bias", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False), obs=x)
+            g = pyro.sample("g", dist.ImproperUniform(dist.constraints.positive, (), ()))
+            pyro.factor("energy", bias - 0.5 * (v**2).sum(-1) - g)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("g", dist.LogNormal(pyro.param("loc", torch.zeros(())) + 0.1 * x[:, 0], 1.0))
+
+    loss = pyro_bism.DenoisingScoreMatching(sigma=0.3)
+    with (
+        PYRO as backend,
+        pytest.raises(ValueError, match=r"'g' is an ImproperUniform of bounded support.*mask\(False\)"),
+    ):
+        bism = pyro_bism.BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss)
+        backend.program(bism, X, sites=["g"])
 
 
 def test_pyro_moves_no_discrete_site():

@@ -1,7 +1,7 @@
 """Persistent variational inference: a posterior over the parameters of a model without a normaliser."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from numpyro.handlers import block, seed, substitute
 
 from ..densities import Analysis, Pair, Site, record
 from ..distributions import base_of
+from ..energies import Energy, Point
 from ..kernels import Kernel
 from ..visible import Batch
 from .cd import advance, draw_hidden
@@ -95,6 +96,19 @@ class PersistentVI(Rival):
 
         return jax.vmap(one)(jax.random.split(rng_key, num_draws))
 
+    def at(self, theta: Mapping[str, Any]) -> "AtTheta":
+        """The model at one θ, which ``run_chains``, ``ais``, ``free_energy`` and the like take for a trained one.
+
+        :param theta: a value for each of the guide's sites: one of the draws of :meth:`posterior`, or their mean.
+        """
+        return AtTheta(self, {name: jnp.asarray(value) for name, value in theta.items()})
+
+    def energy(self, state: Any, *args: Any, rng_key: Any = None, **kwargs: Any) -> Any:
+        """
+        :raises ValueError: there is one energy for each θ: see :meth:`at`.
+        """
+        raise ValueError("A PersistentVI has a posterior of θ and no one θ: pass persistent_vi.at(theta).")
+
     def _split(self, pair: Pair, theta: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return {name: theta[name] for name in pair.theta}, {name: theta[name] for name in pair.phi}
 
@@ -164,6 +178,29 @@ class PersistentVI(Rival):
         sites = _prior_sites(key_draw, pair, params, batch, values)
         log_prior = sum(site.log_prob().sum() for name, site in sites.items() if name in values or _is_global(site))
         return gap + (log_q - log_prior) / pair.num_data, (x, state)
+
+
+@dataclass(frozen=True)
+class AtTheta:
+    """The model of a :class:`PersistentVI` at one θ."""
+
+    trained: PersistentVI
+    theta: Mapping[str, Array]
+
+    def energy(self, state: Any, *args: Any, rng_key: Array, **kwargs: Any) -> tuple[Energy, dict[str, Any], Point]:
+        """log p̃(v, h) on these arguments, its parameters, and a point: the data and a draw of h.
+
+        :raises ValueError: if θ has other sites or shapes than the guide.
+        """
+
+        def program(key, pair, params, batch):
+            wanted = {name: jnp.shape(value) for name, value in _drawn(key, pair, params, batch)[0].items()}
+            found = {name: jnp.shape(value) for name, value in self.theta.items()}
+            if wanted != found:
+                raise ValueError(f"theta has the sites and shapes {found}; the guide has {wanted}.")
+            return given(pair.model, self.theta)
+
+        return self.trained._energy(state, args, kwargs, rng_key, program)
 
 
 def given(model: Callable, values: Mapping[str, Array]) -> Callable:

@@ -209,13 +209,18 @@ class Rival(Trainer):
 
         :param rng_key: a JAX random key, for that draw and for a subsampling plate's rows.
         """
+        return self._energy(state, args, kwargs, rng_key, self._program)
+
+    def _energy(
+        self, state: Any, args: Any, kwargs: Any, rng_key: Array, program_of: Callable
+    ) -> tuple[Energy, dict[str, Any], Point]:
         leaves, spec = self._checked(args, kwargs)
         target = self.target(leaves, spec)
         theta = self._theta(target.pair, state)
         params = target.params(theta, state.mutable_state, self._phi(target.pair, theta, state.carried))
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = target.pair.batch(key_batch, leaves, spec)
-        program = self._program(key_draw, target.pair, params, batch)
+        program = program_of(key_draw, target.pair, params, batch)
         values, _ = target.pair.hard_draw(key_draw, params, batch, batch.v)
         energy, x = Energy.of(program, target.pair.sites, batch, params, key_energy, values)
         return energy, params, x

@@ -1,7 +1,7 @@
 """Persistent variational inference: a posterior over the parameters of a model without a normaliser."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..densities import Pair, Site, record, replay
 from ..distributions import base_of
-from ..energies import select
+from ..energies import Energy, Point, select
 from ..kernels import Kernel
 from ..visible import Batch
 from .cd import advance, draw_hidden
@@ -88,6 +88,19 @@ class PersistentVI(Rival):
             draws = [_drawn(pair, batch)[0] for _ in range(num_draws)]
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
+    def at(self, theta: Mapping[str, Any]) -> "AtTheta":
+        """The model at one θ, which ``run_chains``, ``ais``, ``free_energy`` and the like take for a trained one.
+
+        :param theta: a value for each of the guide's sites: one of the draws of :meth:`posterior`, or their mean.
+        """
+        return AtTheta(self, {name: torch.as_tensor(value) for name, value in theta.items()})
+
+    def energy(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        :raises ValueError: there is one energy for each θ: see :meth:`at`.
+        """
+        raise ValueError("A PersistentVI has a posterior of θ and no one θ: pass persistent_vi.at(theta).")
+
     def _own(self, pair: Pair) -> list[Tensor]:
         return list(pair.phi.values())
 
@@ -148,6 +161,30 @@ class PersistentVI(Rival):
             site.log_prob().sum() for name, site in sites.items() if name in values or _is_global(site)
         )
         return gap + (log_q - log_prior) / pair.num_data, (x, state)
+
+
+@dataclass(frozen=True)
+class AtTheta:
+    """The model of a :class:`PersistentVI` at one θ."""
+
+    trained: PersistentVI
+    theta: Mapping[str, Tensor]
+
+    def energy(self, *args: Any, **kwargs: Any) -> tuple[Energy, Point]:
+        """log p̃(v, h) on these arguments, and a point: the data and a draw of h.
+
+        :raises ValueError: if θ has other sites or shapes than the guide.
+        """
+
+        def program(pair, batch):
+            with torch.no_grad():
+                wanted = {name: tuple(value.shape) for name, value in _drawn(pair, batch)[0].items()}
+            found = {name: tuple(value.shape) for name, value in self.theta.items()}
+            if wanted != found:
+                raise ValueError(f"theta has the sites and shapes {found}; the guide has {wanted}.")
+            return given(pair.model, self.theta)
+
+        return self.trained._energy(args, kwargs, program)
 
 
 def given(model: Callable, values: Mapping[str, Tensor]) -> Callable:

@@ -259,11 +259,14 @@ class Rival(Trainer):
 
         The guide draws it; without one, the model itself.
         """
+        return self._energy(args, kwargs, self._program)
+
+    def _energy(self, args: Any, kwargs: Any, program_of: Callable) -> tuple[Energy, Point]:
         pair, leaves, spec = self._prepare(args, kwargs)
         batch = pair.batch(leaves, spec)
         buffers = Buffers(pair.buffers)
         try:
-            program, values = self._program(pair, batch), pair.hard_draw(batch, batch.v)
+            program, values = program_of(pair, batch), pair.hard_draw(batch, batch.v)
         finally:
             buffers.restore()
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
