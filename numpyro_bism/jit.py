@@ -86,7 +86,7 @@ def _read(values: dict[Any, Any], var: Any) -> Any:
     return var.val if isinstance(var, core.Literal) else values[var]
 
 
-def _run(eqns: list[Any], values: dict[Any, Any]) -> dict[Any, Any]:
+def _run(eqns: list[Any], values: dict[Any, Any], bind: Callable[..., list[Any]] = bind) -> dict[Any, Any]:
     for eqn in eqns:
         values.update(zip(eqn.outvars, bind(eqn, [_read(values, v) for v in eqn.invars]), strict=True))
     return values
@@ -132,23 +132,22 @@ def _channels_last(program: Any) -> Any:
     closed = core.ClosedJaxpr(program, ()) if isinstance(program, core.Jaxpr) else program
     jaxpr = closed.jaxpr
 
+    def rewritten(eqn: Any, inputs: list[Any]) -> list[Any]:
+        if eqn.primitive is jax.lax.conv_general_dilated_p and eqn.params["batch_group_count"] == 1:
+            return [_convolution(eqn, *inputs)]
+        programs = _inside(eqn)
+        if any(map(_convolves, sum(programs.values(), ()))):
+            changed = {name: map(_channels_last, each) for name, each in programs.items()}
+            params = {
+                name: type(eqn.params[name])(each) if isinstance(eqn.params[name], list | tuple) else next(each)
+                for name, each in changed.items()
+            }
+            eqn = eqn.replace(params={**eqn.params, **params})
+        return bind(eqn, inputs)
+
     def run(*args: Any) -> list[Any]:
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-        for eqn in jaxpr.eqns:
-            inputs = [_read(values, v) for v in eqn.invars]
-            if eqn.primitive is jax.lax.conv_general_dilated_p and eqn.params["batch_group_count"] == 1:
-                outputs = [_convolution(eqn, *inputs)]
-            elif any(map(_convolves, sum(_inside(eqn).values(), ()))):
-                params = {
-                    name: type(eqn.params[name])(map(_channels_last, programs))
-                    if isinstance(eqn.params[name], list | tuple)
-                    else _channels_last(*programs)
-                    for name, programs in _inside(eqn).items()
-                }
-                outputs = bind(eqn.replace(params={**eqn.params, **params}), inputs)
-            else:
-                outputs = bind(eqn, inputs)
-            values.update(zip(eqn.outvars, outputs, strict=True))
+        given = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+        values = _run(jaxpr.eqns, given, rewritten)
         return [_read(values, v) for v in jaxpr.outvars]
 
     kinds = [v.aval for v in jaxpr.invars]

@@ -578,10 +578,8 @@ def test_persistent_cd_of_discrete_data(host):
     check_likelihood(host, host.kernels.Gibbs(), ising(host, **theta), x, log_likelihood, theta, 20, persistent=True)
 
 
-def test_persistent_vi_finds_a_gaussian_posterior(host):
-    """Of the mean of Gaussian data under a Gaussian prior, in closed form: mean and standard deviation."""
-    rng = np.random.default_rng(12)
-    x = rng.normal(1.0, 1.0, (50, 1))
+def gaussian_mean(host):
+    """Data of an unknown mean, which has a Gaussian prior."""
 
     def model(x):
         mean = host.p.sample("mean", host.dist.Normal(0.0, 0.5))
@@ -589,11 +587,19 @@ def test_persistent_vi_finds_a_gaussian_posterior(host):
             v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([1]).to_event(1).mask(False), obs=x)
             host.p.factor("energy", (v * mean - 0.5 * v**2).sum(-1))
 
+    return model
+
+
+def test_persistent_vi_finds_a_gaussian_posterior(host):
+    """Of the mean of Gaussian data under a Gaussian prior, in closed form: mean and standard deviation."""
+    rng = np.random.default_rng(12)
+    x = rng.normal(1.0, 1.0, (50, 1))
+
     def guide(x):
         loc, log_scale = host.param("loc", np.zeros(())), host.param("log_scale", np.array(-1.0))
         host.p.sample("mean", host.dist.Normal(loc, host.exp(log_scale)))
 
-    rival = host.rivals.PersistentVI(model, guide, host.adam(2e-2), host.kernels.Gibbs(), num_chains=500)
+    rival = host.rivals.PersistentVI(gaussian_mean(host), guide, host.adam(2e-2), host.kernels.Gibbs(), num_chains=500)
     found = host.fit(rival, 600, x)
     precision = 1 / 0.25 + len(x)
     # Adam's last steps wander by its rate
@@ -690,16 +696,10 @@ def test_log_likelihood_and_loo_where_theta_has_draws(host, monkeypatch):
 def test_theta_that_can_not_be(host):
     x = np.random.default_rng(15).normal(size=(6, 1))
 
-    def model(x):
-        mean = host.p.sample("mean", host.dist.Normal(0.0, 0.5))
-        with host.p.plate("data", len(x)):
-            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([1]).to_event(1).mask(False), obs=x)
-            host.p.factor("energy", (v * mean - 0.5 * v**2).sum(-1))
-
     def guide(x):
         host.p.sample("mean", host.dist.Normal(host.param("loc", np.zeros(())), 0.1))
 
-    rival = host.rivals.PersistentVI(model, guide, host.adam(1e-2), host.kernels.Gibbs(), num_chains=4)
+    rival = host.rivals.PersistentVI(gaussian_mean(host), guide, host.adam(1e-2), host.kernels.Gibbs(), num_chains=4)
     marginal = host.rivals.MarginalSM(rbm(host), host.adam(1e-2), host.bism.ScoreMatching())
     package = host.bism
     if host.name == "pyro":
