@@ -8,6 +8,7 @@ It reads φ and the inner optimiser's state and changes neither. What it carries
 made by ``init`` and handed back in the result.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ MEMORY = 0.99  # of Amortized's running sums, a step
 FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
 # share of ∂J/∂φ in Amortized's direction: where H has blocks, no power of it leads from one to another
 FRESH = 0.1
+NUM_KEPT = 5  # states that Unrolled(memory="recompute") keeps: 20 steps are then taken twice at most, 55 three times
 
 
 @dataclass
@@ -154,9 +156,9 @@ class Unrolled(Hypergradient):
 
     :param num_steps: N. Past the inner loop's stability limit (a learning rate too high for the curvature) the
         gradient explodes.
-    :param memory: ``"store"`` keeps what every step computed: memory grows with N. ``"recompute"`` keeps about 2√N
-        states of φ and the optimiser and takes each step again on the way back: the same gradient for about a third
-        more time (Griewank and Walther 2000).
+    :param memory: ``"store"`` keeps what every step computed: memory grows with N. ``"recompute"`` keeps five
+        states of φ and the optimiser, whatever N is, and takes the steps from them again on the way back (Griewank and
+        Walther 2000): the same gradient in 1.4 to 2 times the time.
     """
 
     cure = "unroll fewer steps, or use Detached()"
@@ -194,29 +196,51 @@ class Unrolled(Hypergradient):
             return _in_theta(problem.outer(), problem.theta)
 
     def _recomputed(self, problem: Bilevel) -> Result:
-        """Forward in rows of √N steps, keeping the state before each row; then back, each row and each step anew."""
-        length = math.isqrt(self.num_steps)
-        values, optim = list(problem.phi), problem.steps.state()
-        rows = []
-        for start in range(0, self.num_steps, length):
-            rows.append((start, values, optim, random_state()))
-            for _ in range(start, min(start + length, self.num_steps)):
-                values, optim = problem.run(_forward, values, optim)
-        loss, total, behind = problem.run(_last, values)
-        final = random_state()
-        behind_state: dict[Any, Tensor] = {}
-        for start, values, optim, noise in reversed(rows):
-            set_random_state(noise)
-            steps = []
-            for n in range(start, min(start + length, self.num_steps)):
-                steps.append((values, optim, random_state()))
-                if n + 1 < min(start + length, self.num_steps):
-                    values, optim = problem.run(_forward, values, optim)
-            for values, optim, noise in reversed(steps):
+        kept: list[Any] = [(list(problem.phi), problem.steps.state(), random_state()), *[None] * NUM_KEPT]
+        total, behind, behind_state = [None] * len(problem.theta), [None] * len(problem.phi), {}
+        for n, (legs, place) in zip(range(self.num_steps, -1, -1), _reversal(self.num_steps, NUM_KEPT), strict=True):
+            for source, target, steps in legs:
+                values, optim, noise = kept[source]
                 set_random_state(noise)
+                for _ in steps:
+                    values, optim = problem.run(_forward, values, optim)
+                kept[target] = values, optim, random_state()
+            values, optim, noise = kept[place]
+            set_random_state(noise)
+            if n == self.num_steps:
+                loss, total, behind = problem.run(_last, values)
+                final = random_state()
+            else:
                 total, behind, behind_state = problem.run(_backward, values, optim, total, behind, behind_state)
         set_random_state(final)
         return Result(loss, total)
+
+
+def _reversal(num_steps: int, num_kept: int) -> list[tuple[list[tuple[int, int, range]], int]]:
+    """How to reach the states N, N - 1, ..., 0 of N steps with ``num_kept`` states in memory, the first in place 0.
+
+    For each, the legs (from a place, to a place, which steps between), and the place where it then is;
+    place ``num_kept`` is for passing use. A step is taken at most r times, C(num_kept + r, r) > N, and the fewest times
+    in all that is possible (Griewank and Walther 2000, Algorithm 799).
+    """
+
+    def longest(places: int, times: int) -> int:
+        return math.comb(places + times, places)
+
+    found, kept = [], [0]
+    for state in range(num_steps, -1, -1):
+        while kept[-1] > state:
+            kept.pop()
+        legs = []
+        while (length := state - kept[-1] + 1) > 2 and (free := num_kept - len(kept) + 1) > 1:
+            times = next(r for r in itertools.count(1) if longest(free, r) >= length)
+            ahead = min(longest(free, times - 1), length - longest(free - 1, times - 1))
+            legs.append((len(kept) - 1, len(kept), range(kept[-1], kept[-1] + ahead)))
+            kept.append(kept[-1] + ahead)
+        if kept[-1] < state:
+            legs.append((len(kept) - 1, num_kept, range(kept[-1], state)))
+        found.append((legs, legs[-1][1] if legs else len(kept) - 1))
+    return found
 
 
 def _step(problem: Bilevel, optim: DifferentiableOptim, phi: Sequence[Tensor], graph: bool = True) -> list[Tensor]:

@@ -6,7 +6,9 @@ looked at: every evaluation of J sees one draw, every evaluation of G another.
 """
 
 import dataclasses
+import math
 import types
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -535,6 +537,7 @@ def test_covariance_gains_from_more_draws(host, name):
 
 
 RECOMPUTED = [f"{optim}-{n}" for optim in ("adam", "momentum", "rmsprop") for n in (1, 3, 10)]
+RECOMPUTED.append("adam-30")  # some steps three times
 
 
 @pytest.mark.parametrize(("host", "name"), each(RECOMPUTED, heavy=[n for n in RECOMPUTED if n != "momentum-3"]))
@@ -559,6 +562,30 @@ def test_recomputing_gives_the_same_gradient(host, name):
         problem = at_posterior(host, LinearGaussian, strategy, phi=start, optim=optim)
         found.append(problem.call()[0])
     assert error(found[1], found[0]) < 1e-12
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 5])
+def test_few_states_reach_all_in_the_fewest_steps(host, num_kept):
+    @cache
+    def fewest(length, places):
+        """Steps to reach the last of so many states, then the one before, and so on."""
+        if places == 1 or length == 1:
+            return length * (length - 1) // 2
+        return min(m + fewest(length - m, places - 1) + fewest(m, places) for m in range(1, length))
+
+    for num_steps in range(1, 60):
+        at, taken = {0: 0}, [0] * num_steps
+        plan = host.bism.hypergradients._reversal(num_steps, num_kept)
+        for state, (legs, place) in zip(range(num_steps, -1, -1), plan, strict=True):
+            for source, target, steps in legs:
+                assert at[source] == steps.start
+                at[target] = steps.stop
+                for n in steps:
+                    taken[n] += 1
+            assert at[place] == state
+        assert max(at) <= num_kept
+        assert sum(taken) == fewest(num_steps + 1, num_kept)
+        assert max(taken) <= next(r for r in range(num_steps + 1) if math.comb(num_kept + r, r) > num_steps)
 
 
 def saddle(host, strategy):

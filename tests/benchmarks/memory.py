@@ -2,24 +2,29 @@
 
     python tests/benchmarks/memory.py
 
-Batch 100, K = 1, Adam, a relaxed guide. Every figure is a process of its own: its peak resident set, the libraries
-(``import``) included and also given alone.
+Batch 100, K = 1, Adam, a relaxed guide. Every figure is of a process of its own: what its steps hold at their height
+beyond what lies there between them (``own``), and its peak, libraries and compiler included.
 """
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from performance import own_memory
+
 VISIBLE, HIDDEN, BATCH = 560, 400, 100
+STEPS = (1, 5, 10, 50)
 
 
-def step_pyro(num_steps: int, memory: str) -> None:
+def pyro_step(num_steps: int, memory: str) -> Callable[[], object]:
     import pyro
     import pyro.distributions as dist
     import torch
@@ -42,11 +47,10 @@ def step_pyro(num_steps: int, memory: str) -> None:
     optim, loss = pyro.optim.Adam({"lr": 1e-3}), DenoisingScoreMatching(0.3)
     strategy = Unrolled(num_steps, memory=memory)  # type: ignore[arg-type]
     bism = BiSM(model, guide, optim, loss, num_inner_steps=1, hypergradient=strategy)
-    for _ in range(2 if num_steps else 0):
-        bism.step(x)
+    return lambda: bism.step(x)
 
 
-def step_numpyro(num_steps: int, memory: str) -> None:
+def numpyro_step(num_steps: int, memory: str) -> Callable[[], object]:
     import jax
     import jax.numpy as jnp
     import numpyro
@@ -73,14 +77,20 @@ def step_numpyro(num_steps: int, memory: str) -> None:
     optim, loss = numpyro.optim.Adam(1e-3), DenoisingScoreMatching(0.3)
     strategy = Unrolled(num_steps, memory=memory)  # type: ignore[arg-type]
     bism = BiSM(model, guide, optim, loss, num_inner_steps=1, hypergradient=strategy)
-    if num_steps:
-        bism.run(jax.random.key(0), 2, x, progress_bar=False)
+    state = bism.init(jax.random.key(0), x)
+
+    def step():
+        nonlocal state
+        state = bism.run(jax.random.key(0), 1, x, init_state=state, progress_bar=False).state
+        jax.block_until_ready(state)
+
+    return step
 
 
-def peak(backend: str, num_steps: int, memory: str) -> float:
-    """Megabytes, of a process that takes two steps; none with ``num_steps=0``."""
+def measured(backend: str, num_steps: int, memory: str) -> dict[str, float]:
+    """Megabytes, in a process of its own."""
     command = [sys.executable, __file__, "--one", backend, str(num_steps), memory]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -89,14 +99,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         backend, num_steps, memory = args.one
-        {"pyro": step_pyro, "numpyro": step_numpyro}[backend](int(num_steps), memory)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        step = {"pyro": pyro_step, "numpyro": numpyro_step}[backend](int(num_steps), memory)
+        step()
+        step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"own": own_memory(step), "peak": peak}))
         return
-    print(f"{'':8}  {'memory':10} {'import':>8} {'N = 1':>8} {'N = 50':>8} {'ratio':>6}   (MB)")
+    titles = [f"N = {n}" for n in STEPS]
+    print("| | memory | own, MB: " + " | ".join(titles) + " | peak, MB: " + " | ".join(titles) + " |")
+    print("|---" * (2 + 2 * len(STEPS)) + "|")
     for backend in ("pyro", "numpyro"):
         for memory in ("store", "recompute"):
-            before, short, long = (peak(backend, n, memory) for n in (0, 1, 50))
-            print(f"{backend:8}  {memory:10} {before:8.0f} {short:8.0f} {long:8.0f} {long / short:6.2f}")
+            found = [measured(backend, n, memory) for n in STEPS]
+            cells = [f"{each[what]:.0f}" for what in ("own", "peak") for each in found]
+            print(f"| `{backend}_bism` | {memory} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
