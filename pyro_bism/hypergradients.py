@@ -196,6 +196,7 @@ class Unrolled(Hypergradient):
             return _in_theta(problem.outer(), problem.theta)
 
     def _recomputed(self, problem: Bilevel) -> Result:
+        """J at φᴺ and its gradient, by :func:`_reversal`."""
         kept: list[Any] = [(list(problem.phi), problem.steps.state(), random_state()), *[None] * NUM_KEPT]
         total, behind, behind_state = [None] * len(problem.theta), [None] * len(problem.phi), {}
         for n, (legs, place) in zip(range(self.num_steps, -1, -1), _reversal(self.num_steps, NUM_KEPT), strict=True):

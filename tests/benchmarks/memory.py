@@ -1,20 +1,23 @@
 """Peak memory of one unrolled step on a 560 x 400 Gaussian-Bernoulli RBM, by N and by ``memory=``.
 
-    python tests/benchmarks/memory.py
+    python tests/benchmarks/performance.py --part memory
 
 Batch 100, K = 1, Adam, a relaxed guide. Every figure is of a process of its own: what its steps hold at their height
 beyond what lies there between them (``own``), and its peak, libraries and compiler included.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -87,9 +90,9 @@ def numpyro_step(num_steps: int, memory: str) -> Callable[[], object]:
     return step
 
 
-def measured(backend: str, num_steps: int, memory: str) -> dict[str, float]:
+def measured(host: str, num_steps: int, memory: str) -> dict[str, float]:
     """Megabytes, in a process of its own."""
-    command = [sys.executable, __file__, "--one", backend, str(num_steps), memory]
+    command = [sys.executable, __file__, "--one", host, str(num_steps), memory]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
@@ -98,21 +101,17 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        backend, num_steps, memory = args.one
-        step = {"pyro": pyro_step, "numpyro": numpyro_step}[backend](int(num_steps), memory)
+        host, num_steps, memory = args.one
+        step = {"pyro": pyro_step, "numpyro": numpyro_step}[host](int(num_steps), memory)
         step()
         step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"own": own_memory(step), "peak": peak}))
+        print(json.dumps({"own": median(own_memory(step) for _ in range(5)), "peak": peak}))
         return
-    titles = [f"N = {n}" for n in STEPS]
-    print("| | memory | own, MB: " + " | ".join(titles) + " | peak, MB: " + " | ".join(titles) + " |")
-    print("|---" * (2 + 2 * len(STEPS)) + "|")
-    for backend in ("pyro", "numpyro"):
-        for memory in ("store", "recompute"):
-            found = [measured(backend, n, memory) for n in STEPS]
-            cells = [f"{each[what]:.0f}" for what in ("own", "peak") for each in found]
-            print(f"| `{backend}_bism` | {memory} | " + " | ".join(cells) + " |", flush=True)
+    found = []
+    for host, memory, n in tqdm([*itertools.product(("pyro", "numpyro"), ("store", "recompute"), STEPS)]):
+        found.append({"host": host, "memory": memory, "N": n, **measured(host, n, memory)})
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ CONVOLUTIONS = """## Convolutions in JAX
 On CPUs, XLA has fast code for convolutions with channels last and brings others to that form, but not those in the body
 of a loop. `numpyro_bism` rewrites what it compiles, so that it is faster than the same step in a plain `lax.scan`; what
 is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100, {}:"""
+MEMORY = "Megabytes of its own, and in brackets the process's peak; Pyro without `jit`."
 STRATEGIES = [
     "Detached()",
     "Unrolled(5)",
@@ -76,7 +77,8 @@ def work(job: dict) -> None:
     for line in sys.stdin:
         if line.startswith("memory"):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(json.dumps({"peak": peak, "own": own_memory(lambda: steps(job["steps"]))}), flush=True)
+            own = [own_memory(lambda: steps(job["steps"])) for _ in range(5)]
+            print(json.dumps({"peak": peak, "own": None if None in own else median(own)}), flush=True)
             continue
         start = time.perf_counter()
         loss = steps(int(line))
@@ -227,7 +229,19 @@ def convolutions(args: argparse.Namespace) -> list[dict]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-PARTS = {"steps": steps, "convolutions": convolutions, "strategies": strategies, "growth": growth}
+def memory(args: argparse.Namespace) -> list[dict]:
+    """What an unrolled step holds, by N and by ``memory=``."""
+    command = [sys.executable, str(HERE / "memory.py")]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+PARTS = {
+    "steps": steps,
+    "convolutions": convolutions,
+    "strategies": strategies,
+    "memory": memory,
+    "growth": growth,
+}
 
 
 # The page
@@ -315,6 +329,16 @@ def growth_table(found: list[dict]) -> list[str]:
     return lines
 
 
+def memory_table(found: list[dict]) -> list[str]:
+    nums = list(dict.fromkeys(row["N"] for row in found))
+    lines = ["| | `memory=` | " + " | ".join(f"N = {n}" for n in nums) + " |", "|---" * (2 + len(nums)) + "|"]
+    for host, kind in dict.fromkeys((row["host"], row["memory"]) for row in found):
+        rows = [row for row in found if (row["host"], row["memory"]) == (host, kind)]
+        cells = [f"{row['own']:.0f} ({row['peak']:.0f})" for row in rows]
+        lines.append(f"| `{host}_bism` | `{kind!r}` | " + " | ".join(cells) + " |")
+    return lines
+
+
 def convolution_table(found: list[dict]) -> list[str]:
     lines = ["| | torch | JAX, alone | JAX, in a loop | in `numpyro_bism`'s loop |", "|---|---|---|---|---|"]
     for row in found:
@@ -379,6 +403,12 @@ def page(found: dict, path: Path) -> None:
             f"Without turns, {found['cores']['strategies']}.",
         ]
         lines += ["", *strategy_table(found["strategies"])]
+    if "memory" in found:
+        lines += [
+            "",
+            "## Memory: `Unrolled(N)`, Gaussian-Bernoulli RBM of 560 x 400 units, K = 1, not compiled in Pyro",
+        ]
+        lines += ["", "Own megabytes, and in brackets the peak of the process:", "", *memory_table(found["memory"])]
     if "growth" in found:
         lines += ["", "## Growth: Gaussian-Bernoulli RBM", "", f"Milliseconds a step, {found['cores']['growth']}."]
         lines += ["", *growth_table(found["growth"])]
