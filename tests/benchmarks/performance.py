@@ -43,7 +43,10 @@ CONVOLUTIONS = """## Convolutions in JAX
 On CPUs, XLA has fast code for convolutions with channels last and brings others to that form, but not those in the body
 of a loop. `numpyro_bism` rewrites what it compiles, so that it is faster than the same step in a plain `lax.scan`; what
 is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100, {}:"""
-MEMORY = "Megabytes of its own, and in brackets the process's peak; Pyro without `jit`."
+MEMORY = """## Memory: Gaussian-Bernoulli RBM
+
+Megabytes of its own, and in brackets the process's peak. A step holds less than `higher`'s; a compiler takes its 100 to
+400 MB whatever the model is. K = N = 5:"""
 STRATEGIES = [
     "Detached()",
     "Unrolled(5)",
@@ -58,7 +61,7 @@ TITLES = {
     "rbm": "Gaussian-Bernoulli RBM of 560 x 400 units",
     "conv": "Convolutional, 1 x 32 x 32, 16 channels, 50 latents",
 }
-UNITS = {"rbm / 2": "280 x 200", "rbm": "560 x 400", "rbm x 2": "1120 x 800"}
+UNITS = {"rbm / 2": "280 x 200", "rbm": "560 x 400", "rbm x 2": "1120 x 800", "rbm x 4": "2240 x 1600"}
 
 
 def work(job: dict) -> None:
@@ -229,10 +232,13 @@ def convolutions(args: argparse.Namespace) -> list[dict]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def memory(args: argparse.Namespace) -> list[dict]:
-    """What an unrolled step holds, by N and by ``memory=``."""
+def memory(args: argparse.Namespace) -> dict:
+    """What a step holds, by size; and an unrolled one by N and by ``memory=``."""
+    names = ("higher", "pyro_bism, eager", "pyro_bism, jit=True", "numpyro_bism, run")
+    sizes = [row for name in names for m in UNITS for row in measure([job(m, name)], 0, f"{name} {m}")]
     command = [sys.executable, str(HERE / "memory.py")]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    unrolled = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return {"sizes": sizes, "unrolled": unrolled}
 
 
 PARTS = {
@@ -329,14 +335,11 @@ def growth_table(found: list[dict]) -> list[str]:
     return lines
 
 
-def memory_table(found: list[dict]) -> list[str]:
-    nums = list(dict.fromkeys(row["N"] for row in found))
-    lines = ["| | `memory=` | " + " | ".join(f"N = {n}" for n in nums) + " |", "|---" * (2 + len(nums)) + "|"]
-    for host, kind in dict.fromkeys((row["host"], row["memory"]) for row in found):
-        rows = [row for row in found if (row["host"], row["memory"]) == (host, kind)]
-        cells = [f"{row['own']:.0f} ({row['peak']:.0f})" for row in rows]
-        lines.append(f"| `{host}_bism` | `{kind!r}` | " + " | ".join(cells) + " |")
-    return lines
+def memory_table(found: list[dict], row_of: Callable, column_of: Callable) -> list[str]:
+    cells = {(row_of(x), column_of(x)): f"{x['own']:.0f} ({x['peak']:.0f})" for x in found}
+    rows, columns = dict.fromkeys(row for row, _ in cells), dict.fromkeys(column for _, column in cells)
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    return lines + ["| " + " | ".join([row, *(cells[row, column] for column in columns)]) + " |" for row in rows]
 
 
 def convolution_table(found: list[dict]) -> list[str]:
@@ -404,11 +407,12 @@ def page(found: dict, path: Path) -> None:
         ]
         lines += ["", *strategy_table(found["strategies"])]
     if "memory" in found:
-        lines += [
-            "",
-            "## Memory: `Unrolled(N)`, Gaussian-Bernoulli RBM of 560 x 400 units, K = 1, not compiled in Pyro",
-        ]
-        lines += ["", "Own megabytes, and in brackets the peak of the process:", "", *memory_table(found["memory"])]
+        lines += ["", MEMORY, ""]
+        lines += memory_table(found["memory"]["sizes"], lambda x: x["contender"], lambda x: UNITS[x["model"]])
+        lines += ["", "560 x 400 units, K = 1, `Unrolled(N, memory=...)`, Pyro without `jit`:", ""]
+        lines += memory_table(
+            found["memory"]["unrolled"], lambda x: f"`{x['host']}_bism`, {x['memory']!r}", lambda x: f"N = {x['N']}"
+        )
     if "growth" in found:
         lines += ["", "## Growth: Gaussian-Bernoulli RBM", "", f"Milliseconds a step, {found['cores']['growth']}."]
         lines += ["", *growth_table(found["growth"])]
