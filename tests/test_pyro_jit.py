@@ -538,3 +538,30 @@ def test_a_diverging_rival_moves_nothing(replayed):
         rival.step(data())
     for a, b in zip(state_of(rival), before, strict=True):
         assert_allclose(a, b, rtol=0)
+
+
+def peeking(program):
+    """It looks at the data once all its sites have been stated."""
+
+    def model(x):
+        program(x)
+        if x.sum() > 1e9:
+            raise AssertionError("no such data")
+
+    return model
+
+
+PEEKING = {
+    "score matching": lambda: MarginalSM(peeking(bits), adam(), DenoisingScoreMatching(0.3), jit=True),
+    "CD": lambda: CD(peeking(bits), adam(), Gibbs(), jit=True),
+    "NCE": lambda: NCE(peeking(bits), adam(), far(), log_normalizer=0.0, jit=True),
+    "VNCE": lambda: VNCE(peeking(bits), bits_guide, adam(), far(), log_normalizer=0.0, jit=True),
+    "pseudo-likelihood": lambda: PseudoLikelihood(peeking(ising), adam(), jit=True),
+}
+
+
+@pytest.mark.parametrize("name", PEEKING)
+def test_a_rival_that_looks_at_values_is_refused_by_site_and_line(replayed, name):
+    x = (data() > 0).double() if name == "pseudo-likelihood" else data()
+    with pytest.raises(RuntimeError, match=r"can't be captured[\s\S]*'energy'[\s\S]*if x.sum"):
+        PEEKING[name]().step(x)
