@@ -124,7 +124,7 @@ def advance(
     if num_steps == 1:
         return step(rng_key, (x, state))
     draw, rest = taken_apart(step, rng_key, (x, state))
-    noise = jax.random.split(rng_key, num_steps)
+    noise: Any = jax.random.split(rng_key, num_steps)
     if num_steps <= num_ahead(draw, rng_key):
         noise, step = jax.vmap(draw)(noise), rest
     return jax.lax.scan(lambda carry, now: (step(now, carry), None), (x, state), noise, unroll=fused(num_steps))[0]
