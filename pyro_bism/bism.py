@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -249,14 +248,11 @@ class BiSM(Trainer):
     def energy(self, *args: Any, **kwargs: Any) -> tuple[energies.Energy, energies.Point]:
         """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
         pair, leaves, spec = self._prepare(args, kwargs)
-        batch = pair.batch(leaves, spec)
+        batch = pair.batch(leaves, spec, cut=True)
         buffers = Buffers(pair.buffers)
         try:
             values = pair.hard_draw(batch, batch.v)
         finally:
             buffers.restore()
-        # a plate that takes all rows takes any number of them
-        cut = {name for name, fn in pair.subsamples.items() if fn.size != fn.full_size}
-        batch = replace(batch, indices={name: rows for name, rows in batch.indices.items() if name in cut})
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
         return energies.Energy.of(pair.model, pair.sites, batch, pair.buffers, values)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -96,7 +96,11 @@ class record(replay):
 
     Sites marked for enumeration get their whole support, in a dimension of their own left of all plates,
     when ``enumerate_from`` says how many dimensions the plates take.
+
+    :cvar last: the name of the statement that ran last, in whichever run: an energy hides its own from outer handlers.
     """
+
+    last: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -115,6 +119,7 @@ class record(replay):
 
     def _pyro_sample(self, msg):
         super()._pyro_sample(msg)
+        record.last = msg["name"]
         if self.harden:
             msg["fn"] = hard(msg["fn"])
         if msg["is_observed"] or msg["done"]:
@@ -202,15 +207,19 @@ class Pair:
     def is_current(self) -> bool:
         """Whether the programs still train these tensors: none was replaced, cleared, frozen or unfrozen since."""
         store = pyro.get_param_store()._params
-        trained = (*self.theta.items(), *self.phi.items())
-        return all(leaf.requires_grad and store.get(name) is leaf for name, leaf in trained) and not any(
-            leaf.requires_grad for leaf in self.frozen
-        )
+        for leaves in (self.theta, self.phi):
+            for name, leaf in leaves.items():
+                if store.get(name) is not leaf or not leaf.requires_grad:
+                    return False
+        return not any([leaf.requires_grad for leaf in self.frozen])
 
-    def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
-        """The step's batch: subsampling plates draw their rows here, once."""
-        indices = {name: fn() for name, fn in self.subsamples.items()}
-        return visible.batch(self.sites, indices, leaves, spec)
+    def batch(self, leaves: Sequence[Any], spec: Any, cut: bool = False) -> visible.Batch:
+        """The step's batch: subsampling plates draw their rows here, once.
+
+        :param cut: leave plates that take all rows to themselves: such a plate takes any number of them.
+        """
+        indices = {name: fn() for name, fn in self.subsamples.items() if not (cut and fn.all is not None)}
+        return visible.Batch(self.sites, indices, leaves, spec)
 
     def programs(self, batch: visible.Batch) -> tuple[Callable, Callable]:
         """Model and guide for a host ELBO: rows fixed, discrete sites softened where the guide's are."""
@@ -575,7 +584,7 @@ def _describe(
         unreparameterised=tuple(name for name in sampled if not latents[name].fn.has_rsample),
     )
     subsamples = {**q.subsamples, **p.subsamples}
-    batch = visible.batch(sites, subsamples, leaves, spec)
+    batch = visible.Batch(sites, subsamples, leaves, spec)
     if loss is not None:
         strategy.check(loss, pair)
         _check_scores(pair, leaves, spec, subsamples, loss, strategy)
@@ -599,7 +608,7 @@ def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
 
 
 class _Resample:
-    """Draws a subsampling plate's rows anew, as the plate itself would."""
+    """Draws a subsampling plate's rows anew."""
 
     def __init__(self, sites: Mapping[str, Site], name: str):
         frame = next(f for s in sites.values() for f in s.frames if f.name == name)
@@ -610,7 +619,22 @@ class _Resample:
     def __call__(self) -> Tensor:
         if self.all is not None:
             return self.all
-        return _Subsample(self.full_size, self.size, device=self.device).sample()  # type: ignore[arg-type]
+        return _subsample(self.full_size, self.size, self.device)
+
+
+def _subsample(full_size: int, size: int, device: Any) -> Tensor:
+    """Rows without replacement, every sequence of them as likely.
+
+    Pyro's own plate shuffles all ``full_size`` indices, which at 50,000 takes longer than a small model's step. Here
+    rows are drawn until so many are distinct; each stands where it came first.
+    """
+    if 8 * size > full_size:  # too many would be drawn twice
+        return _Subsample(full_size, size, device=device).sample()
+    rows = torch.randint(full_size, (size,), device=device)
+    while len(distinct := dict.fromkeys(rows.tolist())) < size:
+        more = torch.randint(full_size, (size - len(distinct),), device=device)
+        rows = torch.cat([torch.tensor(list(distinct), device=device), more])
+    return rows
 
 
 def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSite]) -> int:
@@ -730,7 +754,7 @@ def _check_scores(
     loss: OuterLoss,
     strategy: Any,
 ) -> None:
-    batch = visible.batch(pair.sites, subsamples, leaves, spec)
+    batch = visible.Batch(pair.sites, subsamples, leaves, spec)
     draw, _ = pair.draw(batch, batch.v)
     sizes = [torch.Size(site.shape[1:]).numel() for site in pair.sites]
     pieces = [piece.clone().requires_grad_() for piece in batch.v.split(sizes, -1)]

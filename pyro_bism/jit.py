@@ -31,9 +31,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import optim, params
-from .densities import Pair
+from .densities import Pair, record
 from .hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slopes
-from .visible import Batch
+from .visible import Batch, flatten
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
 MAX_SUMS = 2**13  # multiplications
@@ -63,6 +63,11 @@ class Captured(Bilevel):
     write_phi: Callable[[Gradient, Tensor], None] | None = None
 
 
+def told(*values: Tensor) -> Tensor:
+    """What a step tells of itself, in one tensor: to read numbers out one by one takes longer than to compute them."""
+    return torch.stack([value.detach().to(values[0].device) for value in values])
+
+
 def left(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, allowed: Tensor) -> list[Any]:
     """What of an optimiser's step is left to torch: the gradient; where ``write`` takes it, which leaves have moved."""
     if write is None:
@@ -74,14 +79,14 @@ def left(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, a
 def _look(problem: Bilevel) -> list[Any]:
     """G and ‖∇_φ G‖."""
     loss, gradient = slopes(problem, "inner", "phi")
-    return [loss, norm(gradient)]
+    return [told(loss, norm(gradient))]
 
 
 def _fit(problem: Captured) -> list[Any]:
     """An inner step: G, ‖∇_φ G‖, and the gradient if it has yet to be followed, else which leaves it moves."""
     loss, gradient = slopes(problem, "inner", "phi")
     length = norm(gradient)
-    return [loss, length, *left(problem.write_phi, gradient, length.isfinite())]
+    return [told(loss, length), *left(problem.write_phi, gradient, length.isfinite())]
 
 
 def _follow(problem: Captured, state: Any) -> list[Any]:
@@ -122,6 +127,8 @@ class Program:
         self._settings = [optim.Settings(inner_optim, phi)] if self._inner_kept is not None or unrolls else []
         if self._outer_kept:
             self._settings.append(optim.Settings(outer_optim, theta))
+        # whether a graph may take several steps of both: ClippedAdam's rate changes between them, outside
+        self.takes_steps = all([kept is not None and kept.is_steady for kept in (self._outer_kept, self._inner_kept)])
         self._graphs: dict[Any, _Graph] = {}
         self._batch: Any = None
         self._inputs: Mapping[str, Sequence[Tensor]] = {}
@@ -129,7 +136,7 @@ class Program:
 
     def is_current(self, pair: Pair) -> bool:
         """Whether this is the pair, and the optimisers' settings are those that were captured."""
-        return self.pair is pair and all(settings.are_current() for settings in self._settings)
+        return self.pair is pair and all([settings.are_current() for settings in self._settings])
 
     def bind(self, batch: Batch, unrolls: bool = False) -> None:
         """Take up a step's data; ``unrolls`` says whether an optimiser that is not Adam is read too."""
@@ -153,7 +160,7 @@ class Program:
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``, captured the first time. Numbers in ``args`` are scalar inputs too."""
-        leaves, spec = ([], None) if all(x is None for x in args) else pytree.tree_flatten(args)
+        leaves, spec = ([], None) if args in ((), (None,)) else flatten(args)
         leaves = [torch.tensor(x, dtype=torch.float64) if type(x) in (int, float) else x for x in leaves]
         given = [x.detach() for x in leaves if isinstance(x, Tensor)]
         key = (function, spec, tuple(None if isinstance(x, Tensor) else x for x in leaves)) if spec else function
@@ -186,7 +193,7 @@ class Program:
             "buffers": self.pair.buffers,
             "outer_state": self._outer_kept.tensors() if self._outer_kept else [],
             "inner_state": inner,
-            "visible": [batch.v, *batch.indices.values()],
+            "rows": [*batch.indices.values()],
             "data": [x for x in batch.leaves if isinstance(x, Tensor)],
         }
 
@@ -196,8 +203,7 @@ class Program:
         data = iter(given["data"])
         stand_in = replace(
             batch,
-            v=given["visible"][0],
-            indices=dict(zip(batch.indices, given["visible"][1:], strict=True)),
+            indices=dict(zip(batch.indices, given["rows"], strict=True)),
             leaves=[next(data) if isinstance(x, Tensor) else x for x in batch.leaves],
         )
         theta, phi = ([p.detach().requires_grad_() for p in given[name]] for name in ("theta", "phi"))
@@ -236,11 +242,11 @@ class BilevelProgram(Program):
 
     def fit(self, moves: bool) -> tuple[float, float]:
         """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
-        loss, found, *gradient = self.run(_fit if moves else _look)
-        length = found.item()
+        report, *gradient = self.run(_fit if moves else _look)
+        loss, length = report.tolist()
         if moves and math.isfinite(length):
             self.move_phi(gradient)
-        return loss.item(), length
+        return loss, length
 
     def follow(self, problem: Bilevel, state: Any) -> tuple[Result, float]:
         """The outer step: what the strategy found, and ‖dJ/dθ‖. Nothing moves where they are not finite."""
@@ -291,11 +297,12 @@ class _Graph:
 
         state = params.random_state()
         inputs = [x.detach() for x in inputs]
-        with _last_site() as last, _recording():
+        record.last = None
+        with _last_site(), _recording():
             try:
                 recorded = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             except Exception as error:
-                raise _explained(error, last) from error
+                raise _explained(error) from error
             finally:
                 params.set_random_state(state)
         self._closed_over = _lift(recorded)
@@ -303,14 +310,21 @@ class _Graph:
             if any(x is leaf for x in self._closed_over):
                 raise RuntimeError(f"jit=True: parameter '{name}' is read past pyro.param and torch's functions.")
         recorded.graph.eliminate_dead_code()
+        given = [*inputs, *self._closed_over]
+        placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
+        self._read = [i for i, node in enumerate(placeholders) if node.users]
+        for node in placeholders:
+            if not node.users:
+                recorded.graph.erase_node(node)
         recorded.recompile()
-        self._run = _compiled(recorded, [*inputs, *self._closed_over])
+        self._run = _compiled(recorded, [given[i] for i in self._read])
         placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
         written = {node.args[0] for node in recorded.graph.nodes if "copy_" in str(node.target)}
         self._written = [i for i, node in enumerate(placeholders) if node in written]
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        values = [*inputs, *self._closed_over]
+        given = [*inputs, *self._closed_over]
+        values = [given[i] for i in self._read]
         written = [values[i] for i in self._written]
         found = self._run(values)
         torch.autograd.graph.increment_version(written)
@@ -353,6 +367,7 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         seeded = torch.Tag.nondeterministic_seeded
         kept = {op: f for op, f in select_decomp_table().items() if seeded not in getattr(op, "tags", ())}
         kept |= {op: _sums(kept.get(op)) for op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)}
+        kept[torch.ops.aten.normal.Tensor_Tensor] = _normal
         found: list[Any] = []
 
         def inner(graph, *args, **kwargs):
@@ -398,6 +413,14 @@ def _sums(other: Callable | None) -> Callable:
         return (args[0] if beta == 1 else beta * args[0]) + (found if alpha == 1 else alpha * found)
 
     return product
+
+
+def _normal(mean: Tensor, std: Tensor, generator: Any = None) -> Any:
+    """``torch.normal`` by the numbers that it draws itself: the compiler has no fast way to call it."""
+    if generator is not None:
+        return NotImplemented
+    shape = torch.broadcast_shapes(mean.shape, std.shape)
+    return torch.randn(shape, dtype=torch.result_type(mean, std), device=mean.device) * std + mean
 
 
 def _unpacked(compiled: Callable) -> Callable[[list[Tensor]], Sequence[Tensor]]:
@@ -505,24 +528,21 @@ def _recording() -> Iterator[None]:
 
 
 class _last_site(Messenger):
-    """Knows the name of the statement that ran last."""
-
-    name: str | None = None
+    """Keeps the name of the statement that ran last, for programs that a host ELBO runs."""
 
     def _process_message(self, msg):
         if msg["type"] == "sample":
-            self.name = msg["name"]
+            record.last = msg["name"]
 
 
-def _explained(error: Exception, last: _last_site) -> Exception:
+def _explained(error: Exception) -> Exception:
     """An error that names the place in the user's program."""
     hosts = (torch.__file__, pyro.__file__, __file__, warnings.__file__)  # the last: Python's own library
     inside = [Path(file).parent for file in hosts]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).exists()]
     own = [f for f in frames if not any(folder in Path(f.filename).parents for folder in inside)]
     place = f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else "no line of yours"
-    # a rival's energy hides its sites from the handlers outside
-    before = "" if last.name is None else f"The last sample statement before was '{last.name}'; "
+    before = "" if record.last is None else f"The last sample statement before was '{record.last}'; "
     first = (str(error).splitlines() or ["it asks for the value of a tensor"])[0]
     return RuntimeError(
         f"jit=True: the step can't be captured ({first}). {before}{place}. What the program does must not depend on "

@@ -314,6 +314,8 @@ class KeptAdam:
     """The state that ``optim`` keeps for these leaves, as tensors that a captured step reads and writes in place.
 
     For Adam, AdamW and ClippedAdam alone; for other optimisers :meth:`of` gives None.
+
+    :ivar is_steady: whether a step leaves the rates as they are.
     """
 
     _WIDTH = 4
@@ -323,6 +325,7 @@ class KeptAdam:
         self._kept = [torch_optimizer(optim, leaf) for leaf in leaves]
         self._steps = DifferentiableOptim(optim, leaves)
         self._rates: list[tuple[float, Tensor]] = [(math.nan, torch.zeros(()))] * len(leaves)
+        self.is_steady = not any(isinstance(kept, ClippedAdam) for kept in self._kept)
 
     @classmethod
     def of(cls, optim: PyroOptim, leaves: Sequence[Tensor]) -> "KeptAdam | None":

@@ -213,7 +213,7 @@ def _rejoined(energy: Energy, chains: Chains, masks: Mapping[str, Any]) -> Energ
         if same and site.plate is not None:
             same = int(chains.rows[site.plate].max()) < b.leaves[site.leaves[0]].shape[site.axis]
     if same:
-        energy = energy.at(visible.batch(b.sites, chains.rows, b.leaves, b.spec))
+        energy = energy.at(visible.Batch(b.sites, chains.rows, b.leaves, b.spec))
         old, new = energy.seen(chains.v), energy.seen(energy.batch.v)
         for name, values in new.items():
             moves = masks.get(name, False)

@@ -11,7 +11,6 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import densities, visible
 from .jit import MAX_CAPTURES, Program
@@ -28,7 +27,9 @@ class Trainer(ABC):
         self._modules = programs
         self._pairs: dict[Any, densities.Pair] = {}
         self._waiting: dict[str, Any] | None = None
-        self._finite: dict[int, tuple[int, int]] = {}
+        self._finite: dict[int, tuple[int, int, int]] = {}
+        # what the last call's arguments were, the arguments themselves, and their pair
+        self._last: tuple[tuple, list[Any], densities.Pair] | None = None
         self._programs: dict[Any, Any] = {}
         self._num_captures = 0
         _raise_heap_limit()
@@ -91,12 +92,18 @@ class Trainer(ABC):
 
     def pair(self, *args: Any, **kwargs: Any) -> densities.Pair:
         """Model and guide as they run on arguments of this structure; analysed once for each structure."""
-        return self._pair(*pytree.tree_flatten((args, kwargs)))
+        return self._pair(*visible.flatten((args, kwargs)))
 
     def _prepare(self, args: tuple, kwargs: dict) -> tuple[densities.Pair, list[Any], Any]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        self._require_finite(leaves, spec)
-        pair = self._pair(leaves, spec)
+        leaves, spec = visible.flatten((args, kwargs))
+        # most steps see the last one's tensors again, unchanged: a data set that a plate subsamples
+        seen = (spec, _modes(*self._modules), [_state(leaf) for leaf in leaves])
+        if self._last is not None and self._last[0] == seen and self._last[2].is_current():
+            pair = self._last[2]
+        else:
+            self._require_finite(leaves, spec)
+            pair = self._pair(leaves, spec)
+            self._last = seen, leaves, pair  # held, so that no number is given to another tensor
         if self._waiting is not None:
             self._take_up()
         return pair, leaves, spec
@@ -104,16 +111,14 @@ class Trainer(ABC):
     def _require_finite(self, leaves: list[Any], spec: Any) -> None:
         """Looks at a tensor again only when it has changed: a whole data set, subsampled, takes longer than a step."""
         fresh = {
-            id(leaf): leaf
-            for leaf in leaves
-            if isinstance(leaf, Tensor) and self._finite.get(id(leaf), (None, -1)) != (leaf.data_ptr(), leaf._version)
+            id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and self._finite.get(id(leaf)) != _state(leaf)
         }
         if fresh:
             visible.require_finite([leaf if id(leaf) in fresh else None for leaf in leaves], spec)
         for key, leaf in fresh.items():
             if key not in self._finite:  # its number may be given to another tensor
                 weakref.finalize(leaf, self._finite.pop, key, None)
-            self._finite[key] = (leaf.data_ptr(), leaf._version)
+            self._finite[key] = _state(leaf)
 
     def _pair(self, leaves: list[Any], spec: Any) -> densities.Pair:
         signature = (spec, tuple(_signature(leaf) for leaf in leaves))
@@ -134,7 +139,7 @@ class Trainer(ABC):
         :raises ValueError: for an argument that is neither a tensor nor a constant.
         :raises RuntimeError: if there have been too many.
         """
-        constants = tuple(leaf for leaf in batch.leaves if not isinstance(leaf, Tensor))
+        constants = tuple([leaf for leaf in batch.leaves if not isinstance(leaf, Tensor)])
         for leaf in constants:
             if not isinstance(leaf, int | float | str | None):
                 raise ValueError(f"jit=True: an argument is a {type(leaf).__name__}. Pass tensors, numbers or strings.")
@@ -225,13 +230,18 @@ def same_settings(optim: PyroOptim) -> PyroOptim:
     return new
 
 
+def _state(leaf: Any) -> Any:
+    """What tells whether an argument is the very same as before."""
+    return (id(leaf), leaf.data_ptr(), leaf._version) if isinstance(leaf, Tensor) else id(leaf)
+
+
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+        return leaf.shape, leaf.dtype, leaf.device
     # a float is no structure: one that changes from step to step would be analysed anew each time
     return leaf if isinstance(leaf, int | str | bool | None) else type(leaf)
 
 
 def _modes(*programs: Any) -> tuple[bool, ...]:
     """Training or evaluation mode of every module: a change may change what runs."""
-    return tuple(m.training for p in programs if isinstance(p, torch.nn.Module) for m in p.modules())
+    return tuple([m.training for p in programs if isinstance(p, torch.nn.Module) for m in p.modules()])

@@ -8,6 +8,7 @@ arguments of the programs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,15 +50,25 @@ def size(site: VisibleSite) -> int:
 class Batch:
     """One call's arguments as a function of the visible values.
 
-    :ivar v: the clean visible values, all sites side by side, of shape (n, D).
     :ivar indices: the rows picked by each subsampling plate, drawn once a step.
     """
 
-    v: Tensor
     sites: tuple[VisibleSite, ...]
     indices: Mapping[str, Tensor]
     leaves: Sequence[Any]
     spec: Any
+
+    @cached_property
+    def v(self) -> Tensor:
+        """The clean visible values, all sites side by side, of shape (n, D)."""
+        columns = []
+        for site in self.sites:
+            value = self.leaves[site.leaves[0]]
+            if site.plate is not None:
+                value = value.index_select(site.axis, self.indices[site.plate])
+            value = value.detach().reshape(site.shape[0], -1)
+            columns.append(value.to(torch.get_default_dtype()) if site.is_discrete else value)
+        return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
     def arguments(self, v: Tensor) -> tuple[tuple, dict]:
         """The programs' ``(args, kwargs)`` with v, of shape (n, D), in place of the visible values."""
@@ -129,17 +140,32 @@ _METADATA = frozenset(
 )
 
 
-def batch(sites: tuple[VisibleSite, ...], indices: Mapping[str, Tensor], leaves: Sequence[Any], spec: Any) -> Batch:
-    """Read the visible values out of the arguments' leaves."""
-    columns = []
-    for site in sites:
-        value = leaves[site.leaves[0]]
-        if site.plate is not None:
-            value = value.index_select(site.axis, indices[site.plate])
-        value = value.detach().reshape(site.shape[0], -1)
-        columns.append(value.to(torch.get_default_dtype()) if site.is_discrete else value)
-    v = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
-    return Batch(v, sites, indices, leaves, spec)
+_SPECS: dict[Any, Any] = {}
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """As torch's ``tree_flatten``, which takes as long as a small step's kernels: a structure met before is known."""
+    leaves: list[Any] = []
+    structure = _structure(tree, leaves)
+    spec = _SPECS.get(structure)
+    if spec is None:
+        spec = _SPECS[structure] = pytree.tree_structure(tree)
+    return leaves, spec
+
+
+def _structure(tree: Any, leaves: list[Any]) -> Any:
+    """What is left of nested containers when their leaves, added to ``leaves``, are taken out."""
+    kind = type(tree)
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+        return None
+    if kind is tuple or kind is list:
+        return kind, tuple([_structure(item, leaves) for item in tree])
+    if kind is dict:
+        return kind, tuple(tree), tuple([_structure(item, leaves) for item in tree.values()])
+    more, spec = pytree.tree_flatten(tree)
+    leaves += more
+    return spec
 
 
 def find(

@@ -1,6 +1,7 @@
 """pyro_bism's hypergradient, losses and errors, in float64."""
 
 import copy
+import math
 
 import numpy as np
 import pyro
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam
+from scipy import stats
 from torch.utils import _pytree as pytree
 
 import pyro_bism
@@ -29,6 +31,7 @@ from pyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
+from pyro_bism.densities import _subsample
 from pyro_bism.optim import DifferentiableOptim, torch_optimizer
 from pyro_bism.params import swapped
 
@@ -572,6 +575,18 @@ def test_misuse_names_the_site_and_the_cure(model, guide, message):
     bism = BiSM(model, guide, pyro.optim.Adam({"lr": 1e-3}), DenoisingScoreMatching(0.3))
     with pytest.raises(ValueError, match=message):
         bism.step(torch.randn(N, D))
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (17, 2)])  # shuffled; drawn again where twice
+def test_rows_are_drawn_without_replacement_and_every_sequence_is_as_likely(sizes):
+    num = 20_000
+    pyro.set_rng_seed(0)
+    draws = torch.stack([_subsample(*sizes, "cpu") for _ in range(num)])
+    found, counts = np.unique(draws, axis=0, return_counts=True)
+    total = math.perm(*sizes)
+    assert len(found) == total
+    assert all(len(set(rows)) == sizes[1] for rows in found.tolist())
+    assert np.square(counts - num / total).sum() / (num / total) < stats.chi2.ppf(0.999, total - 1)
 
 
 def test_subsampled_rows_give_the_score_of_those_rows():

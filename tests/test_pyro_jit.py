@@ -538,3 +538,50 @@ def test_a_diverging_rival_moves_nothing(replayed):
         rival.step(data())
     for a, b in zip(state_of(rival), before, strict=True):
         assert_allclose(a, b, rtol=0)
+
+
+@pytest.mark.parametrize("optim", [adam, lambda: pyro.optim.SGD({"lr": 1e-2})], ids=["one graph", "step by step"])
+def test_a_guide_that_diverges_stops_the_step(replayed, optim):
+    """At the inner step where it does: neither that one nor any later moves anything."""
+
+    def guide(x):
+        a = pyro.param("a", lambda: 0.3 * torch.randn(D, H))
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Normal(x @ a, 1.0).to_event(1))
+
+    fast = pyro.optim.Adam({"lr": 1e200})
+    rival = VNCE(gaussian, guide, optim(), far(), num_inner_steps=3, inner_optim=fast, jit=True)
+    rival.evaluate_loss(data())
+    theta = {name: pyro.param(name).detach().clone() for name in pyro.get_param_store() if name != "a"}
+    with pytest.raises(FloatingPointError, match="guide's loss or its gradient is not finite at inner step 2 of 3"):
+        rival.step(data())
+    for name, value in theta.items():
+        assert_allclose(pyro.param(name).detach(), value, rtol=0)
+    assert pyro.param("a").isfinite().all()
+
+
+def peeking(program):
+    """It looks at the data once all its sites have been stated."""
+
+    def model(x):
+        program(x)
+        if x.sum() > 1e9:
+            raise AssertionError("no such data")
+
+    return model
+
+
+PEEKING = {
+    "score matching": lambda: MarginalSM(peeking(bits), adam(), DenoisingScoreMatching(0.3), jit=True),
+    "CD": lambda: CD(peeking(bits), adam(), Gibbs(), jit=True),
+    "NCE": lambda: NCE(peeking(bits), adam(), far(), log_normalizer=0.0, jit=True),
+    "VNCE": lambda: VNCE(peeking(bits), bits_guide, adam(), far(), log_normalizer=0.0, jit=True),
+    "pseudo-likelihood": lambda: PseudoLikelihood(peeking(ising), adam(), jit=True),
+}
+
+
+@pytest.mark.parametrize("name", PEEKING)
+def test_a_rival_that_looks_at_values_is_refused_by_site_and_line(replayed, name):
+    x = (data() > 0).double() if name == "pseudo-likelihood" else data()
+    with pytest.raises(RuntimeError, match=r"can't be captured[\s\S]*'energy'[\s\S]*if x.sum"):
+        PEEKING[name]().step(x)

@@ -9,6 +9,8 @@ from jax import Array
 
 from ..densities import Analysis
 from ..energies import Density, Point
+from ..hypergradients import fused
+from ..jit import num_ahead, taken_apart
 from ..kernels import Gibbs, Kernel
 from ..visible import Batch
 from .rival import Rival, Target
@@ -116,13 +118,16 @@ def advance(
 ) -> tuple[Point, Any]:
     """So many steps of a kernel."""
 
-    def step(carry, key):
-        x, state, _ = kernel(key, density, *carry)
-        return (x, state), None
+    def step(key, carry):
+        return kernel(key, density, *carry)[:2]
 
     if num_steps == 1:
-        return step((x, state), rng_key)[0]
-    return jax.lax.scan(step, (x, state), jax.random.split(rng_key, num_steps))[0]
+        return step(rng_key, (x, state))
+    draw, rest = taken_apart(step, rng_key, (x, state))
+    noise: Any = jax.random.split(rng_key, num_steps)
+    if num_steps <= num_ahead(draw, rng_key):
+        noise, step = jax.vmap(draw)(noise), rest
+    return jax.lax.scan(lambda carry, now: (step(now, carry), None), (x, state), noise, unroll=fused(num_steps))[0]
 
 
 def draw_hidden(

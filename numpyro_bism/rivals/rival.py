@@ -174,6 +174,9 @@ class Rival(Trainer):
         """
         return target
 
+    def _next_key(self, rng_key: Array) -> Array:
+        return _keys(rng_key)[0]
+
     @property
     def _cure(self) -> str:
         return "Lower the learning rate, or clip the gradient"
@@ -194,7 +197,7 @@ class Rival(Trainer):
         leaves, spec = self._checked(args, kwargs)
         target = self.target(leaves, spec)
         # split as in update, so that the same state sees the same batch
-        _, key_batch, key_loss, _ = jax.random.split(state.rng_key, 4)
+        _, key_batch, key_loss, _ = _keys(state.rng_key)
         _, key_loss = jax.random.split(key_loss)
         batch = target.pair.batch(key_batch, leaves, spec)
         theta = self._theta(target.pair, state)
@@ -245,7 +248,7 @@ class Rival(Trainer):
     def _update(self, state: RivalState, leaves: Sequence[Any], spec: Any) -> tuple[RivalState, Array, Array]:
         target = self.target(leaves, spec)
         theta, mutable = self._theta(target.pair, state), state.mutable_state
-        rng_key, key_batch, key_loss, key_moved = jax.random.split(state.rng_key, 4)
+        rng_key, key_batch, key_loss, key_moved = _keys(state.rng_key)
         batch = target.pair.batch(key_batch, leaves, spec)
         key_fit, key_loss = jax.random.split(key_loss)
         fitted, seen = self._fit(key_fit, theta, state.carried, target, mutable, batch)
@@ -319,6 +322,11 @@ class Rival(Trainer):
                 f"in them. {cure}."
             )
         return found[0]
+
+
+def _keys(rng_key: Array) -> Array:
+    """The next state's key, and those of a step: its rows, its loss, its mutable state."""
+    return jax.random.split(rng_key, 4)
 
 
 @jax.jit  # one compilation instead of one for every operation

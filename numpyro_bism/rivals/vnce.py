@@ -12,6 +12,8 @@ from numpyro.handlers import seed
 
 from .. import divergences
 from ..densities import Analysis, Pair, joint_per_example, per_example, record
+from ..hypergradients import fused
+from ..jit import taken_apart
 from ..optim import as_optim, require_single_steps
 from ..training import norm
 from ..visible import Batch
@@ -125,19 +127,22 @@ class VNCE(Rival):
     ) -> tuple[Any, tuple[Array, ...]]:
         inner_state, fitted = carried
 
-        def loss(phi, key):
+        def loss(key, phi):
             params = target.params(theta, mutable, phi)
             if self._inner is not None:
                 return self._inner(key, target.pair, params, batch, batch.v)
             return self._data_term(key, target.pair, params, theta, batch, fitted).mean()
 
-        def step(inner_state, key):
+        draw, rest = taken_apart(loss, rng_key, self.inner_optim.get_params(inner_state))
+
+        def step(inner_state, noise):
             phi = self.inner_optim.get_params(inner_state)
-            value, gradient = jax.value_and_grad(loss)(phi, key)
+            value, gradient = jax.value_and_grad(rest, argnums=1)(noise, phi)
             return self.inner_optim.update(gradient, inner_state, value=value), (value, norm(gradient))
 
-        keys = jax.random.split(rng_key, self.num_inner_steps)
-        inner_state, (losses, lengths) = jax.lax.scan(step, inner_state, keys)
+        num = self.num_inner_steps
+        noise = jax.vmap(draw)(jax.random.split(rng_key, num))
+        inner_state, (losses, lengths) = jax.lax.scan(step, inner_state, noise, length=num, unroll=fused(num))
         return (inner_state, fitted), (losses[-1], lengths[-1])
 
     def _loss(

@@ -8,6 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,10 +20,12 @@ from .. import densities, energies, optim, params, visible
 from ..energies import VISIBLE, Energy, Point
 from ..hypergradients import Detached, Gradient, norm
 from ..integrals import Integral
-from ..jit import Program, left
+from ..jit import Program, left, told
 from ..training import Buffers, Trainer, require_optim
 
 __all__ = ["Rival", "RivalInfo"]
+
+MAX_FOLDED = 10  # inner steps in one graph: it takes the longer to compile
 
 
 class RivalInfo(NamedTuple):
@@ -55,7 +58,7 @@ class Target:
 
     def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
         """The step's batch: subsampling plates draw their rows here, once."""
-        return _cut(self.pair, self.pair.batch(leaves, spec))
+        return self.pair.batch(leaves, spec, cut=True)
 
     def point(self, seen: Point) -> Point:
         """A point with these visible values, its latents at zero."""
@@ -96,20 +99,47 @@ class Task:
     write_phi: Callable[[Gradient, Tensor], None] | None = None
 
 
-def fit(task: Task, carried: Any) -> list[Any]:
-    """The guide's step: its loss, the length of the gradient, and that, or which leaves a captured step has moved."""
+def fit(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
+    """The guide's step: its loss and the length of the gradient, and that, or which leaves a captured step has moved.
+
+    :param allowed: whether a captured step may move any.
+    """
     loss = task.inner(carried)
     gradient = torch.autograd.grad(loss, task.phi, allow_unused=True)
     length = norm(gradient)
-    return [loss.detach(), length, *left(task.write_phi, gradient, length.isfinite())]
+    allowed = length.isfinite() & loss.isfinite() & allowed
+    return [told(loss, length), *left(task.write_phi, gradient, allowed)]
 
 
-def descend(task: Task, carried: Any) -> list[Any]:
-    """The model's step, in the same way; what is carried on stands third."""
+def descend(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
+    """The model's step, in the same way; what is carried on stands second."""
     loss, carried = task.loss(carried)
     gradient = torch.autograd.grad(loss, task.theta, allow_unused=True)
     length = norm(gradient)
-    return [loss.detach(), length, carried, *left(task.write_theta, gradient, length.isfinite() & loss.isfinite())]
+    allowed = length.isfinite() & loss.isfinite() & allowed
+    return [told(loss, length), carried, *left(task.write_theta, gradient, allowed)]
+
+
+@cache
+def both(num_inner: int) -> Callable[[Task, Any], list[Any]]:
+    """So many steps of the guide and one of the model in one graph, which takes them itself.
+
+    It returns what all have told, what is carried on, and which leaves of φ and of θ have moved. Nothing moves after a
+    step that is not finite.
+    """
+
+    def solve(task: Task, carried: Any) -> list[Any]:
+        reports: list[Tensor] = []
+        moved: list[Any] = []
+        allowed: Any = True
+        for _ in range(num_inner):
+            report, *moved = fit(task, carried, allowed)
+            reports.append(report)
+            allowed = report.isfinite().all() & allowed
+        report, carried, *also_moved = descend(task, carried, allowed)
+        return [torch.stack([*reports, report]), carried, *moved, *also_moved]
+
+    return solve
 
 
 class Rival(Trainer):
@@ -124,12 +154,14 @@ class Rival(Trainer):
     :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
     :cvar moves_visible: whether the conditionals of the visible values are wanted.
     :cvar partial_guide: whether the guide is of the model's global sites alone.
+    :cvar num_inner_steps: steps of φ for each of θ, where the guide has a loss of its own.
     """
 
     takes_discrete = False
     sums_latents: bool | None = True
     moves_visible = False
     partial_guide = False
+    num_inner_steps = 0
     info_type: Any = RivalInfo
 
     def __init__(
@@ -183,10 +215,6 @@ class Rival(Trainer):
         """φ, where the guide has a loss of its own."""
         return []
 
-    def _fit(self, task: Task, carried: Any, program: Program | None) -> tuple[float, ...]:
-        """What is fitted to θ before θ's own step is fitted; what of this the info tells."""
-        return ()
-
     def _check(self, target: Target, batch: visible.Batch) -> Target:
         """The target, with what the method finds out of the model off its initial parameters.
 
@@ -209,24 +237,57 @@ class Rival(Trainer):
         program: Program | None = self._captured(pair, batch) if self.jit else None
         buffers = Buffers(pair.buffers)
         try:
-            seen = self._fit(task, *self._carried, program)
-            found = descend(task, *self._carried) if program is None else program.run(descend, *self._carried)
+            reports, carried, gradient = self._solve(task, program, *self._carried)
         finally:
             buffers.restore()
-        loss, length, carried, *gradient = found
-        self.info = self.info_type(loss.item(), length.item(), *seen)
-        if not all(map(math.isfinite, self.info)):
-            visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
-            raise FloatingPointError(
-                f"The loss or its gradient is not finite ({self.info}). The model was not updated. Lower the learning "
-                "rate, or clip the gradient."
-            )
+        for n, (loss, length) in enumerate(reports):
+            if not (math.isfinite(loss) and math.isfinite(length)):
+                visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
+                raise FloatingPointError(self._diverged(n, loss, length))
         self._carried = (carried,)
         if program is None:
             optim.descend(self.optim, task.theta, gradient)
         else:
             program.move_theta(gradient)
+        self.info = self.info_type(*reports[-1], *(reports[-2] if self.num_inner_steps else ()))
         return self.info.loss
+
+    def _solve(self, task: Task, program: Program | None, carried: Any) -> tuple[list[list[float]], Any, list[Any]]:
+        """The guide's steps, and what the model's has found.
+
+        :returns: what each has told, up to the first that is not finite; what is carried on; the gradient in θ, or
+            which leaves have moved.
+        """
+        num = self.num_inner_steps
+        if program is not None and program.takes_steps and num <= MAX_FOLDED:
+            told, carried, *moved = program.run(both(num), carried)
+            program.move_phi(moved[: len(task.phi)])
+            return told.tolist(), carried, moved[len(task.phi) :]
+        run = program.run if program is not None else lambda function, *args: function(task, *args)
+        reports = []
+        for _ in range(num):
+            report, *gradient = run(fit, carried)
+            reports.append(report.tolist())
+            if not all(map(math.isfinite, reports[-1])):
+                return reports, carried, []
+            if program is None:
+                optim.descend(self._optims["inner_optim"], task.phi, gradient)
+            else:
+                program.move_phi(gradient)
+        report, carried, *gradient = run(descend, carried)
+        return [*reports, report.tolist()], carried, gradient
+
+    def _diverged(self, n: int, loss: float, length: float) -> str:
+        """What to do about a step, the n-th, whose loss or gradient is not finite."""
+        if n < self.num_inner_steps:
+            return (
+                f"The guide's loss or its gradient is not finite at inner step {n + 1} of {self.num_inner_steps} (loss "
+                f"{loss}, gradient's length {length}). Lower the rate in inner_optim, or clip its gradients."
+            )
+        return (
+            f"The loss or its gradient is not finite (loss {loss}, gradient's length {length}). The model was not "
+            "updated. Lower the learning rate, or clip the gradient."
+        )
 
     def _theta(self, pair: densities.Pair) -> list[Tensor]:
         return [*pair.theta.values(), *self._own(pair)]
@@ -263,14 +324,14 @@ class Rival(Trainer):
 
     def _energy(self, args: Any, kwargs: Any, program_of: Callable) -> tuple[Energy, Point]:
         pair, leaves, spec = self._prepare(args, kwargs)
-        batch = pair.batch(leaves, spec)
+        batch = pair.batch(leaves, spec, cut=True)
         buffers = Buffers(pair.buffers)
         try:
             program, values = program_of(pair, batch), pair.hard_draw(batch, batch.v)
         finally:
             buffers.restore()
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
-        return Energy.of(program, pair.sites, _cut(pair, batch), pair.buffers, values)
+        return Energy.of(program, pair.sites, batch, pair.buffers, values)
 
     def target(self, *args: Any, **kwargs: Any) -> Target:
         """The model as it runs on arguments of this structure, and how its latents are summed out."""
@@ -317,7 +378,7 @@ class Rival(Trainer):
         """The energy, tried out, and how its latents are summed out."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            batch = _cut(pair, pair.batch(leaves, spec))
+            batch = pair.batch(leaves, spec, cut=True)
             # at weights of zero what is not read, or is linear, can't be told from what is
             leaves = [*pair.theta.values(), *pair.phi.values()]
             moved = {leaf: leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in leaves}
@@ -345,12 +406,6 @@ class Rival(Trainer):
                 f"in them. {cure}."
             )
         return integral
-
-
-def _cut(pair: densities.Pair, batch: visible.Batch) -> visible.Batch:
-    """The batch without the rows of plates that take all rows: such a plate takes any number of them."""
-    cut = {name for name, fn in pair.subsamples.items() if fn.size != fn.full_size}
-    return replace(batch, indices={name: rows for name, rows in batch.indices.items() if name in cut})
 
 
 def _check_reads(energy: Energy, x: Point) -> None:

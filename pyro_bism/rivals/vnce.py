@@ -12,12 +12,11 @@ from torch.nn.functional import softplus
 
 from .. import densities, divergences
 from ..densities import Pair, joint_per_example, per_example, record
-from ..jit import Program
-from ..optim import descend, settle
+from ..optim import settle
 from ..training import require_optim, same_settings
 from ..visible import Batch
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
-from .rival import Rival, Target, Task, fit
+from .rival import Rival, Target
 
 __all__ = ["VNCE", "VNCEInfo"]
 
@@ -139,21 +138,6 @@ class VNCE(Rival):
         if self._inner is not None:
             return self._inner(target.pair, batch, batch.v)
         return self._data_term(target.pair, batch, carried).mean()
-
-    def _fit(self, task: Task, carried: Any, program: Program | None) -> tuple[float, ...]:
-        for _ in range(self.num_inner_steps):
-            loss, found, *gradient = fit(task, carried) if program is None else program.run(fit, carried)
-            length = found.item()
-            if not math.isfinite(length):
-                raise FloatingPointError(
-                    f"The gradient of the guide's loss is not finite (loss {loss.item()}). Lower the rate in "
-                    "inner_optim, or clip its gradients."
-                )
-            if program is None:
-                descend(self.inner_optim, task.phi, gradient)
-            else:
-                program.move_phi(gradient)
-        return loss.item(), length
 
     def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
         noise = self.noise if carried is None else carried.distribution()
