@@ -114,7 +114,7 @@ def test_sparse_ising_of_a_table(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "400 rows, 4 columns" in done.stdout
-    found = re.findall(r"^ *(\w+ - \w+) .* (\d\.\d+)$", done.stdout, re.MULTILINE)
+    found = re.findall(r"^J\[(\w+ - \w+)\] .* (\d\.\d+)$", done.stdout, re.MULTILINE)
     assert found[0] == ("a - b", "1.000")
     assert len(found) == 6 and all(float(inclusion) < 0.9 for _, inclusion in found[1:])
     assert (tmp_path / "build" / "sparse_ising.png").stat().st_size > 10_000
