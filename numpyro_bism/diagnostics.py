@@ -110,7 +110,8 @@ def to_arviz(
     r"""Draws of h at these data, of the guide or of chains, and draws of the model, as ArviZ reads them.
 
     Of a :class:`PersistentVI` the posterior is one of θ: ``num_draws`` draws of its guide, or those given as
-    ``posterior``, with what ``log_likelihood(..., theta=...)`` said of them.
+    ``posterior``, with the model's ``deterministic`` sites outside the data plate and with what
+    ``log_likelihood(..., theta=...)`` said of them.
 
     h ~ q(h|v; φ) at the clean v and the present parameters: no noise is added and nothing is updated. Relaxed sites
     (``ConcreteBernoulli``, ``ConcreteOneHot``) are drawn and scored as the discrete distributions that they stand
@@ -176,7 +177,8 @@ def to_arviz(
             )
         if posterior is None:
             posterior = bism.posterior(state, *args, rng_key=rng_key, num_draws=num_draws, **kwargs)
-        draws_of = {name: np.asarray(value) for name, value in posterior.items()}
+        computed = bism.deterministics(state, posterior, *args, rng_key=rng_key, **kwargs)
+        draws_of = {name: np.asarray(value) for name, value in {**posterior, **computed}.items()}
         names = (
             [site.name for site in bism.pair(*bism._checked(args, kwargs)).sites] if log_likelihood is not None else []
         )

@@ -818,8 +818,10 @@ def test_the_posterior_of_the_parameters_goes_to_arviz(host):
 
     def model(x):
         w = host.p.sample("w", host.dist.Laplace(0.0, 1.0).expand([2]).to_event(1))
+        host.p.deterministic("product", w[:, None] * w)
         with host.p.plate("data", len(x)):
             v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            host.p.deterministic("of a row", v.sum(-1) * w.sum())
             host.p.factor("energy", (v * w - 0.5 * v**2).sum(-1))
 
     def guide(x):
@@ -828,12 +830,19 @@ def test_the_posterior_of_the_parameters_goes_to_arviz(host):
 
     rival = host.rivals.PersistentVI(model, guide, host.adam(1e-2), host.kernels.Gibbs(), num_chains=3)
     (x,) = host.start(rival, np.random.default_rng(16).normal(size=(5, 2)))
-    settings = {"num_draws": 2000, "dims": {"w": ["pixel"]}, "coords": {"pixel": ["left", "right"]}}
+    pixels = {"w": ["pixel"], "product": ["pixel", "other"]}
+    settings = {"num_draws": 2000, "dims": pixels, "coords": {"pixel": ["left", "right"]}}
     if host.name == "pyro":
-        tree = pyro_bism.to_arviz(rival, x, **settings)
+        package, state, keyed = pyro_bism, (), {}
     else:
-        tree = numpyro_bism.to_arviz(rival, host.state, x, rng_key=jax.random.key(3), **settings)
-    w = tree["posterior"]["w"]
+        package, state, keyed = numpyro_bism, (host.state,), {"rng_key": jax.random.key(3)}
+    tree = package.to_arviz(rival, *state, x, **settings, **keyed)
+    w, product = tree["posterior"]["w"], tree["posterior"]["product"]
+    assert list(tree["posterior"].data_vars) == ["w", "product"]
+    assert product.dims == ("chain", "draw", "pixel", "other")
+    np.testing.assert_allclose(product, np.einsum("cdi,cdj->cdij", w, w), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"theta has no draws of the guide's sites \['w'\]"):
+        rival.deterministics(*state, {"u": w[0]}, x, **keyed)
     assert w.dims == ("chain", "draw", "pixel") and list(w.coords["pixel"].values) == ["left", "right"]
     draws = np.asarray(w)[0]
     np.testing.assert_allclose(draws.mean(0), [1.0, -2.0], atol=5 * 0.5 / np.sqrt(2000))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from numpyro.handlers import block, seed, substitute
+from numpyro.handlers import block, seed, substitute, trace
 
 from ..densities import Analysis, Pair, Site, record
 from ..distributions import base_of
@@ -95,6 +95,38 @@ class PersistentVI(Rival):
             return values
 
         return jax.vmap(one)(jax.random.split(rng_key, num_draws))
+
+    def deterministics(
+        self, state: Any, theta: Mapping[str, Any], *args: Any, rng_key: Array, **kwargs: Any
+    ) -> dict[str, Array]:
+        """The model's ``deterministic`` sites outside the data plate at draws of θ, by site, the draws first.
+
+        :param theta: draws by site, as :meth:`posterior` gives them.
+        :param args: arguments of the model.
+        :raises ValueError: if θ lacks one of the guide's sites.
+        """
+        leaves, spec = self._checked(args, kwargs)
+        pair = self.pair(leaves, spec)
+        params = pair.params(*self._split(pair, self._theta(pair, state)), state.mutable_state)
+        batch = pair.batch(rng_key, leaves, spec)
+        wanted = _drawn(rng_key, pair, params, batch)[0]
+        missing = sorted(set(wanted) - set(theta))
+        if missing:
+            raise ValueError(f"theta has no draws of the guide's sites {missing}.")
+        args, kwargs = batch.arguments(batch.v)
+
+        def one(values):
+            with seed(rng_seed=rng_key), trace() as sites, record(params, {**batch.indices, **values}):
+                pair.model(*args, **kwargs)
+            rows = {frame.name for site in pair.sites for frame in sites[site.name]["cond_indep_stack"]}
+            return {
+                name: jnp.asarray(site["value"])
+                for name, site in sites.items()
+                if site["type"] == "deterministic" and rows.isdisjoint(f.name for f in site["cond_indep_stack"])
+            }
+
+        # compiled, so that an energy which no deterministic site reads is left out
+        return jax.jit(lambda draws: jax.lax.map(one, draws))({name: jnp.asarray(theta[name]) for name in wanted})
 
     def at(self, theta: Mapping[str, Any]) -> "AtTheta":
         """The model at one θ, which ``run_chains``, ``ais``, ``free_energy`` and the like take for a trained one.

@@ -88,6 +88,41 @@ class PersistentVI(Rival):
             draws = [_drawn(pair, batch)[0] for _ in range(num_draws)]
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
+    def deterministics(self, theta: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The model's ``deterministic`` sites outside the data plate at draws of θ, by site, the draws first.
+
+        :param theta: draws by site, as :meth:`posterior` gives them.
+        :param args: arguments of the model.
+        :raises ValueError: if θ lacks one of the guide's sites.
+        """
+        pair, leaves, spec = self._prepare(args, kwargs)
+        batch = pair.batch(leaves, spec)
+        with torch.no_grad():
+            wanted = _drawn(pair, batch)[0]
+        missing = sorted(set(wanted) - set(theta))
+        if missing:
+            raise ValueError(f"theta has no draws of the guide's sites {missing}.")
+        args, kwargs = batch.arguments(batch.v)
+
+        def one(values):
+            with torch.no_grad(), pyro.poutine.block(), record({**batch.indices, **values}) as run:
+                pair.model(*args, **kwargs)
+            rows = {frame.name for site in pair.sites for frame in run.sites[site.name].frames}
+            return {
+                name: site.value
+                for name, site in run.sites.items()
+                if site.infer.get("_deterministic", False) and rows.isdisjoint(f.name for f in site.frames)
+            }
+
+        draws = {name: torch.as_tensor(theta[name]) for name in wanted}
+        found = [one({name: value[0] for name, value in draws.items()})]
+        if not found[0]:
+            return {}
+        found += [
+            one(dict(zip(draws, values, strict=True))) for values in zip(*(x[1:] for x in draws.values()), strict=True)
+        ]
+        return {name: torch.stack([each[name] for each in found]) for name in found[0]}
+
     def at(self, theta: Mapping[str, Any]) -> "AtTheta":
         """The model at one θ, which ``run_chains``, ``ais``, ``free_energy`` and the like take for a trained one.
 
