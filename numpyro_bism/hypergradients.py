@@ -137,7 +137,8 @@ class Unrolled(Hypergradient):
         gradient explodes.
     :param memory: ``"store"`` keeps what every step computed: memory grows with N. ``"recompute"`` keeps five
         states of φ and the optimiser, whatever N is, and takes the steps from them again on the way back (Griewank and
-        Walther 2000): the same gradient in 1.4 to 2 times the time.
+        Walther 2000): the same gradient. Besides the pass that is differentiated a step is then taken once on average
+        for N = 5, 1.75 times for N = 20, 2.5 times for N = 50.
     """
 
     cure = "unroll fewer steps, or use Detached()"
