@@ -199,7 +199,9 @@ class Unrolled(Hypergradient):
     def _recomputed(self, problem: Bilevel) -> Result:
         """J at φᴺ and its gradient, by :func:`_reversal`."""
         kept: list[Any] = [(list(problem.phi), problem.steps.state(), random_state()), *[None] * NUM_KEPT]
-        total, behind, behind_state = [None] * len(problem.theta), [None] * len(problem.phi), {}
+        total: Gradient = []
+        behind: Gradient = []
+        behind_state: dict[Any, Tensor] = {}
         for n, (legs, place) in zip(range(self.num_steps, -1, -1), _reversal(self.num_steps, NUM_KEPT), strict=True):
             for source, target, steps in legs:
                 values, optim, noise = kept[source]
