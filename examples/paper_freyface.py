@@ -13,7 +13,6 @@ The numbers are written after every run, and a second call goes on where the fir
 
 import argparse
 import itertools
-import json
 import os
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
+import kept
 from data import Split, digits, frey_faces
 from paper_checkerboard import Setting, numpyro_backend, pyro_backend, start
 
@@ -155,15 +155,9 @@ def main() -> None:
     pairs = [(1, 1), (None, 1)] if args.smoke else pairs
     make = {"numpyro": numpyro_backend, "pyro": pyro_backend}[args.backend]
     backend, whole = make(setting), make(setting._replace(batch_size=None))
-    keep = args.output.with_suffix(".json")
-    keep.parent.mkdir(parents=True, exist_ok=True)
+    path = args.output.with_suffix(".json")
     about = {"backend": args.backend, "steps": steps, "seed": args.seed, "setting": list(setting)}
-    results: dict[str, dict] = {}
-    if keep.exists():
-        kept = json.loads(keep.read_text())
-        if kept["about"] != about:
-            parser.error(f"{keep} has the numbers of {kept['about']}: take another --output")
-        results = kept["results"]
+    results = kept.load(parser, path, about)
     with tqdm(pairs) as bar:
         for n, k in bar:
             name = f"{AMORTISED}, K = {k}" if n is None else f"N = {n}, K = {k}"
@@ -176,7 +170,7 @@ def main() -> None:
             seconds = time.perf_counter() - begun
             found = judged(whole, params, data.test, args.seed, temperatures, sweeps)
             results[name] = {"N": n, "K": k, "seconds": seconds, **found}
-            keep.write_text(json.dumps({"about": about, "results": results}))
+            kept.save(path, about, results)
     print(f"{args.backend}, {setting.visible} x {setting.hidden} units, {steps:,} steps, seed {args.seed}")
     print(table(results))
     picture(results, data, args.output.with_suffix(".png"))

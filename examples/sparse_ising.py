@@ -17,7 +17,6 @@ With --data, a table of binary columns instead: the posterior of its couplings, 
 import argparse
 import csv
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoNormal
 from tqdm import tqdm
 
+import kept
 from numpyro_bism import CD, Gibbs, PersistentVI, PseudoLikelihood, to_arviz
 
 MEAN_DEGREE = 2  # of the random graph
@@ -303,15 +303,9 @@ def main() -> None:
     if args.smoke:
         args.draws, args.seeds = [500], [0]
     cells = [(graph, num, seed) for seed in args.seeds for graph in args.graphs for num in args.draws]
-    keep = args.output.with_suffix(".json")
-    keep.parent.mkdir(parents=True, exist_ok=True)
+    path = args.output.with_suffix(".json")
     about = {"steps": steps, "chains": args.chains, "smoke": args.smoke}
-    results: dict[str, dict] = {}
-    if keep.exists():
-        kept = json.loads(keep.read_text())
-        if kept["about"] != about:
-            parser.error(f"{keep} has the numbers of {kept['about']}: take another --output")
-        results = kept["results"]
+    results = kept.load(parser, path, about)
     with tqdm([(*cell, method) for cell in cells for method in args.methods]) as bar:
         for graph, num_draws, seed, method in bar:
             key = key_of(graph, num_draws, seed)
@@ -330,10 +324,10 @@ def main() -> None:
             found = np.asarray(METHODS[method](x, steps, args.chains, seed, run.get("penalty")))
             seconds = time.perf_counter() - begun
             run[method] = {"error": float(np.sqrt(np.mean((found - truth) ** 2))), "seconds": seconds}
-            keep.write_text(json.dumps({"about": about, "results": results}, indent=1))
+            kept.save(path, about, results)
     print(f"root-mean-square error of the couplings, {steps:,} steps, seeds {args.seeds}")
     print(report_cells(results, cells, args.methods))
-    print(f"The numbers are in {keep}.")
+    print(f"The numbers are in {path}.")
 
 
 if __name__ == "__main__":

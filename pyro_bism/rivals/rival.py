@@ -260,9 +260,9 @@ class Rival(Trainer):
         """
         num = self.num_inner_steps
         if program is not None and program.takes_steps and num <= MAX_FOLDED:
-            told, carried, *moved = program.run(both(num), carried)
+            report, carried, *moved = program.run(both(num), carried)
             program.move_phi(moved[: len(task.phi)])
-            return told.tolist(), carried, moved[len(task.phi) :]
+            return report.tolist(), carried, moved[len(task.phi) :]
         run = program.run if program is not None else lambda function, *args: function(task, *args)
         reports = []
         for _ in range(num):
