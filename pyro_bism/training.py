@@ -142,15 +142,18 @@ class Trainer(ABC):
         constants = tuple([leaf for leaf in batch.leaves if not isinstance(leaf, Tensor)])
         for leaf in constants:
             if not isinstance(leaf, int | float | str | None):
-                raise ValueError(f"jit=True: an argument is a {type(leaf).__name__}. Pass tensors, numbers or strings.")
+                raise ValueError(
+                    f"jit=True: an argument is of type {type(leaf).__name__}. Pass tensors, numbers or strings."
+                )
         key = (id(pair), constants)
         program = self._programs.get(key)
         if program is None or not program.is_current(pair):
             self._num_captures += 1
             if self._num_captures > MAX_CAPTURES:
+                numbers = f", numbers among them (now {', '.join(map(repr, constants))})" if constants else ""
                 raise RuntimeError(
-                    f"jit=True: the step has been captured {MAX_CAPTURES} times. Shapes and types of the arguments, "
-                    f"numbers among them ({constants}), training modes and optimiser settings other than Adam's rate "
+                    f"jit=True: the step has been captured {MAX_CAPTURES} times. Shapes and types of the arguments"
+                    f"{numbers}, training modes and optimiser settings other than Adam's rate "
                     "are constants of a captured step: pass numbers that change as tensors and batches of one size, or "
                     "take jit=False."
                 )
