@@ -142,9 +142,7 @@ class Trainer(ABC):
         constants = tuple([leaf for leaf in batch.leaves if not isinstance(leaf, Tensor)])
         for leaf in constants:
             if not isinstance(leaf, int | float | str | None):
-                raise ValueError(
-                    f"jit=True: an argument is of type {type(leaf).__name__}. Pass tensors, numbers or strings."
-                )
+                raise ValueError(f"jit=True: an argument is a {type(leaf).__name__}. Pass tensors, numbers or strings.")
         key = (id(pair), constants)
         program = self._programs.get(key)
         if program is None or not program.is_current(pair):
