@@ -1,5 +1,6 @@
 """pyro_bism on the kinds of models that Pyro users write, each compared with a plain equivalent."""
 
+import copy
 import functools
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pyro.infer import autoguide as auto
 from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from oracles import LinearGaussian, Moments, dsm_optimum
@@ -31,6 +33,7 @@ from pyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
+from pyro_bism.optim import descend, settle, torch_optimizer
 from pyro_bism.visible import Rows
 from test_pyro_bism import (
     OPTIMS,
@@ -994,6 +997,81 @@ def test_a_run_of_differentiable_steps_is_the_run_of_steps(optim):
         bism.inner_optim(phi)
     for p, value in zip(phi, values, strict=True):
         torch.testing.assert_close(p.detach(), value.detach(), rtol=1e-10, atol=1e-13)
+
+
+def _alike(name):
+    return {"lr": 1e-2, "betas": (0.8, 0.9)}
+
+
+def _in_turns(name):
+    return {"lr": 1e-2 if name == "p0" else 1e-3}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (pyro.optim.Adam, _alike),
+        (pyro.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+        (pyro.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
+        (pyro.optim.Adam, {"lr": 1e-2, "foreach": True}),
+        (pyro.optim.Adam, _in_turns),
+        (pyro.optim.Adam, {"lr": 1e-2}, {"clip_norm": 0.1}),
+        (pyro.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3}),
+        (pyro.optim.AdamW, {"lr": 1e-2, "maximize": True}),
+        (pyro.optim.ClippedAdam, {"lr": 1e-2, "lrd": 0.9}),
+        (pyro.optim.ExponentialLR, {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "gamma": 0.9}),
+    ],
+)
+def test_a_step_is_the_optimisers_own(settings):
+    """Also where it is taken for all parameters in one call, and where a parameter has no gradient now and then."""
+    make, *arguments = settings
+    ours, theirs = (make(*copy.deepcopy(arguments)) for _ in range(2))  # a scheduler empties its settings
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for optim in (ours, theirs):
+        pyro.clear_param_store()
+        leaves = [pyro.param(f"p{i}", torch.full((i + 1, 2), 0.5)) for i in range(3)]
+        settle(optim, leaves)
+        pairs.append(leaves)
+    for t in range(6):
+        gradient = [
+            torch.randn(p.shape, generator=generator) if (t, i) != (3, 1) else None for i, p in enumerate(pairs[0])
+        ]
+        descend(ours, pairs[0], [None if g is None else g.clone() for g in gradient])
+        for p, g in zip(pairs[1], gradient, strict=True):
+            p.grad = None if g is None else g.clone()
+        theirs([p for p in pairs[1] if p.grad is not None])
+        if hasattr(ours, "pt_scheduler_constructor"):
+            ours.step()
+            theirs.step()
+        for mine, other in zip(*pairs, strict=True):
+            assert mine.grad is None
+            torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    for mine, other in zip(*pairs, strict=True):
+        states = [torch_optimizer(o, p).state[p] for o, p in ((ours, mine), (theirs, other))]
+        assert states[0].keys() == states[1].keys()
+        for key in states[0]:
+            assert states[0][key] == pytest.approx(states[1][key], rel=0, abs=0), key
+
+
+def test_a_step_in_one_call_is_not_taken_past_a_listener():
+    """Hooks and schedulers of the torch optimisers that PyroOptim keeps see every step."""
+    heard = []
+    bism = BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), DSM, num_inner_steps=2)
+    bism.step(data())
+    outer, inner = (list(optim.optim_objs.values()) for optim in (bism.optim, bism.inner_optim))
+    outer[0].register_step_post_hook(lambda *_: heard.append("outer"))
+    inner[0].register_step_pre_hook(lambda *_: heard.append("inner"))
+    torch.optim.lr_scheduler.StepLR(outer[1], 1)
+    bism.step(data())
+    assert heard == ["inner", "inner", "outer"]
+    assert outer[1]._opt_called
+    handle = register_optimizer_step_post_hook(lambda *_: heard.append("all"))
+    try:
+        bism.step(data())
+    finally:
+        handle.remove()
+    assert heard.count("all") == len(outer) + 2 * len(inner)
 
 
 def test_schedulers_step_beside_each_other():

@@ -6,7 +6,7 @@ of both packages and the steps written by hand all call these, so that they diff
 - checkerboard: a Gaussian-Bernoulli RBM of 2 x 4 units, relaxed guide, σ = 0.05.
 - rbm: the same at 560 x 400 units, σ = 0.3; and with half, twice and four times as many of either.
 - conv: 1 x 32 x 32 images, 16 channels twice, 50 Gaussian latents: E = ½‖v‖² + ½‖h‖² - f(v)·h, f two strided
-  convolutions and a linear map; the guide has such a network of its own. σ = 0.3.
+  convolutions and a linear map; the guide has such a network of its own. σ = 0.3. And with four times the channels.
 """
 
 from collections.abc import Callable
@@ -85,6 +85,7 @@ MODELS = {
     "rbm x 2": Model("rbm x 2", (1120,), 800, 0.3, True, _rbm(1120, 800, 0.01)),
     "rbm x 4": Model("rbm x 4", (2240,), 1600, 0.3, True, _rbm(2240, 1600, 0.01)),
     "conv": Model("conv", (1, 32, 32), 50, 0.3, False, _conv(16, 50)),
+    "conv x 4": Model("conv x 4", (1, 32, 32), 50, 0.3, False, _conv(64, 50)),
 }
 
 

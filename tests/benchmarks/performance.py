@@ -62,6 +62,7 @@ TITLES = {
     "conv": "Convolutional, 1 x 32 x 32, 16 channels, 50 latents",
 }
 UNITS = {"rbm / 2": "280 x 200", "rbm": "560 x 400", "rbm x 2": "1120 x 800", "rbm x 4": "2240 x 1600"}
+SIZES = {**UNITS, "conv": "convolutional, 16 channels", "conv x 4": "64 channels"}
 
 
 def work(job: dict) -> None:
@@ -147,7 +148,7 @@ class Worker:
 
 def job(model: str, contender: str, strategy: str = "Unrolled(5)", K: int = 5, N: int = 5, batch: int = BATCH) -> dict:
     slow = "eager" in contender or contender == "higher"
-    steps = {"checkerboard": 20 if slow else 200, "conv": 2 if slow else 4}.get(model, 5 if slow else 10)
+    steps = {"checkerboard": 20 if slow else 200, "conv": 2 if slow else 4, "conv x 4": 1}.get(model, 5 if slow else 10)
     if contender in ("JAX by hand, scan", "numpyro_bism, run") and model == "checkerboard":
         steps = 1000
     scans = "JAX" in contender or "numpyro" in contender
@@ -235,7 +236,7 @@ def convolutions(args: argparse.Namespace) -> list[dict]:
 def memory(args: argparse.Namespace) -> dict:
     """What a step holds, by size; and an unrolled one by N and by ``memory=``."""
     names = ("higher", "pyro_bism, eager", "pyro_bism, jit=True", "numpyro_bism, run")
-    sizes = [row for name in names for m in UNITS for row in measure([job(m, name)], 0, f"{name} {m}")]
+    sizes = [row for name in names for m in SIZES for row in measure([job(m, name)], 0, f"{name} {m}")]
     command = [sys.executable, str(HERE / "memory.py")]
     unrolled = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     return {"sizes": sizes, "unrolled": unrolled}
@@ -391,30 +392,30 @@ def page(found: dict, path: Path) -> None:
     ]
     if "steps" in found:
         lines += ["", "![Milliseconds a step](images/performance.png)"]
-        lines += ["", f"The three tables that follow: {found['cores']['steps']}."]
+        lines += ["", f"The three tables that follow: {found['measured']['steps']}."]
         for model, rows in found["steps"].items():
             lines += ["", f"## {TITLES[model]}", "", *step_table(rows)]
         picture(found["steps"], path.parent / "images" / "performance.png")
     if "convolutions" in found:
-        lines += ["", CONVOLUTIONS.format(found["cores"]["convolutions"])]
+        lines += ["", CONVOLUTIONS.format(found["measured"]["convolutions"])]
         lines += ["", *convolution_table(found["convolutions"])]
     if "strategies" in found:
         lines += [
             "",
             f"## Hypergradients: {TITLES['rbm']}, K = 5",
             "",
-            f"Without turns, {found['cores']['strategies']}.",
+            f"Without turns, {found['measured']['strategies']}.",
         ]
         lines += ["", *strategy_table(found["strategies"])]
     if "memory" in found:
         lines += ["", MEMORY, ""]
-        lines += memory_table(found["memory"]["sizes"], lambda x: x["contender"], lambda x: UNITS[x["model"]])
+        lines += memory_table(found["memory"]["sizes"], lambda x: x["contender"], lambda x: SIZES[x["model"]])
         lines += ["", "560 x 400 units, K = 1, `Unrolled(N, memory=...)`, Pyro without `jit`:", ""]
         lines += memory_table(
             found["memory"]["unrolled"], lambda x: f"`{x['host']}_bism`, {x['memory']!r}", lambda x: f"N = {x['N']}"
         )
     if "growth" in found:
-        lines += ["", "## Growth: Gaussian-Bernoulli RBM", "", f"Milliseconds a step, {found['cores']['growth']}."]
+        lines += ["", "## Growth: Gaussian-Bernoulli RBM", "", f"Milliseconds a step, {found['measured']['growth']}."]
         lines += ["", *growth_table(found["growth"])]
     path.write_text("\n".join(lines) + "\n")
 
@@ -441,7 +442,7 @@ def main() -> None:
         if name == "strategies":  # those measured before stay
             part = [row for row in found.get(name, []) if row["strategy"] not in args.strategies] + part
         found[name] = found.get(name, {}) | part if isinstance(part, dict) else part
-        found.setdefault("cores", {})[name] = cores()
+        found.setdefault("measured", {})[name] = f"{cores()}, {args.rounds} rounds"
         kept.write_text(json.dumps(found, indent=1))
         page(found, args.page)
         if name == "steps":
