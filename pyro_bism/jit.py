@@ -45,6 +45,16 @@ OPTIONS = {
     "alignment_asserts": False,
     "cpp.min_chunk_size": 16384,  # threads cost more than they gain on less
 }
+# For an early first step. All in one C++ program, not one for each group of operations between two calls of a library;
+# what calls the kernels is compiled with little optimisation, the kernels with all; two graphs are too few for a
+# precompiled header to pay; and the processor's own list of vector instructions is taken at its word: to try out which
+# of them compile and load takes longer than a small model's kernels. A torch that lacks one of these goes without.
+EARLY = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "cpp_cache_precompile_headers": False,
+    "cpp.vec_isa_ok": True,
+}
 
 
 @dataclass
@@ -360,7 +370,7 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     with torch.no_grad(), warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # of the compiler's own making
             warnings.filterwarnings("ignore", category=category)
-        from torch._inductor import compile_fx, cpu_vec_isa, exc
+        from torch._inductor import compile_fx, config, cpu_vec_isa, exc
         from torch._inductor.decomposition import select_decomp_table
 
         # a random operation taken apart would draw other numbers than the eager step
@@ -376,11 +386,8 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
             found.append((graph.graph, compile_fx.compile_fx_inner(graph, *args, **kwargs)))
             return found[-1][1]
 
-        for faster in (True, False):
-            # All in one C++ program, not one for each group of operations between two calls of a library: that takes
-            # longer to compile than it runs. And trying out one by one which vector instructions compile and load
-            # takes longer than a small model's kernels: the processor's own list is taken at its word.
-            patches = {**OPTIONS, **({"cpp_wrapper": True, "cpp.vec_isa_ok": True} if faster else {})}
+        for early in (True, False):
+            patches = {**OPTIONS, **({k: EARLY[k] for k in EARLY.keys() & config.get_config_copy()} if early else {})}
             try:
                 compiled = compile_fx.compile_fx(
                     recorded, [*inputs], inner_compile=inner, config_patches=patches, decompositions=kept
@@ -393,7 +400,7 @@ def _compiled(recorded: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
                 cause: BaseException | None = error
                 while cause is not None and not isinstance(cause, exc.InvalidCxxCompiler | exc.CppCompileError):
                     cause = cause.__cause__ or getattr(cause, "inner_exception", None)
-                if cause is None and not faster:
+                if cause is None and not early:
                     raise
     _warn_once()
     return _unpacked(recorded)
