@@ -43,10 +43,11 @@ CONVOLUTIONS = """## Convolutions in JAX
 On CPUs, XLA has fast code for convolutions with channels last and brings others to that form, but not those in the body
 of a loop. `numpyro_bism` rewrites what it compiles, so that it is faster than the same step in a plain `lax.scan`; what
 is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100, {}:"""
-MEMORY = """## Memory: Gaussian-Bernoulli RBM
+MEMORY = """## Memory
 
-Megabytes of its own, and in brackets the process's peak. A step holds less than `higher`'s; a compiler takes 110 MB
-(torch's) to 480 MB (XLA) besides, however small the model is. K = N = 5:"""
+Megabytes of its own, and in brackets the process's peak. A step holds no more than `higher`'s; a compiler takes 110 MB
+(torch's) to 480 MB (XLA) besides, however small the model is: in Pyro the whole process stays below `higher`'s from
+1120 x 800 units and 64 channels on. K = N = 5:"""
 STRATEGIES = [
     "Detached()",
     "Unrolled(5)",
@@ -61,8 +62,9 @@ TITLES = {
     "rbm": "Gaussian-Bernoulli RBM of 560 x 400 units",
     "conv": "Convolutional, 1 x 32 x 32, 16 channels, 50 latents",
 }
+# Gaussian-Bernoulli RBMs
 UNITS = {"rbm / 2": "280 x 200", "rbm": "560 x 400", "rbm x 2": "1120 x 800", "rbm x 4": "2240 x 1600"}
-SIZES = {**UNITS, "conv": "convolutional, 16 channels", "conv x 4": "64 channels"}
+SIZES = {**UNITS, "conv": "convolutional, 16 channels", "conv x 4": "convolutional, 64 channels"}
 
 
 def work(job: dict) -> None:
