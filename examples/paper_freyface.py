@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from scipy.special import expit  # scikit-learn brings SciPy
 from tqdm import tqdm
 
 import kept
@@ -47,7 +48,7 @@ def engine(backend: SimpleNamespace, n: int | None, k: int):
 
 
 def judged(backend: SimpleNamespace, params: dict, x: np.ndarray, seed: int, temperatures: int, sweeps: int) -> dict:
-    """Log-likelihood of x and its standard error, Fisher divergence, bounds of log Z, and draws of the model."""
+    """Log-likelihood of x and its standard error, Fisher divergence, bounds of log Z, and draws without their noise."""
     b = backend.bism
     method = b.MarginalSM(backend.model, backend.adam(), b.DenoisingScoreMatching(SIGMA))
     annealing = {"num_temperatures": temperatures, "progress_bar": False}
@@ -74,13 +75,24 @@ def judged(backend: SimpleNamespace, params: dict, x: np.ndarray, seed: int, tem
         value, error, _ = b.log_likelihood(method, v, init, log_normalizer=log_z)
         fisher = b.fisher_divergence(method, v, init)
         draws = b.run_chains(method, v, init, num_chains=NUM_SAMPLES, **chains)
+    v = np.asarray(draws.values["v"]).reshape(-1, x.shape[1])[:NUM_SAMPLES]
     return {
         "log_likelihood": float(np.mean(np.asarray(value))),
         "standard_error": float(np.asarray(error).mean()),  # of log Z, which is the same for all rows
         "fisher_divergence": float(fisher.value),
         "bounds": [log_z.lower, log_z.upper],
-        "draws": np.asarray(draws.values["v"]).reshape(-1, x.shape[1])[:NUM_SAMPLES].round(3).tolist(),
+        "draws": denoised(v, params).round(3).tolist(),
     }
+
+
+def denoised(v: np.ndarray, params: dict) -> np.ndarray:
+    """E[x | v], where v is x with noise of scale σ, as the model has learned it: v + σ² ∇_v log p(v).
+
+    Tweedie's formula (Robbins 1956; Miyasawa 1961).
+    """
+    W, b, c, log_s = (params[name] for name in ("W", "b", "c", "log_s"))
+    score = (b - v) * np.exp(-2 * log_s) + expit(c + v @ W) @ W.T
+    return v + SIGMA**2 * score
 
 
 def parsed(pair: str) -> tuple[int | None, int]:
@@ -114,7 +126,7 @@ def picture(results: dict, data: Split, path: Path) -> None:
         for row in np.array(best["draws"]).reshape(3, -1, data.train.shape[1])
     ]
     right.imshow(np.concatenate(rows), cmap="gray", vmin=0, vmax=1)
-    right.set(title=f"draws of the model: {name}")
+    right.set(title=f"draws, denoised: {name}")
     right.axis("off")
     figure.savefig(path, dpi=150)
 
