@@ -111,12 +111,17 @@ def picture(results: dict, data: Split, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(1.2, 1), layout="constrained")
     grid = [run for run in results.values() if run["N"] is not None]
+    fitted = [run["log_likelihood"] for run in results.values() if run["K"] > 0]
+    low, high = (min(fitted) - 2, max(fitted) + 2) if fitted else (-np.inf, np.inf)  # without K = 0, far off
     for k in sorted({run["K"] for run in grid}):
         runs = sorted((run for run in grid if run["K"] == k), key=lambda run: run["N"])
-        left.plot([run["N"] for run in runs], [run["log_likelihood"] for run in runs], "o-", label=f"K = {k}")
+        n, value = [run["N"] for run in runs], [run["log_likelihood"] for run in runs]
+        left.plot(n, value, "o-", label=f"K = {k}" + ", below" * (max(value) < low))
     for run in results.values():
         if run["N"] is None:
             left.axhline(run["log_likelihood"], color="black", linestyle="--", label=f"amortised, K = {run['K']}")
+    if fitted:
+        left.set_ylim(low, high)
     left.set(xlabel="N, unrolled steps", ylabel="held-out log-likelihood, nats", title="what N and K buy")
     left.legend()
     left.grid(alpha=0.3)
