@@ -114,7 +114,7 @@ def _take_one_adam(optim: PyroOptim, slopes: Mapping[Tensor, Tensor]) -> bool:
         return False
     states = [kept.state[leaf] for leaf, kept in zip(slopes, every, strict=True)]
     beta1, beta2 = settings.pop("betas")
-    settings.pop("initial_lr", None)  # a scheduler's
+    settings.pop("initial_lr", None)  # of a state saved beside a scheduler
     with torch.no_grad():
         adam(
             params=list(slopes),

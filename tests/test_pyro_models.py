@@ -1003,7 +1003,7 @@ def _alike(name):
     return {"lr": 1e-2, "betas": (0.8, 0.9)}
 
 
-def _in_turns(name):
+def _two_rates(name):
     return {"lr": 1e-2 if name == "p0" else 1e-3}
 
 
@@ -1014,7 +1014,7 @@ def _in_turns(name):
         (pyro.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
         (pyro.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
         (pyro.optim.Adam, {"lr": 1e-2, "foreach": True}),
-        (pyro.optim.Adam, _in_turns),
+        (pyro.optim.Adam, _two_rates),
         (pyro.optim.Adam, {"lr": 1e-2}, {"clip_norm": 0.1}),
         (pyro.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3}),
         (pyro.optim.AdamW, {"lr": 1e-2, "maximize": True}),

@@ -45,9 +45,8 @@ of a loop. `numpyro_bism` rewrites what it compiles, so that it is faster than t
 is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100, {}:"""
 MEMORY = """## Memory
 
-Megabytes of its own, and in brackets the process's peak. A step holds no more than `higher`'s; a compiler takes 110 MB
-(torch's) to 480 MB (XLA) besides, however small the model is: in Pyro the whole process stays below `higher`'s from
-1120 x 800 units and 64 channels on. K = N = 5:"""
+Megabytes of a step's own, and in brackets the process's peak, which has the compiler's size in it, however small the
+model is. K = N = 5:"""
 STRATEGIES = [
     "Detached()",
     "Unrolled(5)",
