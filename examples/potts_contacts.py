@@ -103,6 +103,10 @@ def main() -> None:
         parser.error("give an alignment: --data kunitz.npz, or --smoke")
     else:
         letters = np.load(args.data)["x"]
+        if letters.ndim != 2 or letters.dtype.kind not in "iu" or letters.min() < 0 or letters.max() >= LETTERS:
+            parser.error(
+                f"x in {args.data} is no alignment: whole numbers from 0 to {LETTERS - 1}, (sequences, columns)"
+            )
     x = np.eye(LETTERS, dtype=np.float32)[letters]
     rate = optax.exponential_decay(RATE, args.steps, 0.1)
     began = time.perf_counter()

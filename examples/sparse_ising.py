@@ -202,18 +202,26 @@ METHODS = {
 
 
 def table(path: Path, omit: list[str]) -> tuple[np.ndarray, list[str]]:
-    """The columns of a CSV file that hold 0 and 1 alone, and their names, but for those to omit."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name not in omit and {row[name] for row in rows} <= {"0", "1"}]
+    """The columns of a CSV file that hold 0 and 1 alone, and their names, but for those to omit.
+
+    :raises ValueError: if there are fewer than two of them, or the file is no table.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or ()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} can't be read as a CSV file: {error}") from error
+    names = [name for name in columns if name not in omit and {row[name] for row in rows} <= {"0", "1"}]
+    if len(names) < 2:
+        raise ValueError(f"{path} has {len(names)} columns of 0 and 1 alone besides {omit}: two at least are needed")
     return np.array([[float(row[name]) for name in names] for row in rows], np.float32), names
 
 
-def report_table(path: Path, omit: list[str], steps: int, num_chains: int, seed: int, output: Path) -> None:
+def report_table(x: np.ndarray, names: list[str], steps: int, num_chains: int, seed: int, output: Path) -> None:
     """The horseshoe's posterior of the table's couplings: ArviZ's summary of the surest, and a picture of all."""
     import arviz as az
 
-    x, names = table(path, omit)
     pairs = np.transpose(np.triu_indices(len(names), 1))
     method = vi(horseshoe_model, steps, num_chains)
     begun = time.perf_counter()
@@ -296,9 +304,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/sparse_ising"), help="the numbers, and a picture")
     parser.add_argument("--smoke", action="store_true", help="12 spins and few steps")
     args = parser.parse_args()
+    if min(*args.draws, args.steps, args.chains) < 1 or min(args.seeds) < 0:
+        parser.error("--draws, --steps and --chains must be at least 1, --seeds at least 0")
     steps = 300 if args.smoke else args.steps
     if args.data is not None:
-        report_table(args.data, args.omit, steps, args.chains, args.seeds[0], args.output.with_suffix(".png"))
+        try:
+            x, names = table(args.data, args.omit)
+        except ValueError as error:
+            parser.error(str(error))
+        report_table(x, names, steps, args.chains, args.seeds[0], args.output.with_suffix(".png"))
         return
     if args.smoke:
         args.draws, args.seeds = [500], [0]

@@ -14,7 +14,7 @@ from .hypergradients import Amortized, Bilevel, Hypergradient, fused
 from .jit import taken_apart
 from .losses import OuterLoss
 from .optim import as_optim, require_single_steps
-from .training import BiSMRunResult, Trainer, norm
+from .training import BiSMRunResult, Trainer, norm, require_guide
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
 
@@ -96,6 +96,7 @@ class BiSM(Trainer):
         **static_kwargs: Any,
     ):
         super().__init__()
+        require_guide(guide)
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
         if not isinstance(loss, OuterLoss):
             raise ValueError(

@@ -245,6 +245,15 @@ def ranks(key: tuple) -> tuple:
     return spec, tuple((len(x[0]), x[1]) if isinstance(x, tuple) else x for x in leaves)
 
 
+def require_guide(guide: Any) -> None:
+    """:raises ValueError: for what is no program: the model's latents would be drawn from nowhere."""
+    if not callable(guide):
+        raise ValueError(
+            f"guide={guide!r} is not a program. Write q(h|v) as one; for a model without latents pass "
+            "lambda *args: None."
+        )
+
+
 def norm(gradient: Any) -> Array:
     """The length of a pytree of gradients, all leaves side by side."""
     leaves = jax.tree.leaves(gradient)

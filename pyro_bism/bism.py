@@ -15,7 +15,7 @@ from .jit import BilevelProgram
 from .losses import OuterLoss
 from .optim import descend, require_unrollable, settle
 from .params import random_state
-from .training import Buffers, Trainer, require_optim, same_settings
+from .training import Buffers, Trainer, require_guide, require_optim, same_settings
 
 __all__ = ["BiSM", "BiSMInfo"]
 
@@ -84,6 +84,7 @@ class BiSM(Trainer):
         jit: bool = False,
     ):
         super().__init__(model, guide)
+        require_guide(guide)
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
         if not isinstance(loss, OuterLoss):
             raise ValueError(

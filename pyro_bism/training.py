@@ -224,6 +224,15 @@ def require_optim(optim: Any, name: str) -> None:
         )
 
 
+def require_guide(guide: Any) -> None:
+    """:raises ValueError: for what is no program: the model's latents would be drawn from nowhere."""
+    if not callable(guide):
+        raise ValueError(
+            f"guide={guide!r} is not a program. Write q(h|v) as one; for a model without latents pass "
+            "lambda *args: None."
+        )
+
+
 def same_settings(optim: PyroOptim) -> PyroOptim:
     """A new optimiser of the same settings, without the state and the parameters of the old one."""
     new = copy.copy(optim)

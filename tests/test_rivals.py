@@ -797,6 +797,15 @@ def test_misuse_is_an_error_that_names_the_cure(host, method, program, message):
         host.start(rival, np.random.default_rng(14).normal(size=(5, 2)))
 
 
+@pytest.mark.parametrize("method", ["BiSM", "VNCE"])
+def test_no_guide_is_an_error(host, method):
+    """Not a step with latents that nothing draws; a guide without sites is one."""
+    settings = {"BiSM": [host.bism.ScoreMatching()], "VNCE": []}[method]
+    with pytest.raises(ValueError, match=r"guide=None is not a program.*lambda \*args: None"):
+        getattr(host.bism, method)(quartic(host), None, host.adam(1e-2), *settings)
+    getattr(host.bism, method)(quartic(host), lambda x: None, host.adam(1e-2), *settings)
+
+
 def test_evaluation_takes_a_trained_rival(host):
     """The normaliser of an Ising model by enumeration, its visible sites found to be discrete."""
     rng = np.random.default_rng(15)

@@ -156,7 +156,10 @@ class PersistentVI(Rival):
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         pair = target.pair
         if not target.energy.is_homogeneous:
-            raise ValueError("The model has covariates, and persistent chains belong to no row of the data.")
+            raise ValueError(
+                "The model has covariates, and persistent chains belong to no row of the data. If it has none, the "
+                "guide draws a site in the data plate: let it draw the global parameters alone."
+            )
         values, _ = _drawn(rng_key, pair, params, batch)
         prior = _prior_sites(rng_key, pair, params, batch, values)
         for name in values:

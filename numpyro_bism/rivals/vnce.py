@@ -15,7 +15,7 @@ from ..densities import Analysis, Pair, joint_per_example, per_example, record
 from ..hypergradients import fused
 from ..jit import taken_apart
 from ..optim import as_optim, require_single_steps
-from ..training import norm
+from ..training import norm, require_guide
 from ..visible import Batch
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
 from .rival import Rival, Target
@@ -85,6 +85,7 @@ class VNCE(Rival):
         **static_kwargs: Any,
     ):
         super().__init__(model, optim, visible, static_kwargs, guide)
+        require_guide(guide)
         check_noise(noise, num_noise)
         if num_particles < 1 or num_inner_steps < 1:
             raise ValueError(

@@ -149,7 +149,10 @@ class PersistentVI(Rival):
     def _check(self, target: Target, batch: Batch) -> Target:
         pair = target.pair
         if not target.energy.is_homogeneous:
-            raise ValueError("The model has covariates, and persistent chains belong to no row of the data.")
+            raise ValueError(
+                "The model has covariates, and persistent chains belong to no row of the data. If it has none, the "
+                "guide draws a site in the data plate: let it draw the global parameters alone."
+            )
         values, _ = _drawn(pair, batch)
         prior = _prior_sites(pair, batch, values)
         for name in values:

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from .. import densities, divergences
 from ..densities import Pair, joint_per_example, per_example, record
 from ..optim import settle
-from ..training import require_optim, same_settings
+from ..training import require_guide, require_optim, same_settings
 from ..visible import Batch
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
 from .rival import Rival, Target
@@ -83,6 +83,7 @@ class VNCE(Rival):
         jit: bool = False,
     ):
         super().__init__(model, optim, visible, guide, jit)
+        require_guide(guide)
         check_noise(noise, num_noise)
         if num_particles < 1 or num_inner_steps < 1:
             raise ValueError(
