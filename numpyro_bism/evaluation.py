@@ -15,8 +15,7 @@ from jax import Array
 from . import losses
 from .bism import BiSM
 from .diagnostics import guide_draws
-from .energies import VISIBLE, Density, Energy, Point, random_labels
-from .integrals import Integral
+from .energies import VISIBLE, Density, Energy, Integral, Point, random_labels
 from .jit import compiled
 from .kernels import Gibbs, Kernel, Langevin, called, draw_affine
 from .rivals import PersistentVI
@@ -86,7 +85,7 @@ class AIS(NamedTuple):
 def free_energy(trained: Any, state: Any, *args: Any, rng_key: Array | None = None, **kwargs: Any) -> Array:
     r"""The free energy :math:`F(v) = -\log \sum_h \int e^{-E(v, h)}\, dh` of every row, shape (n,).
 
-    Exact: see :mod:`numpyro_bism.integrals` for what can be summed.
+    Exact: see :mod:`numpyro_bism.energies.integrals` for what can be summed.
 
     :param trained: a BiSM or a rival.
     :param state: its state.

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from .energies import VISIBLE, Block, Density, Energy, Point, pack, unpack
-from .integrals import Integral, repeated
+from .energies import VISIBLE, Block, Density, Energy, Integral, Point, pack, repeated, unpack
 
 __all__ = ["AnnealedLangevin", "Gibbs", "Langevin"]
 

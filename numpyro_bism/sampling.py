@@ -21,8 +21,7 @@ from numpyro.infer import HMC, NUTS
 
 from . import visible
 from .distributions import base_of
-from .energies import VISIBLE, Density, Energy, Latent, Point, random_labels
-from .integrals import Integral
+from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels
 from .jit import compiled
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin
 

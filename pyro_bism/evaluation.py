@@ -14,8 +14,7 @@ from tqdm import tqdm
 from . import losses
 from .bism import BiSM
 from .diagnostics import guide_draws
-from .energies import VISIBLE, Density, Energy, Point, random_labels, select
-from .integrals import Integral
+from .energies import VISIBLE, Density, Energy, Integral, Point, random_labels, select
 from .kernels import Gibbs, Kernel, Langevin, called, draw_affine
 from .rivals import PersistentVI
 
@@ -83,7 +82,7 @@ class AIS(NamedTuple):
 def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
     r"""The free energy :math:`F(v) = -\log \sum_h \int e^{-E(v, h)}\, dh` of every row, shape (n,).
 
-    Exact: see :mod:`pyro_bism.integrals` for what can be summed.
+    Exact: see :mod:`pyro_bism.energies.integrals` for what can be summed.
 
     :param trained: a BiSM or a rival.
     :param args: arguments of the model, the data among them.

@@ -9,8 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .energies import VISIBLE, Block, Density, Energy, Point, pack, unpack
-from .integrals import Integral, repeated
+from .energies import VISIBLE, Block, Density, Energy, Integral, Point, pack, repeated, unpack
 
 __all__ = ["AnnealedLangevin", "Gibbs", "Langevin"]
 

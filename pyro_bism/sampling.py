@@ -19,8 +19,7 @@ from torch import Tensor
 
 from . import visible
 from .distributions import base_of
-from .energies import VISIBLE, Density, Energy, Latent, Point, random_labels, select
-from .integrals import Integral
+from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels, select
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin
 from .visible import _is_real
 

@@ -81,7 +81,7 @@ class PyroBackend(Backend):
     """Programs of ``pyro_bism``, in float64."""
 
     name = "pyro"
-    package, evaluation, integrals = pyro_bism, pyro_bism.evaluation, pyro_bism.integrals
+    package, evaluation, integrals = pyro_bism, pyro_bism.evaluation, pyro_bism.energies.integrals
     dist, xp = dist, torch
     array = staticmethod(torch.as_tensor)
 
@@ -144,7 +144,7 @@ class NumpyroBackend(Backend):
     """Programs of ``numpyro_bism``, in float64."""
 
     name = "numpyro"
-    package, evaluation, integrals = numpyro_bism, numpyro_bism.evaluation, numpyro_bism.integrals
+    package, evaluation, integrals = numpyro_bism, numpyro_bism.evaluation, numpyro_bism.energies.integrals
     dist, xp = ndist, jnp
     array = staticmethod(jnp.asarray)
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import densities, energies, visible
-from ..energies import VISIBLE, Energy, Point
+from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached
-from ..integrals import Integral
 from ..optim import as_optim, require_single_steps
 from ..training import Trainer, norm, ranks, structure
 

@@ -17,9 +17,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .. import densities, energies, optim, params, visible
-from ..energies import VISIBLE, Energy, Point
+from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached, Gradient, norm
-from ..integrals import Integral
 from ..jit import Program, left, told
 from ..training import Buffers, Trainer, require_optim
 

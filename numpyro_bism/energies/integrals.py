@@ -14,12 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import softplus
+from jax import Array
 
-from .energies import VISIBLE, Block, Density, Point, pack, unpack
+from .density import VISIBLE, Block, Density, Point, pack, unpack
 
 MAX_CONFIGURATIONS = 2**20
 MAX_ROWS = 2**12  # configurations or grid points, times rows, that are worked on at once
@@ -81,33 +81,39 @@ class Integral:
         """Whether it is one expression, without a loop."""
         return not self.quadrature and self.num_configurations == 1
 
-    def __call__(self, density: Density, x: Point) -> Tensor:
+    def __call__(self, density: Density, x: Point) -> Array:
         """log ∫ of every row, shape (m,). Compiled programs and gradients may go through it, but for quadrature."""
         if self.quadrature:
             return _trapezoid(self, density, x)
         return self.summed(density, x)
 
-    def summed(self, density: Density, x: Point) -> Tensor:
+    def summed(self, density: Density, x: Point) -> Array:
         """All of it but the quadrature: the integral at these values of its variables."""
         m = len(x[VISIBLE])
         total = self.num_configurations
         if total == 1:
             return self._closed(density, x)
         chunk = max(1, min(total, MAX_ROWS // m))
-        parts = []
-        for numbers in torch.arange(total).split(chunk):
-            rows = repeated(x, len(numbers))
-            rows |= configurations(density, self.enumerated, numbers.repeat_interleave(m), x)
-            parts.append(self._closed(density, rows).reshape(-1, m).logsumexp(0))
-        return torch.stack(parts).logsumexp(0)
 
-    def _closed(self, density: Density, x: Point) -> Tensor:
+        def step(carry, start):
+            numbers = start + jnp.arange(chunk)
+            rows = repeated(x, chunk)
+            which = jnp.repeat(jnp.minimum(numbers, total - 1), m)
+            rows |= configurations(density, self.enumerated, which, x)
+            value = self._closed(density, rows).reshape(chunk, m)
+            value = jnp.where((numbers < total)[:, None], value, -jnp.inf)
+            return jnp.logaddexp(carry, jax.nn.logsumexp(value, 0)), None
+
+        start = jnp.full(m, -jnp.inf, x[VISIBLE].dtype)
+        return jax.lax.scan(step, start, jnp.arange(0, total, chunk))[0]
+
+    def _closed(self, density: Density, x: Point) -> Array:
         if self.gaussian is not None:
             return _gaussian(density, x, self.gaussian)
         return _affine(density, x, self.affine)
 
 
-def configurations(density: Density, names: Sequence[str], which: Tensor, x: Point) -> Point:
+def configurations(density: Density, names: Sequence[str], which: Array, x: Point) -> Point:
     """The joint configurations of these discrete sites with the given numbers, one a row."""
     found: Point = {}
     for name in names:
@@ -117,65 +123,74 @@ def configurations(density: Density, names: Sequence[str], which: Tensor, x: Poi
         for _ in range(math.prod(latent.units)):
             digits.append(which % len(support))
             which = which // len(support)
-        picks = torch.stack(digits, -1) if digits else which.new_zeros(len(which), 0)
+        picks = jnp.stack(digits, -1) if digits else jnp.zeros((len(which), 0), int)
         found[name] = support[picks.reshape(len(which), *latent.units)]
     return found
 
 
-def _affine(density: Density, x: Point, names: tuple[str, ...]) -> Tensor:
+def _affine(density: Density, x: Point, names: tuple[str, ...]) -> Array:
     if not names:
         return density.log_prob(x)
-    zero = {**x, **{name: torch.zeros_like(x[name]) for name in names}}
+    zero = {**x, **{name: jnp.zeros_like(x[name]) for name in names}}
     value, logits = density.value_and_slope(zero, names)
     for name in names:
         g = logits[name]
-        each = softplus(g) if density.latents[name].kind == "bits" else g.logsumexp(-1)
-        value = value + each.reshape(len(each), -1).sum(-1)
+        each = jax.nn.softplus(g) if density.latents[name].kind == "bits" else jax.nn.logsumexp(g, -1)
+        value += each.reshape(len(each), -1).sum(-1)
     return value
 
 
-def _gaussian(density: Density, x: Point, block: Block) -> Tensor:
+def _gaussian(density: Density, x: Point, block: Block) -> Array:
     precision = density.precision(x, block)
     g = pack(density.slope(x, block.names), block.names)
     d = g.shape[-1]
     # NaN for a precision that is not positive definite: there is no integral
     if block.is_diagonal:
-        quadratic, logdet = (g**2 / precision).sum(-1), precision.log().sum(-1)
+        quadratic, logdet = (g**2 / precision).sum(-1), jnp.log(precision).sum(-1)
     else:
-        factor, failed = torch.linalg.cholesky_ex(precision)
-        whitened = torch.linalg.solve_triangular(factor, g.T if factor.ndim == 2 else g[..., None], upper=False)
-        quadratic = (whitened.T if factor.ndim == 2 else whitened[..., 0]).square().sum(-1)
-        logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        logdet = torch.where(failed > 0, torch.nan, logdet)
+        factor = jnp.linalg.cholesky(precision)
+        whitened = jax.scipy.linalg.solve_triangular(
+            jnp.broadcast_to(factor, (len(g), d, d)) if factor.ndim == 3 else factor,
+            g[..., None] if factor.ndim == 3 else g.T,
+            lower=True,
+        )
+        whitened = whitened[..., 0] if factor.ndim == 3 else whitened.T
+        quadratic = (whitened**2).sum(-1)
+        logdet = 2 * jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)).sum(-1)
     return density.log_prob(x) + 0.5 * quadratic + 0.5 * d * math.log(2 * math.pi) - 0.5 * logdet
 
 
 def repeated(x: Point, num: int) -> Point:
     """A point's rows, num times over."""
-    return {name: value.repeat(num, *[1] * (value.ndim - 1)) for name, value in x.items()}
+    return {name: jnp.tile(value, (num,) + (1,) * (value.ndim - 1)) for name, value in x.items()}
 
 
-def _trapezoid(integral: Integral, density: Density, x: Point) -> Tensor:
+def _trapezoid(integral: Integral, density: Density, x: Point) -> Array:
     """The trapezoid rule on a box a row, found by looking where the integrand is."""
     names = integral.quadrature
     centre = pack(x, names)
     m, d = centre.shape
     nodes = np.stack(np.meshgrid(*[np.arange(NUM_NODES)] * d, indexing="ij"), -1).reshape(-1, d)
 
+    @jax.jit
     def evaluate(x, low, high, unit):
         """The log integrand at fractions ``unit`` of the way from low to high; (len(unit), m)."""
-        found = []
-        for part in unit.split(max(1, MAX_ROWS // m)):
-            rows = repeated(x, len(part))
-            rows |= unpack((low + part[:, None] * (high - low)).reshape(-1, d), rows, names)
-            found.append(integral.summed(density, rows).reshape(-1, m))
-        return torch.cat(found)
+        chunk = max(1, MAX_ROWS // m)
+        padded = -(-len(unit) // chunk) * chunk
+
+        def part(unit):
+            flat = low + unit[:, None] * (high - low)
+            rows = repeated(x, chunk)
+            rows |= unpack(flat.reshape(-1, d), rows, names)
+            return integral.summed(density, rows).reshape(chunk, m)
+
+        unit = jnp.concatenate([unit, jnp.zeros((padded - len(unit), d), unit.dtype)])
+        return jax.lax.map(part, unit.reshape(-1, chunk, d)).reshape(padded, m)
 
     def grid(low, high, num):
         unit = nodes_of(num) / (num - 1)
-        low, high, fractions = (torch.as_tensor(a, dtype=centre.dtype) for a in (low, high, unit))
-        with torch.no_grad():
-            return evaluate(x, low, high, fractions).double().numpy(), unit
+        found = evaluate(x, low, high, jnp.asarray(unit, centre.dtype))[: len(unit)]
+        return np.asarray(found, float), unit
 
     def nodes_of(num):
         if num == NUM_NODES:
@@ -185,7 +200,7 @@ def _trapezoid(integral: Integral, density: Density, x: Point) -> Tensor:
     def total(value, low, high, num):
         return np.logaddexp.reduce(value, 0) + np.log((high - low) / (num - 1)).sum(-1)
 
-    low, high = centre.detach().numpy() - 100.0, centre.detach().numpy() + 100.0
+    low, high = np.asarray(centre) - 100.0, np.asarray(centre) + 100.0
     for _ in range(60):
         value, unit = grid(low, high, NUM_NODES)
         if not np.isfinite(value.max(0)).all():
@@ -217,7 +232,7 @@ def _trapezoid(integral: Integral, density: Density, x: Point) -> Tensor:
         value, _ = grid(low, high, num)
         now = total(value, low, high, num)
         if before is not None and np.abs(now - before).max() < 1e-6 * max(1.0, np.abs(now).max()):
-            return torch.as_tensor(now, dtype=centre.dtype)
+            return jnp.asarray(now, centre.dtype)
         before, num = now, 2 * num - 1
     raise ValueError(
         f"Quadrature over {_named(names)} does not settle with {num} points a dimension: the density is too rough. "

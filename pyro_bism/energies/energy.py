@@ -1,0 +1,271 @@
+"""A model's log p̃(v, h; θ) on one batch, row by row."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .. import visible
+from ..densities import Site, joint_per_example, record
+from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard
+from .density import (
+    VISIBLE,
+    Block,
+    Density,
+    Latent,
+    Point,
+    close,
+    curvature,
+    pack,
+    select,
+)
+from .structure import find_blocks
+
+
+@dataclass(frozen=True)
+class Energy:
+    """A model's log p̃(v, h; θ) on one batch.
+
+    :ivar latents: by site, discrete visible ones among them.
+    :ivar num_rows: of the batch.
+    :ivar observed: the discrete visible sites.
+    :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
+    :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
+    """
+
+    model: Callable
+    sites: tuple[visible.VisibleSite, ...]
+    batch: visible.Batch
+    latents: Mapping[str, Latent]
+    num_rows: int
+    resizes: bool = False
+    is_homogeneous: bool = False
+    blocks: tuple[Block, ...] = ()
+    buffers: tuple[Tensor, ...] = ()
+    observed: tuple[str, ...] = ()
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The sites that are not visible."""
+        return tuple(name for name in self.latents if name not in self.observed)
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable,
+        sites: tuple[visible.VisibleSite, ...],
+        batch: visible.Batch,
+        buffers: Sequence[Tensor] = (),
+        values: Mapping[str, Tensor] | None = None,
+        moves_visible: bool = True,
+    ) -> tuple["Energy", Point]:
+        """The energy, tried out on this batch, and the point where it was: the data and one draw of the latents.
+
+        :param buffers: of the model's modules; a look at the density leaves them as they are.
+        :param values: of the latents, if the model should not draw them itself.
+        :param moves_visible: whether the visible values are of any block; else their structure is not looked for.
+        :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
+        """
+        args, kwargs = batch.arguments(batch.v)
+        kept = [b.clone() for b in buffers]
+        with torch.no_grad(), record({**batch.indices, **(values or {})}, harden=True) as run:
+            model(*args, **kwargs)
+        _restore(buffers, kept)
+        n = len(batch.v)
+        drawn = {name: site for name, site in run.sites.items() if not site.is_observed}
+        latents = {name: _latent(site, n) for name, site in drawn.items()}
+        observed = {site.name: _latent(run.sites[site.name], n) for site in sites if site.is_discrete}
+        x = {VISIBLE: batch.v}
+        for name, latent in latents.items():
+            value = drawn[name].value
+            if latent.kind == "real":
+                value = latent.transform.inv(value)
+            x[name] = value.detach().to(batch.v.dtype) if latent.kind in ("bits", "onehot") else value.detach()
+        energy = cls(model, sites, batch, latents, n, buffers=tuple(buffers))
+        if observed:
+            energy, seen = energy._observing(x, observed)
+            x |= seen
+        energy = replace(energy, resizes=energy._can_resize(x))
+        energy = replace(energy, is_homogeneous=energy._is_homogeneous(x))
+        moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
+        return replace(energy, blocks=find_blocks(energy, x, moving)), x
+
+    def log_joint(self, x: Point, jacobian: bool = True) -> Tensor:
+        """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
+
+        Row i of a point with more rows than the batch has the covariates of row i modulo ``num_rows``.
+        """
+        m, n = len(x[VISIBLE]), self.num_rows
+        if m == n:
+            return self._run(self.batch, x, jacobian)
+        if self.resizes:
+            return self._run(self._resized(m), x, jacobian)
+        passes = -(-m // n)
+        rows = (torch.arange(passes * n) % m).chunk(passes)  # the last pass is filled up
+        return torch.cat([self._run(self.batch, select(x, part), jacobian) for part in rows])[:m]
+
+    def density(self, x: Point) -> Density:
+        """At these parameters; x is any point, at which the constant precisions are taken."""
+        density = Density(self.log_joint, self, self.blocks, {})
+        first = select(x, slice(1)) if self.resizes else x
+        constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
+        return replace(density, precisions={b.names: curvature(density, first, b)[0] for b in constant})
+
+    def at(self, batch: visible.Batch) -> "Energy":
+        """The same on another batch."""
+        soft = {site.name for site in self.sites if site.is_soft}
+        sites = tuple(replace(site, is_soft=site.name in soft) for site in batch.sites)
+        return replace(self, sites=sites, batch=replace(batch, sites=sites), num_rows=len(batch.v))
+
+    def seen(self, v: Tensor) -> Point:
+        """The visible part of a point, from all visible values side by side as a batch has them."""
+        sizes = [self.size(name) for name in self.observed]
+        start = v.shape[1] - sum(sizes)
+        x = {VISIBLE: v[:, :start]}
+        for name, size in zip(self.observed, sizes, strict=True):
+            latent = self.latents[name]
+            dtype = latent.values.dtype if latent.kind == "labels" else v.dtype
+            x[name] = v[:, start : start + size].reshape(len(v), *latent.shape).to(dtype)
+            start += size
+        return x
+
+    def size(self, name: str) -> int:
+        """How many numbers a variable has in one row."""
+        if name == VISIBLE:
+            return sum(visible.size(site) for site in self.sites if not site.is_discrete)
+        latent = self.latents[name]
+        return math.prod(latent.unconstrained if latent.kind == "real" else latent.shape)
+
+    def values(self, x: Point) -> dict[str, Tensor]:
+        """A point as the sites' own values, by name: visible and latent."""
+        found, start = {}, 0
+        for site in self.sites:
+            if site.is_discrete:
+                continue
+            size = math.prod(site.shape[1:])
+            found[site.name] = x[VISIBLE][..., start : start + size].reshape(*x[VISIBLE].shape[:-1], *site.shape[1:])
+            start += size
+        for name, latent in self.latents.items():
+            if name in x:
+                found[name] = latent.transform(x[name]) if latent.kind == "real" else x[name]
+        return found
+
+    def _run(self, batch: visible.Batch, x: Point, jacobian: bool) -> Tensor:
+        m = len(x[VISIBLE])
+        args, kwargs = batch.arguments(pack(x, (VISIBLE, *self.observed)) if self.observed else x[VISIBLE])
+        values, total = dict(batch.indices), x[VISIBLE].new_zeros(m)
+        for name in self.hidden:
+            latent = self.latents[name]
+            values[name] = x[name]
+            if latent.kind == "real":
+                values[name] = latent.transform(x[name])
+                terms = latent.transform.log_abs_det_jacobian(x[name], values[name])
+                total = total + (terms.reshape(m, -1).sum(-1) if jacobian else 0.0)
+        soft = frozenset(name for name, latent in self.latents.items() if latent.kind in ("bits", "onehot"))
+        kept = [b.clone() for b in self.buffers]
+        # one seed for every point: what a model draws by itself (dropout) is part of the density
+        with (
+            torch.random.fork_rng(devices=[]),
+            pyro.validation_enabled(False),
+            pyro.poutine.block(),
+            record(values, soft) as run,
+        ):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace at every call
+            self.model(*args, **kwargs)
+        _restore(self.buffers, kept)
+        return joint_per_example(run.sites.values(), m) + total
+
+    @torch.no_grad()
+    def _observing(self, x: Point, observed: Mapping[str, Latent]) -> tuple["Energy", Point]:
+        """This energy with discrete visible sites, as real numbers where the model takes them for the same; its point.
+
+        Tried, for a model may look its values up in a table: such sites are "labels", whatever they are declared.
+        """
+        v = self.batch.v
+        energy = replace(self, latents={**self.latents, **observed}, observed=tuple(observed))
+        hard = energy.log_joint({**x, **energy.seen(v)})
+        for name, latent in observed.items():
+            sites = tuple(replace(site, is_soft=site.is_soft or site.name == name) for site in energy.sites)
+            trial = replace(energy, sites=sites, batch=replace(energy.batch, sites=sites))
+            takes = latent.kind != "labels"
+            if takes:
+                try:
+                    takes = close(trial.log_joint({**x, **energy.seen(v)}), hard)
+                except Exception:  # whatever a program trips over: it gets integers then
+                    takes = False
+            if takes:
+                energy = trial
+            elif latent.kind != "labels":
+                labels = replace(latent, kind="labels", values=latent.support(torch.long))
+                energy = replace(energy, latents={**energy.latents, name: labels})
+        return energy, energy.seen(v)
+
+    def _resized(self, m: int) -> visible.Batch:
+        """The batch with its rows repeated, or cut, to m: of all arguments that have as many rows as the data."""
+        n = self.num_rows
+        rows = torch.arange(m) % n
+        visible_leaves = {i for site in self.sites for i in site.leaves}
+        leaves = [
+            leaf[rows] if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,) and i not in visible_leaves else leaf
+            for i, leaf in enumerate(self.batch.leaves)
+        ]
+        sites = tuple(replace(site, shape=(m, *site.shape[1:])) for site in self.sites)
+        # the programs are given v in the visible leaves' place, so these need no more than their type
+        return replace(self.batch, sites=sites, leaves=leaves)
+
+    def _can_resize(self, x: Point) -> bool:
+        """Tried, at one row more: plates of a fixed size and subsampled ones say no."""
+        if self.batch.indices:
+            return False
+        n = self.num_rows
+        wrapped = select(x, torch.arange(n + 1) % n)
+        try:
+            with torch.no_grad():
+                found = replace(self, resizes=True).log_joint(wrapped)
+        except Exception:  # whatever a program trips over: it gets its own number of rows then
+            return False
+        with torch.no_grad():
+            return len(found) == n + 1 and close(found[:n], self.log_joint(x)) and close(found[n:], found[:1])
+
+    def _is_homogeneous(self, x: Point) -> bool:
+        with torch.no_grad():
+            log_joint = self.log_joint({name: a[:1].expand(a.shape) for name, a in x.items()})
+        return close(log_joint, log_joint[:1])
+
+
+def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.copy_(value)
+
+
+def _latent(site: Site, n: int) -> Latent:
+    fn, base, shape = hard(site.fn), base_of(hard(site.fn)), tuple(site.value.shape)
+    if shape[:1] != (n,):
+        raise ValueError(
+            f"Latent site '{site.name}' has shape {shape}, without the batch of {n} as its leading dimension: all "
+            "examples share it, so it is a part of no example. Put it inside the data plate, or make it a parameter."
+        )
+    if isinstance(base, dist.Bernoulli | ConcreteBernoulli):
+        return Latent(shape[1:], "bits", fn=fn)
+    if isinstance(base, dist.OneHotCategorical | ConcreteOneHot):
+        return Latent(shape[1:], "onehot", fn=fn)
+    support: Any = fn.support
+    if not support.is_discrete:
+        transform = biject_to(support)
+        unconstrained = tuple(transform.inverse_shape(torch.Size(shape)))[1:]
+        return Latent(shape[1:], "real", transform=transform, unconstrained=unconstrained, fn=fn)
+    try:
+        values = base.enumerate_support(expand=False)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Latent site '{site.name}' ({type(base).__name__}) is discrete and its support can't be enumerated: "
+            "there is no way to draw or sum it here. Use a Bernoulli, Categorical or other finite distribution."
+        ) from error
+    return Latent(shape[1:], "labels", values.reshape(len(values), *base.event_shape), fn=fn)
