@@ -129,11 +129,11 @@ class PyroBackend(Backend):
         return getattr(pyro_bism, function)(bism, *map(torch.as_tensor, (x, *more)), **options)
 
     def summary(self, log_weights):
-        return self.evaluation._summary(torch.as_tensor(log_weights), None)
+        return self.evaluation.annealing._summary(torch.as_tensor(log_weights), None)
 
     def stein_test(self, v, score, num_bootstrap, seed=0):
         pyro.set_rng_seed(seed)
-        return self.evaluation.stein_test(v, score, num_bootstrap)
+        return self.evaluation.fit.stein_test(v, score, num_bootstrap)
 
     def maximum_mean_discrepancy(self, first, second, seed=0, **options):
         pyro.set_rng_seed(seed)
@@ -210,10 +210,10 @@ class NumpyroBackend(Backend):
         return getattr(numpyro_bism, function)(trained, state, *args, **options)
 
     def summary(self, log_weights):
-        return self.evaluation._summary(jnp.asarray(log_weights), None)
+        return self.evaluation.annealing._summary(jnp.asarray(log_weights), None)
 
     def stein_test(self, v, score, num_bootstrap, seed=0):
-        return self.evaluation.stein_test(v, score, jax.random.key(seed), num_bootstrap)
+        return self.evaluation.fit.stein_test(v, score, jax.random.key(seed), num_bootstrap)
 
     def maximum_mean_discrepancy(self, first, second, seed=0, **options):
         return numpyro_bism.maximum_mean_discrepancy(first, second, rng_key=jax.random.key(seed), **options)
@@ -781,8 +781,8 @@ def test_log_likelihood_with_an_annealed_normalizer(backend, monkeypatch):
     assert error[0] > 0
     assert (abs(value - SMALL.log_prob(X)) <= 3 * error).all()
     # and it makes a run of its own where there is no exact sum
-    monkeypatch.setattr(backend.evaluation, "exact_log_normalizer", out_of_reach)
-    monkeypatch.setattr(backend.evaluation, "ais", lambda *args, **options: run)
+    monkeypatch.setattr(backend.evaluation.likelihood, "exact_log_normalizer", out_of_reach)
+    monkeypatch.setattr(backend.evaluation.likelihood, "ais", lambda *args, **options: run)
     again, _, method = backend.log_likelihood(SMALL_MODEL, X)
     np.testing.assert_array_equal(again, value)
     assert method == "log p̃: exact, log Z: AIS"
@@ -840,7 +840,7 @@ def test_fisher_divergence_by_the_guide(backend, monkeypatch):
     """At the exact posterior ∇_v [log p̃(v, h) - log q(h|v)] is the marginal's score whatever h is."""
     with_score = backend.fisher_divergence(LINEAR_MODEL, X, TRUTH.score)
     without = backend.fisher_divergence(LINEAR_MODEL, X)
-    monkeypatch.setattr(backend.evaluation.Integral, "of", out_of_reach)
+    monkeypatch.setattr(backend.evaluation.likelihood.Integral, "of", out_of_reach)
     for exact, options in ((with_score, {"data_score": TRUTH.score}), (without, {})):
         value, error, method = backend.fisher_divergence(POSTERIOR, X, num_draws=3, guided=True, **options)
         assert (exact[2], method) == ("exact", "guide")

@@ -666,15 +666,15 @@ def test_log_likelihood_and_loo_where_theta_has_draws(host, monkeypatch):
         raise ValueError("out of reach")
 
     two = {name: value[:2] for name, value in theta.items()}
-    real = evaluation.Integral.of
-    monkeypatch.setattr(evaluation, "exact_log_normalizer", out_of_reach)
+    real = evaluation.likelihood.Integral.of
+    monkeypatch.setattr(evaluation.likelihood, "exact_log_normalizer", out_of_reach)
     monkeypatch.setattr(
-        evaluation.Integral,
+        evaluation.likelihood.Integral,
         "of",
         staticmethod(lambda density, x, over: out_of_reach() if "(visible)" in over else real(density, x, over)),
     )
     short = evaluation.ais
-    monkeypatch.setattr(evaluation, "ais", lambda *a, **k: short(*a, num_temperatures=4, num_chains=100, **k))
+    monkeypatch.setattr(evaluation.likelihood, "ais", lambda *a, **k: short(*a, num_temperatures=4, num_chains=100, **k))
     noisy = package.log_likelihood(rival, *state, *data, theta=two, progress_bar=False, **keyed)
     assert noisy.method == "log p̃: exact, log Z: AIS"
     error = np.asarray(noisy.standard_error)

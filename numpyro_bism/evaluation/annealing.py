@@ -1,0 +1,261 @@
+"""log Z(θ) by annealed importance sampling."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax import Array
+
+from ..energies import VISIBLE, Density, Energy, Point, random_labels
+from ..jit import compiled
+from ..kernels import Gibbs, Kernel, Langevin, draw_affine
+from .normalizer import energy_of, one_row
+
+NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
+
+
+class AIS(NamedTuple):
+    """
+    :ivar log_normalizer: log of the mean forward weight: the estimate of log Z.
+    :ivar standard_error: of it, by the delta method.
+    :ivar effective_sample_size: of the forward weights, (Σw)² / Σw².
+    :ivar lower: mean forward log weight: log Z or less, but for its own ``lower_error``.
+    :ivar upper: mean reverse log weight: log Z or more, but for its own ``upper_error`` and for how well the forward
+        run's end stands for draws of p̃. NaN without a reverse run.
+    :ivar log_weights: forward, one a chain.
+    :ivar reverse_log_weights: log f(v) ratios collected from p̃ back to the base.
+    """
+
+    log_normalizer: float
+    standard_error: float
+    effective_sample_size: float
+    lower: float
+    lower_error: float
+    upper: float
+    upper_error: float
+    log_weights: Array
+    reverse_log_weights: Array | None
+
+
+def ais(
+    trained: Any,
+    state: Any,
+    *args: Any,
+    rng_key: Array,
+    num_temperatures: int = 1000,
+    num_chains: int = 500,
+    kernel: Kernel | None = None,
+    path: Any = None,
+    base: tuple[Any, Any] | None = None,
+    reverse: bool = True,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> AIS:
+    r"""Annealed importance sampling of log Z (Neal 2001), there and back.
+
+    Chains start at draws of a normalised base p₀ and follow :math:`f_\beta = p_0^{1-\beta}\, \tilde p^\beta` from β =
+    0 to 1; the mean of :math:`w = \prod_k f_{\beta_k}(x_k)/f_{\beta_{k-1}}(x_k)` is Z. Bits and one-hot vectors in
+    which the energy is affine are summed out of the weights (Salakhutdinov, Murray 2008). By Jensen's inequality the
+    mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse,
+    Ghahramani, Adams 2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and
+    moved on by as many steps as a tenth of the path has.
+
+    :param num_temperatures: steps on the path.
+    :param num_chains: chains, all at once.
+    :param kernel: what moves them at every β; None takes :class:`Gibbs` where the energy has the conditionals, else
+        :class:`Langevin`. A kernel that adapts learns its settings at every β from a run of its own.
+    :param path: the β's, rising from 0 to 1; None takes the sigmoid of Grosse et al., dense at both ends.
+    :param base: mean and standard deviation of v in p₀, numbers or of shape (D,); None takes the data's. Latents: fair
+        coins and dice, and normal with the mean and the spread of the guide's draws, in the reals.
+    :param reverse: whether to run back.
+    :raises ValueError: on misuse, or a model with covariates and more than one row.
+    :raises FloatingPointError: if a weight is not finite.
+    """
+    if num_chains < 2 or num_temperatures < 1:
+        raise ValueError(f"ais needs 2 chains and 1 temperature at least, got {num_chains} and {num_temperatures}.")
+    key_energy, key_base, key_pilot, key_run, key_back = jax.random.split(rng_key, 5)
+    energy, params, data = energy_of(trained, state, args, kwargs, key_energy)
+    target = energy.density(params, data)
+    one_row(energy, data, "ais")
+    betas = _path(path, num_temperatures)
+    start, draw = _base(energy, data, target, base)
+    if kernel is None:
+        free = any(block.kind == "free" for block in target.blocks)
+        kernel = Langevin(num_steps=3) if free else Gibbs()
+    if isinstance(kernel, Gibbs) and kernel.conditionals:
+        raise ValueError("ais: closed forms given to Gibbs are those of p̃, not of the path from the base to it.")
+    x = draw(key_base, num_chains)
+    initial = kernel.init(target, x)
+    tuned = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(betas), *jnp.shape(leaf))), initial)
+    summed = next((block.names for block in target.blocks if block.kind == "affine"), ())
+    rest = target.moving({name: True for block in target.blocks for name in block.names if name not in summed})
+
+    @compiled
+    def learn(key, x):
+        """A run that only finds the kernel's settings at every β."""
+
+        def step(carry, inputs):
+            x, setting = carry
+            key, beta = inputs
+            x, setting, acceptance = kernel(key, start.mixed(target, beta), x, setting)
+            setting = kernel.adapt(setting, acceptance)
+            return (x, setting), setting
+
+        inputs = jax.random.split(key, NUM_TUNING * len(betas)), jnp.repeat(betas, NUM_TUNING)
+        settings = jax.lax.scan(step, (x, initial), inputs)[1]
+        return jax.tree.map(lambda leaf: leaf[NUM_TUNING - 1 :: NUM_TUNING], settings)
+
+    if jax.tree.leaves(initial):
+        tuned = learn(key_pilot, jax.tree.map(lambda a: a[: max(2, num_chains // 5)], x))
+
+    last = len(betas) - 1
+    num_settling = max(1, len(betas) // 10)
+
+    @compiled
+    def anneal(key, x, log_weight, first, stop, backwards):
+        """Steps ``first`` to ``stop`` of a run: along the path, or at p̃ for a while and then backwards."""
+
+        def place(i):
+            return jnp.where(backwards, jnp.minimum(last, last + num_settling - i), i)
+
+        def step(i, carry):
+            x, log_weight = carry
+            here, there = betas[place(i)], betas[place(i + 1)]
+            at, logits = _tempered(start, target, summed, x)
+            change = at(there) - at(here)
+            log_weight += jnp.where(backwards, -change, change)
+            setting = jax.tree.map(lambda leaf: leaf[place(i + 1)], tuned)
+            key_summed, key_rest = jax.random.split(jax.random.fold_in(key, i))
+            # first of all and at the new β: the weights know nothing of the values that these had at the last one
+            x = {**x, **draw_affine(key_summed, target, {name: there * g for name, g in logits.items()})}
+            x, _, _ = kernel(key_rest, start.mixed(rest, there), x, setting)
+            return x, log_weight
+
+        return jax.lax.fori_loop(first, stop, step, (x, log_weight))
+
+    def run(key, x, backwards, bar):
+        log_weight = jnp.zeros(num_chains, x[VISIBLE].dtype)
+        done, size, total = 0, 1, last + num_settling * backwards
+        while done < total:
+            stop, began = min(total, done + size), time.perf_counter()
+            x, log_weight = jax.block_until_ready(anneal(key, x, log_weight, done, stop, backwards))
+            bar.update(stop - done)
+            seconds = time.perf_counter() - began
+            size = 10 if done == 0 else max(1, min(10 * size, round(0.5 * (stop - done) / seconds)))
+            done = stop
+        if not jnp.isfinite(log_weight).all():
+            raise FloatingPointError(
+                "ais: a weight is not finite. The energy has no value where the base puts mass, or does not grow in "
+                "every direction, so that Z is infinite. Try a narrower base=(mean, sd)."
+            )
+        return x, log_weight
+
+    with tqdm.tqdm(total=last + (last + num_settling) * reverse, disable=not progress_bar, desc="ais") as bar:
+        x, log_weight = run(key_run, x, False, bar)
+        back = None
+        if reverse:
+            key_pick, key_back = jax.random.split(key_back)
+            pick = jax.random.categorical(key_pick, log_weight, shape=(num_chains,))
+            _, back = run(key_back, jax.tree.map(lambda a: a[pick], x), True, bar)
+    return _summary(log_weight, back)
+
+
+def _summary(log_weight: Array, back: Array | None) -> AIS:
+    w = np.asarray(log_weight, float)
+    n = len(w)
+    relative = np.exp(w - w.max())
+    mean = relative.mean()
+    upper = (math.nan, math.nan)
+    if back is not None:
+        b = np.asarray(back, float)
+        upper = float(b.mean()), float(b.std(ddof=1) / math.sqrt(n))
+    return AIS(
+        float(w.max() + math.log(mean)),
+        float(relative.std(ddof=1) / (mean * math.sqrt(n))),
+        float(relative.sum() ** 2 / (relative**2).sum()),
+        float(w.mean()),
+        float(w.std(ddof=1) / math.sqrt(n)),
+        *upper,
+        log_weight,
+        back,
+    )
+
+
+def _path(path: Any, num_temperatures: int) -> Array:
+    if path is None:
+        rise = jax.nn.sigmoid(4 * jnp.linspace(-1, 1, num_temperatures + 1))
+        return (rise - rise[0]) / (rise[-1] - rise[0])
+    betas = jnp.asarray(path)
+    if betas.ndim != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or bool((jnp.diff(betas) <= 0).any()):
+        raise ValueError("path must rise from 0 to 1.")
+    return betas
+
+
+def _base(
+    energy: Energy, data: Point, target: Density, base: tuple[Any, Any] | None
+) -> tuple[Density, Callable[[Array, int], Point]]:
+    """p₀ as a density, and its draws."""
+    v = data[VISIBLE]
+    if base is None:
+        loc, scale = v.mean(0), v.std(0)
+        scale = jnp.where(scale > 0, scale, 1.0)
+    else:
+        loc, scale = (jnp.broadcast_to(jnp.asarray(a, v.dtype), v.shape[1:]) for a in base)
+        if not (scale > 0).all():
+            raise ValueError("base: the standard deviation must be positive.")
+    normals = {VISIBLE: (loc, scale)}
+    for name, latent in energy.latents.items():
+        if latent.kind == "real":
+            u = data[name]
+            spread = u.std(0) if len(u) > 1 else jnp.ones_like(u[0])
+            normals[name] = u.mean(0), jnp.where(spread > 0, spread, 1.0)
+    constant: Any = -sum(
+        math.prod(latent.units) * math.log(latent.num_values)
+        for latent in energy.latents.values()
+        if latent.kind != "real"
+    )
+    for _, scale in normals.values():
+        constant -= jnp.log(scale).sum() + 0.5 * math.log(2 * math.pi) * scale.size
+
+    def log_prob(x):
+        total = jnp.full(len(x[VISIBLE]), constant, v.dtype)
+        for name, (loc, scale) in normals.items():
+            z = (x[name] - loc) / scale
+            total -= 0.5 * (z**2).reshape(len(z), -1).sum(-1)
+        return total
+
+    def draw(key, num):
+        x = {}
+        for key_name, name in zip(jax.random.split(key, len(data)), data, strict=True):
+            if name in normals:
+                loc, scale = normals[name]
+                x[name] = loc + scale * jax.random.normal(key_name, (num, *loc.shape), v.dtype)
+            else:
+                x[name] = random_labels(key_name, energy.latents[name], num, data[name].dtype)
+        return x
+
+    precisions = {
+        names: jnp.concatenate([normals[name][1].ravel() ** -2.0 for name in names]) for names in target.precisions
+    }
+    return Density(log_prob, energy, target.blocks, precisions), draw
+
+
+def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) -> tuple[Callable[[Any], Array], Point]:
+    """log f_β of every row as a function of β, these sites summed out; and their logits at β = 1."""
+    zero = {**x, **{name: jnp.zeros_like(x[name]) for name in summed}}
+    a = start.log_prob(zero)
+    b, logits = target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
+
+    def at(beta):
+        total = (1 - beta) * a + beta * b
+        for name, g in logits.items():  # the base's are 0
+            each = jax.nn.softplus(beta * g) if target.latents[name].kind == "bits" else jax.nn.logsumexp(beta * g, -1)
+            total += each.reshape(len(each), -1).sum(-1)
+        return total
+
+    return at, logits

@@ -1,0 +1,228 @@
+"""Measures of fit that need no normaliser."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import losses
+from ..bism import BiSM
+from ..energies import VISIBLE, Density, Integral, Point
+from .normalizer import Estimate, energy_of
+
+
+class FitTest(NamedTuple):
+    """
+    :ivar statistic: an unbiased estimate of the squared discrepancy; it may be negative.
+    :ivar p_value: of the hypothesis that it is 0.
+    """
+
+    statistic: float
+    p_value: float
+
+
+def _scores(
+    trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array, num_draws: int
+) -> tuple[Array, Array, str]:
+    r"""v and ∇_v log p(v) of every row, (n, D): exact where the latents can be summed, else a mean over guide draws.
+
+    The latter is :math:`E_{q(h|v)} \nabla_v[\log\tilde p(v, h) - \log q(h|v)]` (Bao et al. 2021), exact if q is the
+    posterior.
+    """
+    density, x, integral = _summable(trained, state, args, kwargs, rng_key)
+    if integral is not None:
+        v = x[VISIBLE]
+        return v, jax.jit(jax.grad(lambda v: integral(density, {**x, VISIBLE: v}).sum()))(v), "exact"
+    batch, draw, score = _guide_score(trained, state, args, kwargs, rng_key, losses.ScoreMatching(), None)
+
+    @jax.jit
+    def mean(keys):
+        return jax.lax.map(lambda key: score(draw(key))(batch.v), keys).mean(0)
+
+    return batch.v, mean(jax.random.split(rng_key, num_draws)), "guide"
+
+
+def _summable(trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array) -> tuple[Density, Point, Any]:
+    """The density, a point, and the sum over the latents if gradients can go through it; else None."""
+    energy, params, x = energy_of(trained, state, args, kwargs, rng_key)
+    density = energy.density(params, x)
+    try:
+        integral = Integral.of(density, x, energy.hidden)
+    except ValueError:
+        integral = None
+    integral = None if integral is None or integral.quadrature else integral
+    if integral is None and not isinstance(trained, BiSM):
+        raise ValueError("The score takes a sum over latents that is out of reach, and there is no guide to draw them.")
+    return density, x, integral
+
+
+def _guide_score(
+    trained: BiSM, state: Any, args: Any, kwargs: Any, rng_key: Array, loss: Any, num_draws: int | None
+) -> tuple[Any, Callable, Callable]:
+    """The batch; a draw of the guide by key; and the score function given draws, ``num_draws`` of them stacked."""
+    leaves, spec = trained._checked(args, kwargs)
+    pair = trained.pair(leaves, spec)
+    params = pair.params(*trained._unpack(pair, state), state.mutable_state)
+    key_batch, key_score = jax.random.split(rng_key)
+    batch = pair.batch(key_batch, leaves, spec)
+
+    def draw(key):
+        return pair.draw(key, params, batch, batch.v)[0]
+
+    def score(draws):
+        return pair.score(key_score, params, batch, draws, loss, num_draws)
+
+    return batch, draw, score
+
+
+def fisher_divergence(
+    trained: Any,
+    state: Any,
+    *args: Any,
+    rng_key: Array,
+    data_score: Any = None,
+    num_draws: int = 100,
+    num_projections: int | None = None,
+    **kwargs: Any,
+) -> Estimate:
+    r"""The Fisher divergence between the data and the model, a mean over the rows.
+
+    With the data's score known :math:`\tfrac12 E\|\nabla\log p_{data}(v) - s(v)\|^2`; without it the same up to a
+    constant of the data, :math:`E[\tfrac12\|s(v)\|^2 + \mathrm{tr}\,\nabla s(v)]` (Hyvärinen 2005, Theorem 1): two
+    models of the same data are compared by it. s is the exact score of the marginal where the latents can be summed,
+    else a mean over the guide's draws of h.
+
+    :param data_score: ∇ log p_data at the rows, (n, D), or a function from v to it.
+    :param num_draws: of h, if the guide is needed.
+    :param num_projections: random directions that estimate the trace; None takes it exactly, for D gradients.
+    :returns: ``standard_error`` is that of a mean over the rows.
+    """
+    key_score, key_draw, key_noise = jax.random.split(rng_key, 3)
+    if data_score is not None:
+        v, s, method = _scores(trained, state, args, kwargs, key_score, num_draws)
+        wanted = jnp.asarray(data_score(v) if callable(data_score) else data_score)
+        if wanted.shape != s.shape:
+            raise ValueError(f"data_score has shape {wanted.shape}; {s.shape} is wanted.")
+        return _mean(0.5 * ((wanted - s) ** 2).sum(-1), method)
+    loss: Any = losses.ScoreMatching(num_particles=num_draws, average="score")
+    if num_projections is not None:
+        loss = losses.SlicedScoreMatching(num_projections, num_particles=num_draws, average="score")
+    density, x, integral = _summable(trained, state, args, kwargs, key_score)
+    if integral is not None:
+        marginal = jax.grad(lambda v: integral(density, {**x, VISIBLE: v}).sum())
+        return _mean(jax.jit(lambda v: loss(marginal, v, loss.draw(key_noise, v)))(x[VISIBLE]), "exact")
+    batch, draw, score = _guide_score(trained, state, args, kwargs, key_score, loss, num_draws)
+
+    @jax.jit
+    def per_row():
+        draws = jax.vmap(draw)(jax.random.split(key_draw, num_draws))
+        return loss(score(draws), batch.v, loss.draw(key_noise, batch.v))
+
+    return _mean(per_row(), "guide")
+
+
+def _mean(values: Array, method: str) -> Estimate:
+    n = len(values)
+    error = values.std(ddof=1) / math.sqrt(n) if n > 1 else jnp.full((), jnp.nan)
+    return Estimate(values.mean(), error, method)
+
+
+def kernel_stein_discrepancy(
+    trained: Any,
+    state: Any,
+    *args: Any,
+    rng_key: Array,
+    num_bootstrap: int = 1000,
+    num_draws: int = 100,
+    **kwargs: Any,
+) -> FitTest:
+    r"""The squared kernel Stein discrepancy between data and model, and a test of fit: no normaliser is needed.
+
+    The mean over pairs of rows of (Liu, Lee, Jordan 2016; Chwialkowski, Strathmann, Gretton 2016)
+
+    .. math:: u(x, y) = s(x)^\top s(y) k + s(x)^\top \nabla_y k + s(y)^\top \nabla_x k + \mathrm{tr}\,\nabla_x\nabla_y k
+
+    with the inverse multiquadric :math:`k = (1 + (x - y)^\top M (x - y))^{-1/2}` (Gorham, Mackey 2017), which sees
+    every departure; M is the data's precision over D. The p-value is by the wild bootstrap: signs at random.
+
+    :param args: independent draws of the distribution that is tested, one a row.
+    :param num_bootstrap: its replications.
+    :param num_draws: of h, where the score needs the guide; the test is of guide and model together then.
+    :returns: a small p-value rejects that the rows come from the model.
+    """
+    key_score, key_boot = jax.random.split(rng_key)
+    v, s, _ = _scores(trained, state, args, kwargs, key_score, num_draws)
+    return stein_test(v, s, key_boot, num_bootstrap)
+
+
+def stein_test(v: Any, score: Any, rng_key: Array, num_bootstrap: int = 1000) -> FitTest:
+    """:func:`kernel_stein_discrepancy` of rows v, (n, D), and the model's score at them, (n, D)."""
+    v, score = np.asarray(v, float), np.asarray(score, float)
+    n, d = v.shape
+    if n < 2:
+        raise ValueError("kernel_stein_discrepancy needs two rows at least.")
+    # a ridge: more dimensions than rows, or a constant one
+    cov = np.cov(v.T).reshape(d, d)
+    precision = np.linalg.inv(cov + 1e-6 * (np.trace(cov) / d + 1e-12) * np.eye(d)) / d
+    scaled = v @ np.linalg.cholesky(precision)
+    squared = _squared_distances(scaled)
+    k = (1 + squared) ** -0.5
+    toward = v @ precision  # M x
+    s_dot, s_diff = score @ score.T, score @ toward.T
+    own = np.diag(s_diff)
+    # s(x)·M(x - y) and s(y)·M(y - x)
+    along = (own[:, None] - s_diff) + (own[None, :] - s_diff.T)
+    far = _squared_distances(toward)
+    u = s_dot * k + along * k**3 + np.trace(precision) * k**3 - 3 * far * k**5
+    np.fill_diagonal(u, 0.0)
+    return _bootstrap(u, rng_key, num_bootstrap)
+
+
+def _squared_distances(x: np.ndarray) -> np.ndarray:
+    norms = (x**2).sum(-1)
+    return np.maximum(norms[:, None] + norms[None, :] - 2 * x @ x.T, 0.0)
+
+
+def _bootstrap(u: np.ndarray, rng_key: Array, num_bootstrap: int) -> FitTest:
+    n = len(u)
+    signs = np.asarray(jax.random.rademacher(rng_key, (num_bootstrap, n)), float)
+    statistic = u.sum() / (n * (n - 1))
+    replications = ((signs @ u) * signs).sum(-1) / (n * (n - 1))
+    return FitTest(float(statistic), float((1 + (replications >= statistic).sum()) / (num_bootstrap + 1)))
+
+
+def maximum_mean_discrepancy(
+    first: Any, second: Any, *, rng_key: Array, num_permutations: int = 1000, bandwidth: float | None = None
+) -> FitTest:
+    r"""The squared maximum mean discrepancy between two sets of draws (Gretton et al. 2012, Lemma 6).
+
+    Unbiased, with the kernel :math:`\exp(-\|x - y\|^2 / 2\ell^2)`; the p-value is by permutation.
+
+    :param first: draws of the model, (n, ...).
+    :param second: held-out data, (m, ...).
+    :param bandwidth: ℓ; None takes the median distance between all draws.
+    """
+    x, y = (np.asarray(a, float).reshape(len(a), -1) for a in (first, second))
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"The draws have {x.shape[1]} and {y.shape[1]} numbers a row.")
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        raise ValueError("maximum_mean_discrepancy needs two rows of each at least.")
+    squared = _squared_distances(np.concatenate([x, y]))
+    scale = np.median(squared[np.triu_indices(n + m, 1)]) if bandwidth is None else bandwidth**2
+    k = np.exp(-0.5 * squared / max(scale, np.finfo(float).tiny))
+    np.fill_diagonal(k, 0.0)
+    generator = np.random.default_rng(np.asarray(jax.random.bits(rng_key, (4,), np.uint32)))
+
+    def statistic(order):
+        weight = np.where(np.arange(n + m) < n, 1.0, 0.0)[order]
+        inside, outside = weight @ k @ weight, (1 - weight) @ k @ (1 - weight)
+        return inside / (n * (n - 1)) + outside / (m * (m - 1)) - 2 * (weight @ k @ (1 - weight)) / (n * m)
+
+    found = statistic(np.arange(n + m))
+    others = np.array([statistic(generator.permutation(n + m)) for _ in range(num_permutations)])
+    return FitTest(float(found), float((1 + (others >= found).sum()) / (num_permutations + 1)))

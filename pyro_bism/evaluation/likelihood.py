@@ -1,0 +1,101 @@
+"""log p(v; θ) of every row."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..bism import BiSM
+from ..diagnostics import guide_draws
+from ..energies import Integral
+from ..rivals import PersistentVI
+from .annealing import AIS, ais
+from .normalizer import Estimate, energy_of, evaluated, exact_log_normalizer
+
+
+def log_likelihood(
+    trained: Any,
+    *args: Any,
+    log_normalizer: float | AIS | None = None,
+    num_draws: int = 1000,
+    method: str | None = None,
+    theta: Any = None,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> Estimate:
+    r"""log p(v) of every row, and how it was found.
+
+    log p̃(v) is exact where :func:`free_energy` is, else the importance-weighted bound
+    :math:`\log \tfrac1S \sum_s \tilde p(v, h_s)/q(h_s|v)` (Burda, Grosse, Salakhutdinov 2016), too low on average.
+    log Z is exact where :func:`exact_log_normalizer` is, else from :func:`ais`.
+
+    Of a :class:`PersistentVI`, whose θ has draws, it is log p(v | θ) by draw, for :func:`loo` and :func:`to_arviz`.
+
+    :param log_normalizer: log Z, if it is known; or what ``ais`` returned.
+    :param num_draws: S; of a PersistentVI, how many draws of θ, if they are not given.
+    :param theta: of a PersistentVI: draws of θ, by site, as its ``posterior`` returns them.
+    :param method: "exact" or "importance", for log p̃(v); None takes the first if it can.
+    :returns: value and standard error of shape (n,), the error of log Z in it; ``method`` says "exact" or
+        "importance", and "exact", "AIS" or "given" for the normaliser. Of a PersistentVI the shape is (1, draws, n).
+    """
+    if method not in (None, "exact", "importance"):
+        raise ValueError(f"method should be 'exact', 'importance' or None, got {method!r}.")
+    if isinstance(trained, PersistentVI):
+        _check_theta_options(log_normalizer, method)
+        if theta is None:
+            theta = trained.posterior(*args, num_draws=num_draws, **kwargs)
+        return _over_theta(trained, theta, args, kwargs, progress_bar)
+    if theta is not None:
+        raise ValueError("theta goes with a PersistentVI: no other method has draws of θ.")
+    energy, x = energy_of(trained, args, kwargs)
+    density = energy.density(x)
+    found: Any = None
+    if method != "importance":
+        try:
+            integral = Integral.of(density, x, energy.hidden)
+            found = np.asarray(evaluated(integral, density, x), float), np.zeros(energy.num_rows), "exact"
+        except ValueError:
+            if method == "exact" or not isinstance(trained, BiSM):
+                raise
+    if found is None:
+        run = guide_draws(trained, *args, num_draws=num_draws, **kwargs)
+        w = np.asarray(run.log_p - run.log_q, float)
+        relative = np.exp(w - w.max(0))
+        mean = relative.mean(0)
+        error = relative.std(0, ddof=1) / (mean * math.sqrt(num_draws)) if num_draws > 1 else np.full(len(mean), np.nan)
+        found = w.max(0) + np.log(mean), error, "importance"
+    value, error, how = found
+    known = "given"
+    if log_normalizer is None:
+        try:
+            log_normalizer = exact_log_normalizer(trained, *args, **kwargs)
+            known = "exact"
+        except ValueError:
+            bar = progress_bar
+            log_normalizer = ais(trained, *args, reverse=False, progress_bar=bar, **kwargs)
+    if isinstance(log_normalizer, AIS):
+        log_z, log_z_error, known = log_normalizer.log_normalizer, log_normalizer.standard_error, "AIS"
+    else:
+        log_z, log_z_error = float(log_normalizer), 0.0
+    method = how if how == known else f"log p̃: {how}, log Z: {known}"
+    return Estimate(value - log_z, np.hypot(error, log_z_error), method)
+
+
+def _check_theta_options(log_normalizer: Any, method: str | None) -> None:
+    if log_normalizer is not None:
+        raise ValueError("log_normalizer: a PersistentVI has a log Z for every draw of θ; leave it out.")
+    if method == "importance":
+        raise ValueError("method='importance' takes a guide of the latents, which a PersistentVI has not.")
+
+
+def _over_theta(trained: PersistentVI, theta: Any, args: Any, kwargs: Any, progress_bar: bool) -> Estimate:
+    """log p(v | θ) of every draw of θ and row, (1, draws, n)."""
+    num = len(next(iter(theta.values())))
+    each = []
+    for i in tqdm(range(num), disable=not progress_bar, desc="log-likelihood"):
+        at = trained.at({name: value[i] for name, value in theta.items()})
+        each.append(log_likelihood(at, *args, progress_bar=False, **kwargs))
+    value, error = (np.stack([np.asarray(a) for a in part])[None] for part in list(zip(*each, strict=True))[:2])
+    return Estimate(torch.asarray(value), torch.asarray(error), each[0].method)
