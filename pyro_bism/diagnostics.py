@@ -24,6 +24,7 @@ from .sampling import Chains
 __all__ = ["psis_khat", "to_arviz"]
 
 MIN_DRAWS = 25  # a fifth of the draws is the tail, and fewer than five points fix no tail
+MIN_EFFECTIVE = 5  # of them
 MAX_CELLS = 2**20  # numbers of v and h that are worked on at once
 
 
@@ -34,10 +35,15 @@ def psis_khat(log_weight: Any) -> Any:
     too far from the posterior for its draws to be mended by weighting. Vehtari, Simpson, Gelman, Yao, Gabry
     2024 (JMLR 25(72)); the fit is ArviZ's own, of either version, with the sign that this version wants.
 
-    Two answers are ours, for largest weights that take fewer than five values. -inf stands for weights that have no
-    tail: all much the same (the guide is exact or nearly so), or bounded by a value that several draws attain, as with
-    discrete latents. inf means that a few draws outweigh all others. Log weights are told apart down to the
-    square root of their precision.
+    Where ArviZ's fit can't be had, or can't be believed, the answer goes by the effective sample size
+    :math:`m = (\sum w)^2 / \sum w^2` of the S draws:
+
+    - the largest weights take fewer than five values (ties, discrete latents), or
+    - k̂ < 1/2 says that they have a finite variance, though m < √S; or k̂ < 0 that they are bounded, though m < S/10.
+
+    It is -inf if the weights are all much the same (m > 0.8 S: the guide is exact or nearly so), inf if a few draws
+    outweigh all others (m < 5), and else :math:`1 - \log m / (2 \log S)`, between 1/2 and 1, where Pareto weights with
+    such an m have their k. Log weights are told apart down to the square root of their precision.
 
     :param log_weight: log p̃(v, h) - log q(h|v): an array whose leading axis runs over the draws, or an
         ``xarray.DataArray`` with the dimensions ``chain`` and ``draw``. -inf is a weight of zero.
@@ -59,14 +65,15 @@ def psis_khat(log_weight: Any) -> Any:
         raise ValueError(f"All log weights are -inf at index {tuple(map(int, bad))}: no draw has a density there.")
     eps = float(np.finfo(weights.dtype).eps) if weights.dtype.kind == "f" else 2.0**-52
     columns = weights.reshape(len(weights), -1).T.astype(float)
-    k = np.array([_without_tail(column, eps) for column in columns])
+    k = np.array([math.nan if _has_tail(column, eps) else -math.inf for column in columns])
     if np.isnan(k).any():
         k[np.isnan(k)] = _arviz_khat(columns[np.isnan(k)])
+    k = np.array([_believed(*pair) for pair in zip(k, columns, strict=True)])
     return k.reshape(weights.shape[1:])
 
 
-def _without_tail(log_weight: np.ndarray, eps: float) -> float:
-    """±inf where the largest weights take fewer than five values, to which no law can be fitted; else NaN."""
+def _has_tail(log_weight: np.ndarray, eps: float) -> bool:
+    """Whether the largest weights take five values at least: no law can be fitted to fewer."""
     finite = np.abs(log_weight[np.isfinite(log_weight)])
     # below this, differences are rounding: they would be fitted as a tail where there is none
     quantum = max(math.sqrt(eps), 8 * eps * float(finite.max()))
@@ -74,11 +81,19 @@ def _without_tail(log_weight: np.ndarray, eps: float) -> float:
     num_tail = math.ceil(min(len(x) / 5, 3 * math.sqrt(len(x))))
     # weights smaller than a rounding error of the largest are nothing
     tail = x[x > max(x[-num_tail - 1], math.log(2.0**-52))]
-    if len(np.unique(tail)) >= 5:
-        return math.nan
-    weight = np.exp(x)
-    effective = weight.sum() ** 2 / (weight**2).sum()
-    return -math.inf if (x == x[-1]).sum() > 1 or effective > len(x) / 2 else math.inf
+    return len(np.unique(tail)) >= 5
+
+
+def _believed(k: float, log_weight: np.ndarray) -> float:
+    """k̂, unless the effective sample size contradicts it: a k̂ never reads as good where few draws count."""
+    num, weight = len(log_weight), np.exp(log_weight - log_weight.max())
+    effective = float(weight.sum() ** 2 / (weight**2).sum())
+    needed = max(math.sqrt(num), 0.1 * num if k < 0 else 0.0)
+    if math.isfinite(k) and (k >= 0.5 or effective >= needed):
+        return k
+    if effective > 0.8 * num:
+        return -math.inf
+    return math.inf if effective < MIN_EFFECTIVE else 1 - math.log(effective) / (2 * math.log(num))
 
 
 def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ def test_neither_imports_the_other():
 
 def test_what_is_numpy_alone_is_the_same_to_the_letter():
     """Neither package may import the other, so this stands twice; copied text must not drift."""
-    names = ("psis_khat", "_without_tail", "_arviz_khat", "_settings", "_fields")
+    names = ("psis_khat", "_has_tail", "_believed", "_arviz_khat", "_settings", "_fields")
     for name in names:
         ours, theirs = (inspect.getsource(getattr(p.diagnostics, name)) for p in (pyro_bism, numpyro_bism))
         assert ours == theirs, name
