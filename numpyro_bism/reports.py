@@ -25,6 +25,7 @@ from .evaluation import (
     log_likelihood,
     maximum_mean_discrepancy,
 )
+from .evaluation.noise import noise_scale
 from .kernels import Gibbs, Kernel, Langevin
 from .sampling import Chains, run_chains
 
@@ -123,6 +124,7 @@ def diagnose(
     kernel: Kernel | None = None,
     posterior: Any = None,
     ais_options: Mapping[str, Any] | None = None,
+    noise: float | str | None = "loss",
     coords: Mapping[str, Sequence] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     progress_bar: bool = True,
@@ -136,7 +138,9 @@ def diagnose(
       of 100. Half of the model's chains start at data, half at noise.
     - **normaliser**: exact, or AIS whose bounds from both ends are within a nat, with 5 % of its chains effective.
     - **fit**: kernel Stein discrepancy of data and model, and the maximum mean discrepancy between the data and the
-      model's chains, if these have mixed; rejected at p < 0.01, the two taken together.
+      model's chains, if these have mixed; rejected at p < 0.01, the two taken together. Denoising score matching learns
+      the density of noisy data, so its noise is added to the data for this and for the Fisher divergence; guide and
+      likelihood are those of the data as they are.
 
     :param trained: a BiSM, or a rival without a guide, whose guide is not spoken of then.
     :param state: its state.
@@ -151,6 +155,8 @@ def diagnose(
     :param posterior: chains of h given v at *all* data points given, of ``run_chains`` or of an ``MCMC`` that ran
         ``program(..., sites=[...])``, in place of chains made here.
     :param ais_options: arguments of :func:`ais`; log Z is taken from it then, even if the exact one can be had.
+    :param noise: added to the data before model and data are compared: "loss" for the outer loss's σ, a standard
+        deviation, or None if the data have it already; see :func:`kernel_stein_discrepancy`.
     :param coords: as for :func:`to_arviz`, and so is ``dims``; ``obs`` counts the data's rows by default.
     :raises ValueError: on misuse.
     """
@@ -240,7 +246,7 @@ def diagnose(
             )
         )
     verdicts.append(
-        _fit(trained, state, energy, args, kwargs, keys[7], chain_visible, verdicts, np.asarray(x[VISIBLE]))
+        _fit(trained, state, energy, args, kwargs, keys[7], noise, chain_visible, verdicts, np.asarray(x[VISIBLE]))
     )
     try:
         fisher = fisher_divergence(
@@ -250,6 +256,7 @@ def diagnose(
             rng_key=keys[8],
             num_draws=min(num_draws, 100),
             num_projections=10,
+            noise=noise,
             **some_kwargs,
         )
         text = f"{float(fisher.value):.4g}, s.e. {float(fisher.standard_error):.2g} ({fisher.method}; lower is better)"
@@ -435,6 +442,7 @@ def _fit(
     args: Any,
     kwargs: Any,
     rng_key: Array,
+    noise: float | str | None,
     chain_visible: np.ndarray | None,
     verdicts: Sequence[Verdict],
     v: np.ndarray,
@@ -442,11 +450,12 @@ def _fit(
     key_stein, key_mmd = jax.random.split(rng_key)
     if energy.num_rows < 2:
         return Verdict("fit", None, "one row is no sample")
+    sigma = noise_scale(trained, noise)
     some, named = args, kwargs
     if energy.resizes and energy.num_rows > 1000:  # the test takes all pairs of rows
         some, named = _arguments(energy, np.linspace(0, energy.num_rows - 1, 1000).astype(int))
     try:
-        stein = kernel_stein_discrepancy(trained, state, *some, rng_key=key_stein, **named)
+        stein = kernel_stein_discrepancy(trained, state, *some, rng_key=key_stein, noise=noise, **named)
     except ValueError as error:
         return Verdict("fit", None, str(error))
     text = f"kernel Stein discrepancy {stein.statistic:.3g}, p = {stein.p_value:.3f}"
@@ -456,9 +465,11 @@ def _fit(
         draws = chain_visible.reshape(-1, chain_visible.shape[-1])
         effective = _rhat_and_ess(chain_visible)[1].min()
         step = math.ceil(len(draws) / max(2, min(len(v), 1000, effective)))
-        mmd = maximum_mean_discrepancy(draws[::step], v[:1000], rng_key=key_mmd, num_permutations=500)
+        mmd = maximum_mean_discrepancy(draws[::step], v[:1000], rng_key=key_mmd, num_permutations=500, noise=sigma)
         text += f"; maximum mean discrepancy of chains and data {mmd.statistic:.3g}, p = {mmd.p_value:.3f}"
         p_values.append(mmd.p_value)
+    if sigma:
+        text += f"; noise of standard deviation {sigma:g} added to the data"
     if min(p_values) < SIGNIFICANT / len(p_values):  # Bonferroni
         return Verdict("fit", False, "rejected: " + text)
     return Verdict("fit", True, "not rejected: " + text)

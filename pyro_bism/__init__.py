@@ -6,12 +6,14 @@ from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence
 from .evaluation import (
     ais,
+    denoise,
     exact_log_normalizer,
     fisher_divergence,
     free_energy,
     kernel_stein_discrepancy,
     log_likelihood,
     maximum_mean_discrepancy,
+    score,
 )
 from .hypergradients import Amortized, Covariance, Detached, Exact, Implicit, Penalty, Unrolled
 from .losses import (
@@ -56,6 +58,7 @@ __all__ = [
     "VNCEInfo",
     "ais",
     "calibration",
+    "denoise",
     "diagnose",
     "exact_log_normalizer",
     "fisher_divergence",
@@ -68,5 +71,6 @@ __all__ = [
     "psis_khat",
     "recorded",
     "run_chains",
+    "score",
     "to_arviz",
 ]

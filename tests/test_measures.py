@@ -1,11 +1,20 @@
 """Measures that may not mislead: k-hat, tests of fit, the noise that a density was learnt with, draws of the energy."""
 
 import arviz as az
+import jax
+import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as ndist
+import optax
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 
 import numpyro_bism
 import pyro_bism
+from oracles import LinearGaussian
 
 PACKAGES = pytest.mark.parametrize("package", [pyro_bism, numpyro_bism], ids=["pyro", "numpyro"])
 
@@ -84,3 +93,198 @@ def test_khat_of_ordinary_weights_is_arvizs(package):
 
         expected = array_stats.psislw(-x, axis=-1)[1]
     np.testing.assert_allclose(package.psis_khat(x.T), expected, rtol=1e-10)
+
+
+# The noise that a density was learnt with: model and data are compared with the same noise in both
+
+
+class Pyro:
+    package = pyro_bism
+
+    def __enter__(self):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        torch.set_default_dtype(torch.float64)
+        return self
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(torch.float32)
+
+    def two_sites(self, loss):
+        """v = (a, b), each N(0, 1): no latents, two visible sites, the second of shape (n, 1, 2)."""
+
+        def model(a, b):
+            shift = pyro.param("shift", torch.zeros(()))
+            with pyro.plate("data", len(a)):
+                a = pyro.sample("a", dist.Normal(0.0, 1.0).mask(False), obs=a)
+                b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2).mask(False), obs=b)
+                pyro.factor("energy", shift * a - 0.5 * a**2 - 0.5 * (b**2).sum((-1, -2)))
+
+        return pyro_bism.MarginalSM(model, pyro.optim.Adam({"lr": 1e-2}), loss)
+
+    def linear(self, linear, loss):
+        def model(x):
+            shift = pyro.param("shift", torch.zeros(()))
+            A, B, W, b, c = (torch.as_tensor(a) for a in (linear.A, linear.B, linear.W, linear.b, linear.c))
+            with pyro.plate("data", len(x)):
+                v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([len(b)]).to_event(1).mask(False), obs=x)
+                h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([len(c)]).to_event(1).mask(False))
+                quadratic = 0.5 * ((v @ A) * v).sum(-1) + 0.5 * ((h @ B) * h).sum(-1)
+                pyro.factor("energy", ((v @ W) * h).sum(-1) + v @ b + h @ c - quadratic + shift * v.sum(-1))
+
+        def guide(x):
+            shift = pyro.param("move", torch.zeros(()))
+            with pyro.plate("data", len(x)):
+                M, m, S = map(torch.as_tensor, linear.posterior)
+                pyro.sample("h", dist.MultivariateNormal(shift + x @ M.T + m, S))
+
+        return pyro_bism.BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss)
+
+    def call(self, name, trained, *x, **options):
+        return getattr(pyro_bism, name)(trained, *map(torch.as_tensor, x), **options)
+
+    def mmd(self, first, second, **options):
+        return pyro_bism.maximum_mean_discrepancy(first, second, **options)
+
+    def stein_test(self, v, score, num_bootstrap, seed):
+        torch.manual_seed(seed)
+        return pyro_bism.evaluation.fit.stein_test(v, score, num_bootstrap)
+
+
+class Numpyro:
+    package = numpyro_bism
+
+    def __enter__(self):
+        self.context = jax.enable_x64(True)
+        self.context.__enter__()
+        self.states, self.calls = {}, 0
+        return self
+
+    def __exit__(self, *error):
+        self.context.__exit__(*error)
+
+    def two_sites(self, loss):
+        def model(a, b):
+            shift = numpyro.param("shift", 0.0)
+            with numpyro.plate("data", len(a)):
+                a = numpyro.sample("a", ndist.Normal(0.0, 1.0).mask(False), obs=a)
+                b = numpyro.sample("b", ndist.Normal(0.0, 1.0).expand([1, 2]).to_event(2).mask(False), obs=b)
+                numpyro.factor("energy", shift * a - 0.5 * a**2 - 0.5 * (b**2).sum((-1, -2)))
+
+        return numpyro_bism.MarginalSM(model, optax.adam(1e-2), loss)
+
+    def linear(self, linear, loss):
+        def model(x):
+            shift = numpyro.param("shift", 0.0)
+            A, B, W, b, c = (jnp.asarray(a) for a in (linear.A, linear.B, linear.W, linear.b, linear.c))
+            with numpyro.plate("data", len(x)):
+                v = numpyro.sample("v", ndist.Normal(0.0, 1.0).expand([len(b)]).to_event(1).mask(False), obs=x)
+                h = numpyro.sample("h", ndist.Normal(0.0, 1.0).expand([len(c)]).to_event(1).mask(False))
+                quadratic = 0.5 * ((v @ A) * v).sum(-1) + 0.5 * ((h @ B) * h).sum(-1)
+                numpyro.factor("energy", ((v @ W) * h).sum(-1) + v @ b + h @ c - quadratic + shift * v.sum(-1))
+
+        def guide(x):
+            shift = numpyro.param("move", 0.0)
+            with numpyro.plate("data", len(x)):
+                M, m, S = map(jnp.asarray, linear.posterior)
+                numpyro.sample("h", ndist.MultivariateNormal(shift + x @ M.T + m, S))
+
+        return numpyro_bism.BiSM(model, guide, optax.adam(1e-2), loss)
+
+    def call(self, name, trained, *x, **options):
+        x = tuple(map(jnp.asarray, x))
+        if id(trained) not in self.states:
+            self.states[id(trained)] = trained, trained.init(jax.random.key(0), *x)
+        self.calls += 1
+        key = jax.random.key(self.calls)
+        return getattr(numpyro_bism, name)(trained, self.states[id(trained)][1], *x, rng_key=key, **options)
+
+    def mmd(self, first, second, **options):
+        return numpyro_bism.maximum_mean_discrepancy(first, second, rng_key=jax.random.key(0), **options)
+
+    def stein_test(self, v, score, num_bootstrap, seed):
+        return numpyro_bism.evaluation.fit.stein_test(v, score, jax.random.key(seed), num_bootstrap)
+
+
+@pytest.fixture(params=[Pyro, Numpyro], ids=["pyro", "numpyro"])
+def backend(request):
+    with request.param() as found:
+        yield found
+
+
+SIGMA = 0.7
+# clean data, which N(0, 1) is the noisy density of
+CLEAN = np.sqrt(1 - SIGMA**2) * np.random.default_rng(8).normal(size=(400, 3))
+A, B = CLEAN[:, 0], CLEAN[:, 1:].reshape(-1, 1, 2)
+
+
+def test_diagnose_accepts_a_perfect_denoising_model_on_clean_data(backend):
+    """It was rejected at p = 0.001: the density learnt is that of noisy data."""
+    trained = backend.two_sites(backend.package.DenoisingScoreMatching(sigma=SIGMA))
+    found = backend.call("diagnose", trained, A, B, num_samples=100, num_warmup=5, progress_bar=False)
+    assert found["model chains"].passed and found["fit"].passed, str(found)
+    assert "noise of standard deviation 0.7 added to the data" in found["fit"].text
+    assert abs(float(found.fisher_divergence.value) + 1.5) < 5 * float(found.fisher_divergence.standard_error)
+    # the likelihood is that of the data as they are
+    log_prob = -0.5 * (CLEAN**2).sum(-1) - 1.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(np.asarray(found.log_likelihood.value), log_prob, rtol=1e-9)
+
+
+def test_every_measure_of_fit_takes_the_noise(backend):
+    package = backend.package
+    trained = backend.two_sites(package.DenoisingScoreMatching(sigma=SIGMA))
+    stein = lambda trained, **options: backend.call("kernel_stein_discrepancy", trained, A, B, **options)  # noqa: E731
+    assert stein(trained).p_value > 0.02 and stein(trained, noise=SIGMA).p_value > 0.02
+    assert stein(trained, noise=None).p_value < 0.005 and stein(trained, noise=0.0).p_value < 0.005
+    for noise, variance in ((None, 1 - SIGMA**2), ("loss", 1.0)):
+        found = backend.call("fisher_divergence", trained, A, B, noise=noise)
+        assert abs(float(found.value) - 3 * (0.5 * variance - 1)) < 5 * float(found.standard_error)
+        likelihood = np.asarray(backend.call("log_likelihood", trained, A, B, noise=noise).value)
+        expected = -1.5 * (np.log(2 * np.pi) + variance)
+        assert abs(likelihood.mean() - expected) < 5 * likelihood.std() / 20
+    draws = np.random.default_rng(9).normal(size=(400, 3))
+    assert backend.mmd(draws, CLEAN, num_permutations=200).p_value < 0.01
+    assert backend.mmd(draws, CLEAN, num_permutations=200, noise=SIGMA).p_value > 0.02
+    with pytest.raises(ValueError, match="noise must be 'loss', a standard deviation or None, got 'data'"):
+        stein(trained, noise="data")
+    with pytest.raises(ValueError, match=r"noise must be 'loss', a standard deviation or None, got -1\.0"):
+        stein(trained, noise=-1.0)
+    with pytest.raises(ValueError, match="give a function"):
+        backend.call("fisher_divergence", trained, A, B, noise="loss", data_score=CLEAN)
+
+
+def test_the_scale_is_the_losses(backend):
+    package = backend.package
+    scale = package.evaluation.noise.noise_scale
+    multiscale = package.MultiscaleDenoisingScoreMatching(sigma_min=0.1, sigma_max=2.0, sigma0=0.4)
+    assert scale(backend.two_sites(package.DenoisingScoreMatching(sigma=SIGMA)), "loss") == SIGMA
+    assert scale(backend.two_sites(multiscale), "loss") == 0.4
+    for loss in (package.ScoreMatching(), package.SlicedScoreMatching()):
+        trained = backend.two_sites(loss)
+        assert scale(trained, "loss") is None and scale(trained, 0.3) == 0.3 and scale(trained, None) is None
+    with pytest.raises(ValueError, match="ScoreMatching has no noise of its own"):
+        backend.call("denoise", trained, A, B)
+
+
+def test_score_and_denoise_of_several_sites(backend):
+    trained = backend.two_sites(backend.package.DenoisingScoreMatching(sigma=SIGMA))
+    found = backend.call("score", trained, A, B)
+    np.testing.assert_allclose(np.asarray(found["a"]), -A, rtol=1e-12)
+    np.testing.assert_allclose(np.asarray(found["b"]), -B, rtol=1e-12)
+    found = backend.call("denoise", trained, A, B)  # E[x | v] of x ~ N(0, 1 - σ²)
+    np.testing.assert_allclose(np.asarray(found["b"]), (1 - SIGMA**2) * B, rtol=1e-12)
+    np.testing.assert_allclose(np.asarray(backend.call("denoise", trained, A, B, noise=0.5)["a"]), 0.75 * A, rtol=1e-12)
+
+
+def test_score_and_denoise_of_a_linear_gaussian_model(backend):
+    """E[x | v] = μ + (C - σ² I) C⁻¹ (v - μ), C the covariance of noisy v."""
+    linear = LinearGaussian.random(np.random.default_rng(10), 3, 2)
+    sigma = 0.8 * np.sqrt(np.linalg.eigvalsh(linear.cov).min())
+    v, _ = linear.sample(np.random.default_rng(11), 7)
+    trained = backend.linear(linear, backend.package.DenoisingScoreMatching(sigma=sigma))
+    found = np.asarray(backend.call("score", trained, v))
+    assert found.shape == v.shape
+    np.testing.assert_allclose(found, linear.score(v), rtol=1e-8, atol=1e-10)
+    gain = (linear.cov - sigma**2 * np.eye(3)) @ np.linalg.inv(linear.cov)
+    expected = linear.mean + (v - linear.mean) @ gain.T
+    np.testing.assert_allclose(np.asarray(backend.call("denoise", trained, v)), expected, rtol=1e-8, atol=1e-10)

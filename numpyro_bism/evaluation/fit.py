@@ -1,7 +1,6 @@
 """Measures of fit that need no normaliser."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +9,10 @@ import numpy as np
 from jax import Array
 
 from .. import losses
-from ..bism import BiSM
-from ..energies import VISIBLE, Density, Integral, Point
-from .normalizer import Estimate, energy_of
+from ..energies import VISIBLE
+from .noise import with_noise
+from .normalizer import Estimate
+from .scores import guide_score, score_at, summable
 
 
 class FitTest(NamedTuple):
@@ -25,60 +25,6 @@ class FitTest(NamedTuple):
     p_value: float
 
 
-def _scores(
-    trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array, num_draws: int
-) -> tuple[Array, Array, str]:
-    r"""v and ∇_v log p(v) of every row, (n, D): exact where the latents can be summed, else a mean over guide draws.
-
-    The latter is :math:`E_{q(h|v)} \nabla_v[\log\tilde p(v, h) - \log q(h|v)]` (Bao et al. 2021), exact if q is the
-    posterior.
-    """
-    density, x, integral = _summable(trained, state, args, kwargs, rng_key)
-    if integral is not None:
-        v = x[VISIBLE]
-        return v, jax.jit(jax.grad(lambda v: integral(density, {**x, VISIBLE: v}).sum()))(v), "exact"
-    batch, draw, score = _guide_score(trained, state, args, kwargs, rng_key, losses.ScoreMatching(), None)
-
-    @jax.jit
-    def mean(keys):
-        return jax.lax.map(lambda key: score(draw(key))(batch.v), keys).mean(0)
-
-    return batch.v, mean(jax.random.split(rng_key, num_draws)), "guide"
-
-
-def _summable(trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array) -> tuple[Density, Point, Any]:
-    """The density, a point, and the sum over the latents if gradients can go through it; else None."""
-    energy, params, x = energy_of(trained, state, args, kwargs, rng_key)
-    density = energy.density(params, x)
-    try:
-        integral = Integral.of(density, x, energy.hidden)
-    except ValueError:
-        integral = None
-    integral = None if integral is None or integral.quadrature else integral
-    if integral is None and not isinstance(trained, BiSM):
-        raise ValueError("The score takes a sum over latents that is out of reach, and there is no guide to draw them.")
-    return density, x, integral
-
-
-def _guide_score(
-    trained: BiSM, state: Any, args: Any, kwargs: Any, rng_key: Array, loss: Any, num_draws: int | None
-) -> tuple[Any, Callable, Callable]:
-    """The batch; a draw of the guide by key; and the score function given draws, ``num_draws`` of them stacked."""
-    leaves, spec = trained._checked(args, kwargs)
-    pair = trained.pair(leaves, spec)
-    params = pair.params(*trained._unpack(pair, state), state.mutable_state)
-    key_batch, key_score = jax.random.split(rng_key)
-    batch = pair.batch(key_batch, leaves, spec)
-
-    def draw(key):
-        return pair.draw(key, params, batch, batch.v)[0]
-
-    def score(draws):
-        return pair.score(key_score, params, batch, draws, loss, num_draws)
-
-    return batch, draw, score
-
-
 def fisher_divergence(
     trained: Any,
     state: Any,
@@ -87,6 +33,7 @@ def fisher_divergence(
     data_score: Any = None,
     num_draws: int = 100,
     num_projections: int | None = None,
+    noise: float | str | None = None,
     **kwargs: Any,
 ) -> Estimate:
     r"""The Fisher divergence between the data and the model, a mean over the rows.
@@ -96,14 +43,23 @@ def fisher_divergence(
     models of the same data are compared by it. s is the exact score of the marginal where the latents can be summed,
     else a mean over the guide's draws of h.
 
-    :param data_score: ∇ log p_data at the rows, (n, D), or a function from v to it.
+    A denoising loss's density is that of noisy data, and is the best of all by this measure on noisy rows; models that
+    were learnt with different σ are compared on the rows as they are.
+
+    :param data_score: ∇ log p_data at the rows, (n, D), or a function from v to it; with ``noise``, a function, and of
+        the noisy data's density.
     :param num_draws: of h, if the guide is needed.
     :param num_projections: random directions that estimate the trace; None takes it exactly, for D gradients.
+    :param noise: added to the rows before: None for none, "loss" for the outer loss's, or a standard deviation; see
+        :func:`kernel_stein_discrepancy`.
     :returns: ``standard_error`` is that of a mean over the rows.
     """
+    if noise is not None and data_score is not None and not callable(data_score):
+        raise ValueError("data_score: the noise moves the rows, so give a function from v to the score.")
     key_score, key_draw, key_noise = jax.random.split(rng_key, 3)
+    args, kwargs = with_noise(trained, args, kwargs, noise, jax.random.fold_in(rng_key, 1))
     if data_score is not None:
-        v, s, method = _scores(trained, state, args, kwargs, key_score, num_draws)
+        v, s, method, _ = score_at(trained, state, args, kwargs, key_score, num_draws)
         wanted = jnp.asarray(data_score(v) if callable(data_score) else data_score)
         if wanted.shape != s.shape:
             raise ValueError(f"data_score has shape {wanted.shape}; {s.shape} is wanted.")
@@ -111,11 +67,11 @@ def fisher_divergence(
     loss: Any = losses.ScoreMatching(num_particles=num_draws, average="score")
     if num_projections is not None:
         loss = losses.SlicedScoreMatching(num_projections, num_particles=num_draws, average="score")
-    density, x, integral = _summable(trained, state, args, kwargs, key_score)
+    density, x, integral = summable(trained, state, args, kwargs, key_score)
     if integral is not None:
         marginal = jax.grad(lambda v: integral(density, {**x, VISIBLE: v}).sum())
         return _mean(jax.jit(lambda v: loss(marginal, v, loss.draw(key_noise, v)))(x[VISIBLE]), "exact")
-    batch, draw, score = _guide_score(trained, state, args, kwargs, key_score, loss, num_draws)
+    batch, draw, score = guide_score(trained, state, args, kwargs, key_score, loss, num_draws)
 
     @jax.jit
     def per_row():
@@ -138,6 +94,7 @@ def kernel_stein_discrepancy(
     rng_key: Array,
     num_bootstrap: int = 1000,
     num_draws: int = 100,
+    noise: float | str | None = "loss",
     **kwargs: Any,
 ) -> FitTest:
     r"""The squared kernel Stein discrepancy between data and model, and a test of fit: no normaliser is needed.
@@ -147,16 +104,23 @@ def kernel_stein_discrepancy(
     .. math:: u(x, y) = s(x)^\top s(y) k + s(x)^\top \nabla_y k + s(y)^\top \nabla_x k + \mathrm{tr}\,\nabla_x\nabla_y k
 
     with the inverse multiquadric :math:`k = (1 + (x - y)^\top M (x - y))^{-1/2}` (Gorham, Mackey 2017), which sees
-    every departure; M is the data's precision over D. The p-value is by the wild bootstrap: signs at random.
+    every departure. M is diagonal, one over D times a column's variance: so few numbers hardly depend on the rows that
+    are tested, where an inverse covariance would. The p-value is by the wild bootstrap: signs at random.
 
-    :param args: independent draws of the distribution that is tested, one a row.
+    A denoising loss learns the density of *noisy* data, which clean data are no draws of. So noise is added to the rows
+    first, fresh at every call; ``noise=None`` tests whether the rows, as they are, come from the model.
+
+    :param args: independent draws of the distribution that is tested, one a row: clean data.
     :param num_bootstrap: its replications.
     :param num_draws: of h, where the score needs the guide; the test is of guide and model together then.
+    :param noise: its standard deviation: "loss" takes the outer loss's σ (σ₀ of the multiscale one; none of a loss
+        without noise); a number; None for no noise.
     :returns: a small p-value rejects that the rows come from the model.
     """
     key_score, key_boot = jax.random.split(rng_key)
-    v, s, _ = _scores(trained, state, args, kwargs, key_score, num_draws)
-    return stein_test(v, s, key_boot, num_bootstrap)
+    args, kwargs = with_noise(trained, args, kwargs, noise, jax.random.fold_in(rng_key, 1))
+    found = score_at(trained, state, args, kwargs, key_score, num_draws)
+    return stein_test(found.v, found.score, key_boot, num_bootstrap)
 
 
 def stein_test(v: Any, score: Any, rng_key: Array, num_bootstrap: int = 1000) -> FitTest:
@@ -165,21 +129,24 @@ def stein_test(v: Any, score: Any, rng_key: Array, num_bootstrap: int = 1000) ->
     n, d = v.shape
     if n < 2:
         raise ValueError("kernel_stein_discrepancy needs two rows at least.")
-    # a ridge: more dimensions than rows, or a constant one
-    cov = np.cov(v.T).reshape(d, d)
-    precision = np.linalg.inv(cov + 1e-6 * (np.trace(cov) / d + 1e-12) * np.eye(d)) / d
-    scaled = v @ np.linalg.cholesky(precision)
-    squared = _squared_distances(scaled)
-    k = (1 + squared) ** -0.5
-    toward = v @ precision  # M x
+    precision = 1 / (d * _variances(v))
+    v = v - v.mean(0)  # only differences count, and these keep more digits
+    k = (1 + _squared_distances(v * np.sqrt(precision))) ** -0.5
+    toward = v * precision  # M x
     s_dot, s_diff = score @ score.T, score @ toward.T
     own = np.diag(s_diff)
     # s(x)·M(x - y) and s(y)·M(y - x)
     along = (own[:, None] - s_diff) + (own[None, :] - s_diff.T)
-    far = _squared_distances(toward)
-    u = s_dot * k + along * k**3 + np.trace(precision) * k**3 - 3 * far * k**5
+    u = s_dot * k + along * k**3 + precision.sum() * k**3 - 3 * _squared_distances(toward) * k**5
     np.fill_diagonal(u, 0.0)
     return _bootstrap(u, rng_key, num_bootstrap)
+
+
+def _variances(v: np.ndarray) -> np.ndarray:
+    """Of the columns; a constant one, which has no scale of its own, gets that of the others."""
+    variance = v.var(0, ddof=1)
+    moves = np.sqrt(variance) > 1e-12 * np.abs(v).max(0)  # else it is rounding
+    return np.where(moves, variance, variance[moves].mean() if moves.any() else 1.0)
 
 
 def _squared_distances(x: np.ndarray) -> np.ndarray:
@@ -196,7 +163,13 @@ def _bootstrap(u: np.ndarray, rng_key: Array, num_bootstrap: int) -> FitTest:
 
 
 def maximum_mean_discrepancy(
-    first: Any, second: Any, *, rng_key: Array, num_permutations: int = 1000, bandwidth: float | None = None
+    first: Any,
+    second: Any,
+    *,
+    rng_key: Array,
+    num_permutations: int = 1000,
+    bandwidth: float | None = None,
+    noise: float | None = None,
 ) -> FitTest:
     r"""The squared maximum mean discrepancy between two sets of draws (Gretton et al. 2012, Lemma 6).
 
@@ -205,6 +178,8 @@ def maximum_mean_discrepancy(
     :param first: draws of the model, (n, ...).
     :param second: held-out data, (m, ...).
     :param bandwidth: ℓ; None takes the median distance between all draws.
+    :param noise: standard deviation of the noise that is added to ``second`` before: σ, if ``first`` are draws of a
+        model that denoising score matching has learnt, whose density is that of noisy data; None for none.
     """
     x, y = (np.asarray(a, float).reshape(len(a), -1) for a in (first, second))
     if x.shape[1] != y.shape[1]:
@@ -212,11 +187,13 @@ def maximum_mean_discrepancy(
     n, m = len(x), len(y)
     if min(n, m) < 2:
         raise ValueError("maximum_mean_discrepancy needs two rows of each at least.")
+    generator = np.random.default_rng(np.asarray(jax.random.bits(rng_key, (4,), np.uint32)))
+    if noise is not None:
+        y = y + noise * generator.normal(size=y.shape)
     squared = _squared_distances(np.concatenate([x, y]))
     scale = np.median(squared[np.triu_indices(n + m, 1)]) if bandwidth is None else bandwidth**2
     k = np.exp(-0.5 * squared / max(scale, np.finfo(float).tiny))
     np.fill_diagonal(k, 0.0)
-    generator = np.random.default_rng(np.asarray(jax.random.bits(rng_key, (4,), np.uint32)))
 
     def statistic(order):
         weight = np.where(np.arange(n + m) < n, 1.0, 0.0)[order]

@@ -1,19 +1,22 @@
-r"""What was learnt: the normaliser, likelihoods, and measures of fit that need no normaliser."""
+r"""What was learnt: the normaliser, likelihoods, the score, and measures of fit that need no normaliser."""
 
 from .annealing import AIS, ais
 from .fit import FitTest, fisher_divergence, kernel_stein_discrepancy, maximum_mean_discrepancy
 from .likelihood import log_likelihood
 from .normalizer import Estimate, exact_log_normalizer, free_energy
+from .scores import denoise, score
 
 __all__ = [
     "AIS",
     "Estimate",
     "FitTest",
     "ais",
+    "denoise",
     "exact_log_normalizer",
     "fisher_divergence",
     "free_energy",
     "kernel_stein_discrepancy",
     "log_likelihood",
     "maximum_mean_discrepancy",
+    "score",
 ]

@@ -12,6 +12,7 @@ from ..diagnostics import guide_draws
 from ..energies import Integral
 from ..rivals import PersistentVI
 from .annealing import AIS, ais
+from .noise import with_noise
 from .normalizer import Estimate, energy_of, evaluated, exact_log_normalizer
 
 
@@ -22,6 +23,7 @@ def log_likelihood(
     num_draws: int = 1000,
     method: str | None = None,
     theta: Any = None,
+    noise: float | str | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Estimate:
@@ -36,12 +38,15 @@ def log_likelihood(
     :param log_normalizer: log Z, if it is known; or what ``ais`` returned.
     :param num_draws: S; of a PersistentVI, how many draws of θ, if they are not given.
     :param theta: of a PersistentVI: draws of θ, by site, as its ``posterior`` returns them.
+    :param noise: added to the rows before: None, the likelihood of the rows as they are, which papers report though a
+        denoising loss learns the density of noisy ones; "loss" for the outer loss's σ; or a standard deviation.
     :param method: "exact" or "importance", for log p̃(v); None takes the first if it can.
     :returns: value and standard error of shape (n,), the error of log Z in it; ``method`` says "exact" or
         "importance", and "exact", "AIS" or "given" for the normaliser. Of a PersistentVI the shape is (1, draws, n).
     """
     if method not in (None, "exact", "importance"):
         raise ValueError(f"method should be 'exact', 'importance' or None, got {method!r}.")
+    args, kwargs = with_noise(trained, args, kwargs, noise)
     if isinstance(trained, PersistentVI):
         _check_theta_options(log_normalizer, method)
         if theta is None:

@@ -1,0 +1,127 @@
+"""The score ∇_v log p(v) of what was learnt, its use as a denoiser, and how it is found."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..bism import BiSM
+from ..energies import VISIBLE, Density, Integral, Point
+from .noise import noise_scale
+from .normalizer import energy_of
+
+
+def score(trained: Any, *args: Any, num_draws: int = 100, **kwargs: Any) -> Any:
+    r"""The score :math:`\nabla_v \log p(v)` of every row, of the shape of the visible site's value.
+
+    It needs no normaliser. Exact where the latents can be summed out, else a mean over the guide's draws,
+    :math:`E_{q(h|v)} \nabla_v[\log\tilde p(v, h) - \log q(h|v)]` (Bao et al. 2021), exact if q is the posterior. It is
+    taken at the rows as they are; after denoising score matching it is that of *noisy* data's density.
+
+    :param trained: a BiSM or a rival.
+    :param args: arguments of model and guide, v among them.
+    :param num_draws: of h, if the guide is needed.
+    :returns: with several continuous visible sites, a mapping from their names.
+    :raises ValueError: where neither a sum nor a guide is within reach.
+    """
+    found = score_at(trained, args, kwargs, num_draws)
+    return _by_site(found.sites, found.score)
+
+
+def denoise(trained: Any, *args: Any, noise: float | str = "loss", num_draws: int = 100, **kwargs: Any) -> Any:
+    r"""The posterior mean of clean data given noisy ones: Tweedie's formula, :math:`v + \sigma^2 \nabla_v \log p(v)`.
+
+    For noisy v = x + σε and p the density of such v, as denoising score matching learns it, this is E[x | v] (Robbins
+    1956; Efron 2011), the best guess in the mean square. The score is :func:`score`'s.
+
+    :param trained: a BiSM or a rival.
+    :param args: arguments of model and guide, the *noisy* v among them.
+    :param noise: σ of the noise in v: "loss" takes the outer loss's, ``sigma`` or, of the multiscale one, ``sigma0``;
+        or a number.
+    :param num_draws: of h, if the guide is needed.
+    :returns: of the shape of the visible site's value; with several sites, a mapping from their names.
+    :raises ValueError: where the outer loss has no σ, and none is given.
+    """
+    sigma = noise_scale(trained, noise)
+    if sigma is None:
+        raise ValueError(
+            f"denoise: {type(getattr(trained, 'loss', trained)).__name__} has no noise of its own. Say how much there "
+            "is in the data, noise=σ."
+        )
+    found = score_at(trained, args, kwargs, num_draws)
+    return _by_site(found.sites, found.v + sigma**2 * found.score)
+
+
+def _by_site(sites: Any, v: Any) -> Any:
+    """Columns side by side as the sites' values; of one site, its value."""
+    found, start = {}, 0
+    for site in sites:
+        if not site.is_discrete:
+            size = math.prod(site.shape[1:])
+            found[site.name] = v[:, start : start + size].reshape(len(v), *site.shape[1:])
+            start += size
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+class ScoreAt(NamedTuple):
+    """
+    :ivar v: the continuous visible values, all sites side by side, (n, D).
+    :ivar score: at them, (n, D).
+    :ivar method: "exact" or "guide".
+    :ivar sites: the visible sites.
+    """
+
+    v: Tensor
+    score: Tensor
+    method: str
+    sites: Any
+
+
+def score_at(trained: Any, args: Any, kwargs: Any, num_draws: int) -> ScoreAt:
+    r"""v and ∇_v log p(v) of every row, (n, D): exact where the latents can be summed, else a mean over guide draws.
+
+    The latter is :math:`E_{q(h|v)} \nabla_v[\log\tilde p(v, h) - \log q(h|v)]` (Bao et al. 2021), exact if q is the
+    posterior.
+    """
+    density, x, integral = summable(trained, args, kwargs)
+    if integral is not None:
+        v = x[VISIBLE]
+        found = gradient(lambda v: integral(density, {**x, VISIBLE: v}))(v).detach()
+        return ScoreAt(v, found, "exact", density.energy.sites)
+    batch, draw, score = guide_score(trained, args, kwargs, losses.ScoreMatching())
+    total: Any = sum(score([draw()])(batch.v).detach() for _ in range(num_draws))
+    return ScoreAt(batch.v, total / num_draws, "guide", batch.sites)
+
+
+def gradient(log_prob: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The score function of a log density of rows."""
+
+    def score(v):
+        v = v if v.requires_grad else v.detach().requires_grad_()
+        return torch.autograd.grad(log_prob(v).sum(), v, create_graph=True)[0]
+
+    return score
+
+
+def summable(trained: Any, args: Any, kwargs: Any) -> tuple[Density, Point, Any]:
+    """The density, a point, and the sum over the latents if gradients can go through it; else None."""
+    energy, x = energy_of(trained, args, kwargs)
+    density = energy.density(x)
+    try:
+        integral = Integral.of(density, x, energy.hidden)
+    except ValueError:
+        integral = None
+    integral = None if integral is None or integral.quadrature else integral
+    if integral is None and not isinstance(trained, BiSM):
+        raise ValueError("The score takes a sum over latents that is out of reach, and there is no guide to draw them.")
+    return density, x, integral
+
+
+def guide_score(trained: BiSM, args: Any, kwargs: Any, loss: Any) -> tuple[Any, Callable, Callable]:
+    """The batch; a draw of the guide; and the score function given several of them."""
+    pair, leaves, spec = trained._prepare(args, kwargs)
+    batch = pair.batch(leaves, spec)
+    return batch, lambda: pair.draw(batch, batch.v)[0], lambda draws: pair.score(batch, draws, loss)
