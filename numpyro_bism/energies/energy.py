@@ -26,6 +26,7 @@ from .density import (
     curvature,
     pack,
 )
+from .proof import COVARIATES, prove
 from .structure import find_blocks
 
 
@@ -75,7 +76,7 @@ class Energy:
         :param moves_visible: whether the visible values are of any block; else their structure is not looked for.
         :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
         """
-        key_model, key_trial = jax.random.split(rng_key)
+        key_model, _ = jax.random.split(rng_key)
         args, kwargs = batch.arguments(batch.v)
         with seed(rng_seed=key_model), record(params, {**batch.indices, **(values or {})}, harden=True) as run:
             model(*args, **kwargs)
@@ -96,18 +97,26 @@ class Energy:
             energy, seen = energy._observing(params, x, observed)
             x |= seen
         energy = replace(energy, resizes=energy._can_resize(params, x))
-        energy = replace(energy, is_homogeneous=energy._is_homogeneous(params, x))
+        proof = prove(energy, params, x)
+        if energy.resizes and proof.reads_position:  # a row that comes again is not the same row
+            energy = replace(energy, resizes=False)
+            proof = prove(energy, params, x)
+        energy = replace(energy, is_homogeneous=COVARIATES not in proof.degrees.groups)
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
-        return replace(energy, blocks=find_blocks(energy, params, x, key_trial, moving)), x
+        return replace(energy, blocks=find_blocks(energy, params, x, proof, moving)), x
 
-    def log_joint(self, params: Mapping[str, Any], x: Point, jacobian: bool = True) -> Array:
+    def log_joint(
+        self, params: Mapping[str, Any], x: Point, jacobian: bool = True, program: Callable | None = None
+    ) -> Array:
         """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
 
         Row i of a point with more rows than the batch has the covariates of row i modulo ``num_rows``.
+
+        :param program: of a site's distribution and value, instead of the distribution's own log density.
         """
         m, n = len(x[VISIBLE]), self.num_rows
         if m == n:
-            return self._run(params, self.batch, x, jacobian)
+            return self._run(params, self.batch, x, jacobian, program)
         if self.resizes:
             return self._run(params, self._resized(m), x, jacobian)
         passes = -(-m // n)
@@ -127,6 +136,10 @@ class Energy:
         soft = {site.name for site in self.sites if site.is_soft}
         sites = tuple(replace(site, is_soft=site.name in soft) for site in batch.sites)
         return replace(self, sites=sites, batch=replace(batch, sites=sites), num_rows=len(batch.v))
+
+    def with_rows(self, m: int) -> "Energy":
+        """The same on m rows, the batch's again and again, if it ``resizes``."""
+        return replace(self, batch=self._resized(m), num_rows=m)
 
     def seen(self, v: Array) -> Point:
         """The visible part of a point, from all visible values side by side as a batch has them."""
@@ -161,7 +174,14 @@ class Energy:
                 found[name] = latent.transform(x[name]) if latent.kind == "real" else x[name]
         return found
 
-    def _run(self, params: Mapping[str, Any], batch: visible.Batch, x: Point, jacobian: bool) -> Array:
+    def _run(
+        self,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        x: Point,
+        jacobian: bool,
+        program: Callable | None = None,
+    ) -> Array:
         m = len(x[VISIBLE])
         args, kwargs = batch.arguments(pack(x, (VISIBLE, *self.observed)) if self.observed else x[VISIBLE])
         values, total = dict(batch.indices), jnp.zeros(m, x[VISIBLE].dtype)
@@ -176,7 +196,10 @@ class Energy:
         # one key for every point: what a model draws by itself (dropout) is part of the density
         with hidden(), seed(rng_seed=0), record(params, values, soft) as run:
             self.model(*args, **kwargs)
-        return joint_per_example(run.sites.values(), m) + total
+        sites = list(run.sites.values())
+        if program is not None:
+            sites = [replace(site, fn=_Rewritten(site.fn, program)) for site in sites]
+        return joint_per_example(sites, m) + total
 
     def _observing(self, params: Mapping[str, Any], x: Point, observed: Mapping[str, Latent]) -> tuple["Energy", Point]:
         """This energy with discrete visible sites, as real numbers where the model takes them for the same; its point.
@@ -227,10 +250,16 @@ class Energy:
             return False
         return bool(close(found[:n], jax.jit(self.log_joint)(params, x)) & close(found[n:], found[:1]))
 
-    def _is_homogeneous(self, params: Mapping[str, Any], x: Point) -> bool:
-        same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), x)
-        log_joint = jax.jit(self.log_joint)(params, same)
-        return bool(close(log_joint, log_joint[:1]))
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A distribution whose log density another program computes."""
+
+    fn: Any
+    program: Callable
+
+    def log_prob(self, value: Array) -> Array:
+        return self.program(self.fn, value)
 
 
 def _latent(site: Site, n: int) -> Latent:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,88 +11,62 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .density import MAX_FULL, VISIBLE, Block, Density, Latent, Point, close, pack, replaced, unpack
+from .density import MAX_FULL, VISIBLE, Block, Density, Latent, Point, curvature, pack
 
 if TYPE_CHECKING:
     from .energy import Energy
+    from .proof import Proof
 
-NUM_TRIALS = 3
+MAX_LOOKED_AT = 4096  # a constant precision of more variables counts as full unless it is proved diagonal
 
 
 def find_blocks(
-    energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array, moving: Sequence[str]
+    energy: Energy, params: Mapping[str, Any], x: Point, proof: Proof, moving: Sequence[str]
 ) -> tuple[Block, ...]:
-    density = Density(lambda x: energy.log_joint(params, x), energy, (), {})
+    """From bounds on the degrees of log p̃; at a point of any values, for the entries of constant matrices.
+
+    - "gaussian": of degree 2 or less in all of its variables together;
+    - "affine": of degree 1 or less.
+    """
+    density, degrees = Density(lambda x: energy.log_joint(params, x), energy, (), {}), proof.degrees
     if energy.resizes:
-        x = jax.tree.map(lambda a: a[:16], x)
-    spread = jnp.std(energy.batch.v[:, : x[VISIBLE].shape[1]], 0) + 1e-3
-    keys = jax.random.split(rng_key, 2 * NUM_TRIALS)
-    moved = [random_points(key, x, energy.latents, spread) for key in keys]
-    pairs = tuple(jax.tree.map(lambda *a: np.stack(a), *points) for points in (moved[::2], moved[1::2]))
-
-    @partial(jax.jit, static_argnums=0)
-    def affine(names, pairs):
-        """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
-
-        def trial(pair):
-            a, b = pair
-            b = {**a, **{name: b[name] for name in names}}
-            at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
-            change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
-            f = density.log_prob(a)
-            return close(at_a, at_b) & close(density.log_prob(b), f + change, jnp.abs(f).max())
-
-        return jax.lax.map(trial, pairs).all()
-
-    @partial(jax.jit, static_argnums=0)
-    def quadratic(names, pairs):
-        """f'(a + d) + f'(a - d) = 2 f'(a), f(a + d) - f(a - d) = 2 f'(a) d; and what the curvature is like."""
-        first = jax.tree.map(lambda a: a[0, :1], pairs)
-        tangent = pack(first[1], names) - pack(first[0], names)
-
-        def trial(pair):
-            a, b = pair
-            flat, d = pack(a, names), pack(b, names) - pack(a, names)
-
-            def at(flat):
-                return {**a, **unpack(flat, a, names)}
-
-            def slope(flat):
-                return pack(density.slope(at(flat), names), names)
-
-            middle, up, down = slope(flat), slope(flat + d), slope(flat - d)
-            good = close(0.5 * (up + down), middle, jnp.abs(up).max())
-            rise, expected = density.log_prob(at(flat + d)) - density.log_prob(at(flat - d)), 2 * (middle * d).sum(-1)
-            good &= close(rise, expected, jnp.abs(density.log_prob(at(flat + d))).max())
-            rows = jnp.broadcast_to(tangent, flat.shape)
-            product = jax.jvp(slope, (flat,), (rows,))[1]
-            return good, product, jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1] * rows
-
-        good, product, diagonal = jax.lax.map(trial, pairs)
-        return good.all(), close(product, product[:1, :1]), close(product, diagonal)
-
-    blocks = []
+        x = jax.tree.map(lambda a: a[:1], x)
     kinds = {name: energy.latents[name].kind for name in moving if name in energy.latents}
     real = [VISIBLE] if VISIBLE in moving and x[VISIBLE].shape[1] else []
     real += [name for name, kind in kinds.items() if kind == "real"]
     seen: dict[tuple[str, ...], tuple[bool, bool]] = {}
 
     def is_gaussian(names):
-        good, constant, diagonal = (bool(z) for z in quadratic(names, pairs))
-        seen[names] = constant, diagonal
-        return good and (constant or diagonal or pack(x, names).shape[1] <= MAX_FULL)
+        if degrees.within(names) > 2:
+            return False
+        is_constant = not degrees.beside(names, 2)
+        apart = all(sum(name in names for name, _ in term) < 2 or _degree(term, names) < 2 for term in degrees.terms)
+        is_diagonal = apart and proof.separable.issuperset(names)
+        if is_constant and not is_diagonal:
+            is_diagonal = _is_diagonal(density, x, names)
+        seen[names] = is_constant, is_diagonal
+        return is_constant or is_diagonal or _size(x, names) <= MAX_FULL
 
     groups, rest = _partition(tuple(real), is_gaussian)
-    blocks += [Block("gaussian", names, *seen[names]) for names in groups]
+    blocks = [Block("gaussian", names, *seen[names]) for names in groups]
     blocks += [Block("free", (name,)) for name in rest]
     soft = tuple(name for name, kind in kinds.items() if kind in ("bits", "onehot"))
-    groups, rest = _partition(soft, lambda names: bool(affine(names, pairs)))
+    groups, rest = _partition(soft, lambda names: degrees.within(names) <= 1)
     blocks += [Block("affine", names) for names in groups]
     for name in rest:
-        multilinear = is_multilinear(rng_key, density.log_prob, x, energy.latents, name)
-        blocks.append(Block("units", (name,), is_multilinear=multilinear))
+        is_constant = degrees.within([name]) <= 2 and not degrees.beside([name], 2)
+        is_multilinear = is_constant and _has_no_squares(density, x, name)
+        blocks.append(Block("units", (name,), is_multilinear=is_multilinear))
     blocks += [Block("units", (name,)) for name, kind in kinds.items() if kind == "labels"]
     return tuple(blocks)
+
+
+def _degree(term: frozenset[tuple[str, float]], names: Sequence[str]) -> float:
+    return sum(degree for name, degree in term if name in names)
+
+
+def _size(x: Point, names: Sequence[str]) -> int:
+    return sum(math.prod(x[name].shape[1:]) for name in names)
 
 
 def _partition(
@@ -118,6 +92,44 @@ def _partition(
     return groups, rest
 
 
+def _is_diagonal(density: Density, x: Point, names: tuple[str, ...]) -> bool:
+    """Of a constant precision: what stands off the diagonal is nothing but rounding."""
+    if _size(x, names) > MAX_LOOKED_AT:
+        return False
+    with jax.ensure_compile_time_eval():
+        found = jax.jit(lambda x: curvature(density, x, Block("gaussian", names))[0])(x)
+        scale = jnp.sqrt(jnp.abs(jnp.diagonal(found)))
+        off = jnp.abs(found - jnp.diag(jnp.diagonal(found)))
+        return bool((off <= 4 * jnp.finfo(found.dtype).eps * scale[:, None] * scale).all())
+
+
+def _has_no_squares(density: Density, x: Point, name: str) -> bool:
+    """Of a Hessian that is constant: whether log p̃ is affine in each unit, the others held."""
+    latent, value = density.latents[name], x[name]
+    num_units = math.prod(latent.units)
+    shape = (num_units, value[0].size // max(num_units, 1))
+
+    def slope(flat):
+        return density.slope({**x, name: flat.reshape(value.shape)}, (name,))[name].reshape(len(value), -1)
+
+    @jax.jit
+    def own(which):
+        """A row of the Hessian: the part of its own unit, and the largest entry."""
+        flat = value.reshape(len(value), -1)
+        tangent = jnp.zeros_like(flat).at[:, which].set(1)
+        row = jax.jvp(slope, (flat,), (tangent,))[1][0]
+        return row.reshape(shape)[which // shape[1]], jnp.abs(row).max()
+
+    with jax.ensure_compile_time_eval():
+        part, largest = jax.jit(lambda: jax.lax.map(own, jnp.arange(shape[0] * shape[1])))()
+        square = part.reshape(num_units, shape[1], shape[1])
+        diagonal = jnp.diagonal(square, axis1=1, axis2=2)
+        # of a bit the other value is 0; of a one-hot vector it is another entry
+        change = diagonal[:, :, None] + diagonal[:, None] - square - square.swapaxes(1, 2)
+        change = diagonal if latent.kind == "bits" else change
+        return bool((jnp.abs(change) <= 8 * jnp.finfo(square.dtype).eps * largest.max(initial=0.0)).all())
+
+
 def random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array) -> Point:
     """Anywhere that the variables may be."""
     found = {}
@@ -134,24 +146,3 @@ def random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], sprea
                 moved = support[generator.integers(len(support), size=(len(value), *latent.units))]
             found[name] = jnp.asarray(moved, value.dtype)
     return found
-
-
-def is_multilinear(
-    rng_key: Array, log_prob: Callable[[Point], Array], seen: Point, latents: Mapping[str, Latent], name: str
-) -> bool:
-    """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
-
-    @jax.jit
-    def trial(a, b):
-        latent, f = latents[name], log_prob(a)
-        slope = jax.grad(lambda value: log_prob({**a, name: value}).sum())(a[name])
-        others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
-
-        def of(unit):
-            other = replaced(a[name], latent, unit, others[:, unit])
-            expected = (slope * (other - a[name])).reshape(len(f), -1).sum(-1)
-            return close(log_prob({**a, name: other}), f + expected, jnp.abs(f).max())
-
-        return jax.lax.map(of, jnp.arange(others.shape[1])).all()
-
-    return bool(trial(*(random_points(key, seen, latents, jnp.ones(())) for key in jax.random.split(rng_key))))

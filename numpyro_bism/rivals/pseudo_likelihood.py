@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import softplus
 
-from ..energies import Latent, Point, is_multilinear, replaced
+from ..energies import Latent, Point, replaced
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -27,7 +27,7 @@ class PseudoLikelihood(Rival):
 
     from every change of a single unit. Where f is affine in each unit's bit or one-hot vector, the others held, as it
     is in Ising and Potts models that leave a unit's interaction with itself out, one gradient gives them all; that is
-    found by trial. Sites are Bernoulli, categorical or one-hot. The optimiser's weight decay is a Gaussian prior.
+    proved from the program. Sites are Bernoulli, categorical or one-hot. The optimiser's weight decay is a Gaussian prior.
 
     :param model: a NumPyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it, but of discrete v.
     :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
@@ -50,14 +50,13 @@ class PseudoLikelihood(Rival):
                     f"Visible site '{site.name}' is continuous: a pseudo-likelihood is of discrete sites. Leave it out "
                     f"with visible={list(energy.observed)}, which takes it as given, or use MarginalSM or BiSM."
                 )
-        seen = energy.seen(batch.v)
-        if energy.resizes:
-            seen = jax.tree.map(lambda a: a[:8], seen)
-        log_prob = target.log_prob(params, batch)
+        # a marginal is no polynomial of v: what is known of log p̃(v, h) is nothing of it
+        blocks = () if target.hidden else energy.blocks
         found = tuple(
             name
-            for name, key in zip(energy.observed, jax.random.split(rng_key, len(energy.observed)), strict=True)
-            if energy.latents[name].kind != "labels" and is_multilinear(key, log_prob, seen, energy.latents, name)
+            for block in blocks
+            for name in block.names
+            if name in energy.observed and (block.kind == "affine" or block.is_multilinear)
         )
         return replace(target, multilinear=found)
 
