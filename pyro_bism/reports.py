@@ -561,7 +561,7 @@ def calibration(
         progress_bar=progress_bar,
         **kwargs,
     )
-    batch = energy._resized(num_points) if energy.resizes else energy.batch
+    batch = energy.with_rows(num_points).batch if energy.resizes else energy.batch
     new_args, new_kwargs = batch.arguments(chains.point[VISIBLE])
     run = guide_draws(trained, *new_args, num_draws=num_draws, **new_kwargs)
     pit: dict[str, np.ndarray] = {}

@@ -4,7 +4,7 @@ Samplers and estimators of the normaliser look at a model as a density over a *p
 and the latent ones, by site; every array leads with the rows, and a row knows nothing of the others. Continuous
 latents stand in it unconstrained, the Jacobian in the density. Discrete visible values stand by site too.
 
-What can be summed, integrated or drawn in closed form is found from the energy itself, by trying it at random points:
+What can be summed, integrated or drawn in closed form is proved from the program of the energy (:mod:`.proof`):
 
 - *affine* in bits or one-hot vectors (every restricted Boltzmann machine is): they are independent given the
   rest, their logits are one gradient;
@@ -16,9 +16,11 @@ What can be summed, integrated or drawn in closed form is found from the energy 
 from .density import VISIBLE, Block, Density, Latent, Point, pack, random_labels, replaced, select, unpack
 from .energy import Energy
 from .integrals import Integral, repeated
-from .structure import is_multilinear, random_points
+from .proof import COVARIATES, prove
+from .structure import random_points
 
 __all__ = [
+    "COVARIATES",
     "VISIBLE",
     "Block",
     "Density",
@@ -26,8 +28,8 @@ __all__ = [
     "Integral",
     "Latent",
     "Point",
-    "is_multilinear",
     "pack",
+    "prove",
     "random_labels",
     "random_points",
     "repeated",

@@ -25,6 +25,7 @@ from .density import (
     pack,
     select,
 )
+from .proof import COVARIATES, prove
 from .structure import find_blocks
 
 
@@ -92,9 +93,13 @@ class Energy:
             energy, seen = energy._observing(x, observed)
             x |= seen
         energy = replace(energy, resizes=energy._can_resize(x))
-        energy = replace(energy, is_homogeneous=energy._is_homogeneous(x))
+        proof = prove(energy, x)
+        if proof.reads_position:  # a row that comes again is not the same row
+            energy = replace(energy, resizes=False)
+            proof = prove(energy, x)
+        energy = replace(energy, is_homogeneous=COVARIATES not in proof.degrees.groups)
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
-        return replace(energy, blocks=find_blocks(energy, x, moving)), x
+        return replace(energy, blocks=find_blocks(energy, x, proof, moving)), x
 
     def log_joint(self, x: Point, jacobian: bool = True) -> Tensor:
         """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
@@ -105,10 +110,32 @@ class Energy:
         if m == n:
             return self._run(self.batch, x, jacobian)
         if self.resizes:
-            return self._run(self._resized(m), x, jacobian)
+            return self.on(torch.arange(m) % n)(x, jacobian)
         passes = -(-m // n)
         rows = (torch.arange(passes * n) % m).chunk(passes)  # the last pass is filled up
         return torch.cat([self._run(self.batch, select(x, part), jacobian) for part in rows])[:m]
+
+    def with_rows(self, m: int) -> "Energy":
+        """The same on m rows, the batch's again and again, if it ``resizes``."""
+        return replace(self, batch=self._resized(torch.arange(m) % self.num_rows), num_rows=m)
+
+    def on(self, rows: Tensor) -> Callable[..., Tensor]:
+        """:meth:`log_joint` of points whose rows have the covariates of these rows, where the model resizes."""
+        batch = self._resized(rows)
+
+        def log_joint(x, jacobian=True):
+            return self._run(batch, x, jacobian)
+
+        return log_joint
+
+    def telling_rows(self, num: int) -> Tensor:
+        """So many of the batch's rows, over and over; of every argument that differs between rows two that do."""
+        told = [0]
+        for leaf in self._covariates().values():
+            flat = leaf.reshape(self.num_rows, -1)
+            told += (flat != flat[:1]).any(-1).nonzero()[:1, 0].tolist()
+        told = list(dict.fromkeys(told))[:num]
+        return torch.cat([torch.tensor(told), torch.arange(num - len(told)) % self.num_rows])
 
     def density(self, x: Point) -> Density:
         """At these parameters; x is any point, at which the constant precisions are taken."""
@@ -206,16 +233,21 @@ class Energy:
                 energy = replace(energy, latents={**energy.latents, name: labels})
         return energy, energy.seen(v)
 
-    def _resized(self, m: int) -> visible.Batch:
-        """The batch with its rows repeated, or cut, to m: of all arguments that have as many rows as the data."""
-        n = self.num_rows
-        rows = torch.arange(m) % n
+    def _covariates(self) -> dict[int, Tensor]:
+        """Arguments beside the visible values that have as many rows as the data, by their place among the leaves."""
         visible_leaves = {i for site in self.sites for i in site.leaves}
-        leaves = [
-            leaf[rows] if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,) and i not in visible_leaves else leaf
+        return {
+            i: leaf
             for i, leaf in enumerate(self.batch.leaves)
-        ]
-        sites = tuple(replace(site, shape=(m, *site.shape[1:])) for site in self.sites)
+            if isinstance(leaf, Tensor) and leaf.shape[:1] == (self.num_rows,) and i not in visible_leaves
+        }
+
+    def _resized(self, rows: Tensor) -> visible.Batch:
+        """The batch with these rows of all arguments that have as many rows as the data."""
+        leaves = list(self.batch.leaves)
+        for i, leaf in self._covariates().items():
+            leaves[i] = leaf[rows]
+        sites = tuple(replace(site, shape=(len(rows), *site.shape[1:])) for site in self.sites)
         # the programs are given v in the visible leaves' place, so these need no more than their type
         return replace(self.batch, sites=sites, leaves=leaves)
 
@@ -232,11 +264,6 @@ class Energy:
             return False
         with torch.no_grad():
             return len(found) == n + 1 and close(found[:n], self.log_joint(x)) and close(found[n:], found[:1])
-
-    def _is_homogeneous(self, x: Point) -> bool:
-        with torch.no_grad():
-            log_joint = self.log_joint({name: a[:1].expand(a.shape) for name, a in x.items()})
-        return close(log_joint, log_joint[:1])
 
 
 def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:

@@ -17,80 +17,134 @@ from .density import (
     Point,
     close,
     pack,
-    products,
     random_labels,
-    replaced,
     select,
     unpack,
 )
 
 if TYPE_CHECKING:
     from .energy import Energy
+    from .proof import Proof
 
-NUM_TRIALS = 3
+MAX_ROWS = 2**10  # of second derivatives that are taken at once
 
 
 @torch.no_grad()
-def find_blocks(energy: Energy, x: Point, moving: Sequence[str]) -> tuple[Block, ...]:
-    density = Density(energy.log_joint, energy, (), {})
-    if energy.resizes:
-        x = select(x, slice(16))
-    v = energy.batch.v[:, : x[VISIBLE].shape[1]]
-    spread = (v - v.mean(0)).square().mean(0).sqrt() + 1e-3
-    with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
-        torch.default_generator.manual_seed(0)
-        pairs = [[random_points(x, energy.latents, spread) for _ in range(2)] for _ in range(NUM_TRIALS)]
+def find_blocks(energy: Energy, x: Point, proof: Proof, moving: Sequence[str]) -> tuple[Block, ...]:
+    """What is proved has its closed form."""
+    degrees, log_prob = proof.degrees, energy.log_joint
+    names = [VISIBLE] if VISIBLE in moving and energy.size(VISIBLE) else []
+    names += [name for name in moving if name in energy.latents]
+    kinds = {name: energy.latents[name].kind for name in moving if name in energy.latents}
+    real = tuple(name for name in names if kinds.get(name, "real") == "real")
+    soft = tuple(name for name in names if kinds.get(name) in ("bits", "onehot"))
 
-    def affine(names):
-        """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
-        good = True
-        for a, b in pairs:
-            b = {**a, **{name: b[name] for name in names}}
-            at_a, at_b = (pack(density.slope(u, names), names) for u in (a, b))
-            change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
-            f = density.log_prob(a)
-            good = good and close(at_a, at_b) and close(density.log_prob(b), f + change, f.abs().max())
-        return good
+    def is_constant(names):
+        return not degrees.beside(names, 2)
 
-    seen: dict[tuple[str, ...], tuple[bool, bool]] = {}
+    def is_separable(names):
+        """Whether no term has two entries of these variables."""
+        return set(names) <= proof.separable and all(
+            len([name for name, _ in term if name in names]) <= 1 for term in degrees.terms
+        )
 
     def gaussian(names):
-        """f'(a + d) + f'(a - d) = 2 f'(a), f(a + d) - f(a - d) = 2 f'(a) d; and what the curvature is like."""
-        good, along, diagonals, tangent = True, [], [], None
-        for a, b in pairs:
-            flat, d = pack(a, names), pack(b, names) - pack(a, names)
-            here, up, down = ({**a, **unpack(flat + k * d, a, names)} for k in (0, 1, -1))
-            middle, above, below = (pack(density.slope(u, names), names) for u in (here, up, down))
-            good = good and close(0.5 * (above + below), middle, above.abs().max())
-            f_up = density.log_prob(up)
-            good = good and close(f_up - density.log_prob(down), 2 * (middle * d).sum(-1), f_up.abs().max())
-            if not good:
-                return False
-            tangent = d[:1] if tangent is None else tangent
-            rows = tangent.expand_as(flat)
-            product, row_sums = products(density, here, names, [rows, torch.ones_like(flat)])
-            along.append(product)
-            diagonals.append(row_sums * rows)
-        product, diagonal = torch.stack(along), torch.stack(diagonals)
-        constant, is_diagonal = close(product, product[:1, :1]), close(product, diagonal)
-        seen[names] = constant, is_diagonal
-        return constant or is_diagonal or flat.shape[1] <= MAX_FULL
+        kept = is_constant(names) or is_separable(names) or sum(map(energy.size, names)) <= MAX_FULL
+        return degrees.within(names) <= 2 and kept
 
-    blocks = []
-    kinds = {name: energy.latents[name].kind for name in moving if name in energy.latents}
-    real = [VISIBLE] if VISIBLE in moving and x[VISIBLE].shape[1] else []
-    real += [name for name, kind in kinds.items() if kind == "real"]
-    groups, rest = _partition(tuple(real), gaussian)
-    blocks += [Block("gaussian", names, *seen[names]) for names in groups]
-    blocks += [Block("free", (name,)) for name in rest]
-    soft = tuple(name for name, kind in kinds.items() if kind in ("bits", "onehot"))
-    groups, rest = _partition(soft, affine)
-    blocks += [Block("affine", names) for names in groups]
-    for name in rest:
-        multilinear = is_multilinear(density.log_prob, x, energy.latents, name)
+    def is_diagonal(names):
+        if is_separable(names) or not is_constant(names):
+            return is_separable(names)
+        return _is_diagonal(second_derivatives(log_prob, x, names))
+
+    trial = _Trial(energy, x)
+    blocks: list[Block] = []
+    rest: list[str] = []
+    groups, left = _partition(real, gaussian)
+    for group in groups:
+        if trial.is_gaussian(group):
+            blocks.append(Block("gaussian", group, is_constant(group), is_diagonal(group)))
+        else:
+            left += group
+    blocks += [Block("free", (name,)) for name in left]
+    groups, left = _partition(soft, lambda names: degrees.within(names) <= 1)
+    for group in groups:
+        if trial.is_affine(group):
+            blocks.append(Block("affine", group))
+        else:
+            rest += group
+    for name in [*left, *rest]:
+        multilinear = _is_multilinear(proof, log_prob, x, energy.latents[name], name) and trial.is_quadratic(name)
         blocks.append(Block("units", (name,), is_multilinear=multilinear))
     blocks += [Block("units", (name,)) for name, kind in kinds.items() if kind == "labels"]
     return tuple(blocks)
+
+
+class _Trial:
+    """One look at what a proof says: a gradient that a program has altered by a hook shows here and nowhere else."""
+
+    def __init__(self, energy: Energy, x: Point):
+        self.density = Density(energy.log_joint, energy, (), {})
+        if energy.resizes:
+            x = select(x, slice(16))
+        v = energy.batch.v[:, : x[VISIBLE].shape[1]]
+        spread = (v - v.mean(0)).square().mean(0).sqrt() + 1e-3
+        with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
+            torch.default_generator.manual_seed(0)
+            self.a, self.b = (random_points(x, energy.latents, spread) for _ in range(2))
+
+    def is_affine(self, names: tuple[str, ...]) -> bool:
+        """f(b) - f(a) = f'(a) (b - a), and f'(b) = f'(a), as b differs from a in these names."""
+        a, b = self.a, {**self.a, **{name: self.b[name] for name in names}}
+        at_a, at_b = (pack(self.density.slope(u, names), names) for u in (a, b))
+        change = (at_a * (pack(b, names) - pack(a, names))).sum(-1)
+        f = self.density.log_prob(a)
+        return close(at_a, at_b) and close(self.density.log_prob(b), f + change, f.abs().max())
+
+    def is_quadratic(self, name: str) -> bool:
+        """f(b) - f(a) = ½ (f'(a) + f'(b)) (b - a), as b differs from a in this one."""
+        a, b = self.a, {**self.a, name: self.b[name]}
+        slope = 0.5 * (self.density.slope(a, (name,))[name] + self.density.slope(b, (name,))[name])
+        change = (slope * (b[name] - a[name])).reshape(len(slope), -1).sum(-1)
+        f = self.density.log_prob(a)
+        return close(self.density.log_prob(b), f + change, f.abs().max())
+
+    def is_gaussian(self, names: tuple[str, ...]) -> bool:
+        """f'(a + d) + f'(a - d) = 2 f'(a), f(a + d) - f(a - d) = 2 f'(a) d."""
+        flat = pack(self.a, names)
+        d = pack(self.b, names) - flat
+        here, up, down = ({**self.a, **unpack(flat + k * d, self.a, names)} for k in (0, 1, -1))
+        middle, above, below = (pack(self.density.slope(u, names), names) for u in (here, up, down))
+        f = self.density.log_prob(up)
+        change = f - self.density.log_prob(down)
+        return close(0.5 * (above + below), middle, above.abs().max()) and close(
+            change, 2 * (middle * d).sum(-1), f.abs().max()
+        )
+
+
+def second_derivatives(log_prob: Callable[[Point], Tensor], x: Point, names: Sequence[str]) -> Tensor:
+    """The Hessian of a row's log density in these variables, where it is the same everywhere: shape (d, d)."""
+    first = select(x, slice(1))
+    tangents = torch.eye(pack(first, names).shape[1], dtype=pack(first, names).dtype)
+    found = []
+    with torch.enable_grad():
+        for part in tangents.split(MAX_ROWS):
+            rows = {name: value.detach().repeat(len(part), *[1] * (value.ndim - 1)) for name, value in first.items()}
+            leaves = [rows[name].requires_grad_() for name in names]
+            total = log_prob(rows).sum()
+            slopes = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+            slope = pack(dict(zip(names, slopes, strict=True)), names)
+            if not slope.requires_grad:  # a constant slope
+                found.append(torch.zeros_like(part))
+                continue
+            products = torch.autograd.grad((slope * part).sum(), leaves, materialize_grads=True)
+            found.append(pack(dict(zip(names, products, strict=True)), names))
+    return torch.cat(found)
+
+
+def _is_diagonal(matrix: Tensor) -> bool:
+    scale = matrix.diagonal().abs()
+    return bool((matrix - matrix.diag().diag()).abs().le(4 * torch.finfo(matrix.dtype).eps * scale.min()).all())
 
 
 def _partition(
@@ -129,20 +183,19 @@ def random_points(x: Point, latents: Mapping[str, Latent], spread: Tensor) -> Po
     return found
 
 
-def is_multilinear(log_prob: Callable[[Point], Tensor], seen: Point, latents: Mapping[str, Latent], name: str) -> bool:
-    """f(b) - f(a) = f'(a) (b - a) as b differs from a in a single unit, for every unit."""
-    with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
-        torch.default_generator.manual_seed(1)
-        a, b = (random_points(seen, latents, torch.ones(())) for _ in range(2))
-    latent, f = latents[name], log_prob(a)
-    with torch.enable_grad():
-        soft = a[name].detach().requires_grad_()
-        (slope,) = torch.autograd.grad(log_prob({**a, name: soft}).sum(), soft, materialize_grads=True)
-    others = b[name].reshape(len(f), -1, *b[name].shape[1 + len(latent.units) :])
-
-    def holds(unit):
-        other = replaced(a[name], latent, unit, others[:, unit])
-        expected = (slope * (other - a[name])).reshape(len(f), -1).sum(-1)
-        return close(log_prob({**a, name: other}), f + expected, f.abs().max())
-
-    return all(holds(unit) for unit in range(others.shape[1]))
+def _is_multilinear(proof: Proof, log_prob: Callable[[Point], Tensor], x: Point, latent: Latent, name: str) -> bool:
+    """Proved, or quadratic with a constant matrix in which no unit acts on itself."""
+    degree = proof.degrees.within((name,))
+    if degree <= 1:
+        return True
+    if degree > 2 or proof.degrees.beside((name,), 2):
+        return False
+    matrix = second_derivatives(log_prob, x, (name,))
+    tolerance = 8 * torch.finfo(matrix.dtype).eps * matrix.abs().max()
+    if latent.kind == "bits":
+        return bool((matrix.diagonal().abs() <= tolerance).all())
+    k = latent.shape[-1]
+    own = torch.stack([matrix[i : i + k, i : i + k] for i in range(0, len(matrix), k)])
+    ends = own.diagonal(dim1=-2, dim2=-1)
+    # (e_a - e_b)ᵀ H (e_a - e_b) for all values a and b of a unit
+    return bool((ends[:, :, None] + ends[:, None] - own - own.mT).abs().le(tolerance).all())

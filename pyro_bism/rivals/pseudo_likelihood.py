@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from ..energies import Latent, Point, is_multilinear, replaced
+from ..energies import Latent, Point, replaced
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -28,7 +28,8 @@ class PseudoLikelihood(Rival):
 
     from every change of a single unit. Where f is affine in each unit's bit or one-hot vector, the others held, as it
     is in Ising and Potts models that leave a unit's interaction with itself out, one gradient gives them all; that is
-    found by trial. Sites are Bernoulli, categorical or one-hot. The optimiser's weight decay is a Gaussian prior.
+    proved from the program. Sites are Bernoulli, categorical or one-hot. The optimiser's weight decay is a Gaussian
+    prior.
 
     :param model: a Pyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it, but of discrete v.
     :param optim: a ``pyro.optim`` optimiser, for θ.
@@ -39,6 +40,7 @@ class PseudoLikelihood(Rival):
     """
 
     takes_discrete = True
+    moves_visible = True
 
     def __init__(self, model: Callable, optim: PyroOptim, *, visible: Sequence[str] | None = None, jit: bool = False):
         super().__init__(model, optim, visible, jit=jit)
@@ -51,14 +53,13 @@ class PseudoLikelihood(Rival):
                     f"Visible site '{site.name}' is continuous: a pseudo-likelihood is of discrete sites. Leave it out "
                     f"with visible={list(energy.observed)}, which takes it as given, or use MarginalSM or BiSM."
                 )
-        seen = energy.seen(batch.v)
-        if energy.resizes:
-            seen = {name: value[:8] for name, value in seen.items()}
-        log_prob = target.log_prob(batch)
+        # a marginal is no polynomial of v: what is known of log p̃(v, h) is nothing of it
+        blocks = () if target.hidden else energy.blocks
         found = tuple(
             name
-            for name in energy.observed
-            if energy.latents[name].kind != "labels" and is_multilinear(log_prob, seen, energy.latents, name)
+            for block in blocks
+            for name in block.names
+            if name in energy.observed and (block.kind == "affine" or block.is_multilinear)
         )
         return replace(target, multilinear=found)
 
