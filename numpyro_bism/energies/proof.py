@@ -129,7 +129,7 @@ class Value:
     :ivar pieces: the axis and the sizes and values of the parts that were put side by side.
     """
 
-    degrees: Degrees = Degrees()
+    degrees: Degrees = field(default_factory=Degrees)
     layouts: Mapping[str, Any] = field(default_factory=dict)
     number: float | None = None
     pieces: tuple[int, tuple[tuple[int, Value], ...]] | None = None
@@ -282,7 +282,7 @@ def _contraction(a: Value, b: Value, is_aligned: bool = False) -> Value:
     """Sums of products of entries; ``is_aligned`` where it is every entry with its own likes."""
     if is_aligned:
         return _summed(_product(a, b))
-    layouts = {}
+    layouts: dict[str, Any] = {}
     for one, other in ((a, b), (b, a)):
         layouts |= {group: _SEPARABLE for group in one.layouts if group not in other.degrees.groups}
     return Value(a.degrees * b.degrees, layouts)
@@ -318,7 +318,7 @@ def _dotted(eqn: Any, inputs: list[Value]) -> Value:
     (over_a, over_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
     same = tuple(over_a) == tuple(over_b) and tuple(batch_a) == tuple(batch_b)
     is_aligned = same and len(over_a) + len(batch_a) == eqn.invars[0].aval.ndim == eqn.invars[1].aval.ndim
-    return _contraction(*inputs, is_aligned)
+    return _contraction(inputs[0], inputs[1], is_aligned)
 
 
 def _multiplied(eqn: Any, inputs: list[Value]) -> Value:
@@ -419,7 +419,7 @@ _RULES: dict[str, Callable[[Any, list[Value]], Any]] = {
     "pow": _raised,
     "square": lambda eqn, inputs: _power(inputs[0], 2),
     "dot_general": _dotted,
-    "conv_general_dilated": lambda eqn, inputs: _contraction(*inputs),
+    "conv_general_dilated": lambda eqn, inputs: _contraction(inputs[0], inputs[1]),
     "triangular_solve": _solved,
     "reduce_sum": lambda eqn, inputs: _summed(inputs[0]),
     "reduce_window_sum": lambda eqn, inputs: _summed(inputs[0]),

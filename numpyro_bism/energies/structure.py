@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .density import MAX_FULL, VISIBLE, Block, Density, Latent, Point, curvature, pack
+from .density import MAX_FULL, VISIBLE, Block, Density, Latent, Point, curvature
 
 if TYPE_CHECKING:
     from .energy import Energy

@@ -26,8 +26,8 @@ class PseudoLikelihood(Rival):
     .. math:: \log p(v_i \mid v_{-i}) = f(v) - \log \sum_a \exp f(v_1, \dots, v_i = a, \dots)
 
     from every change of a single unit. Where f is affine in each unit's bit or one-hot vector, the others held, as it
-    is in Ising and Potts models that leave a unit's interaction with itself out, one gradient gives them all; that is
-    proved from the program. Sites are Bernoulli, categorical or one-hot. The optimiser's weight decay is a Gaussian prior.
+    is in Ising and Potts models that leave a unit's interaction with itself out, one gradient gives them all: where it
+    is proved from the program. Sites are Bernoulli, categorical or one-hot. Weight decay is a Gaussian prior.
 
     :param model: a NumPyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it, but of discrete v.
     :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
@@ -38,6 +38,7 @@ class PseudoLikelihood(Rival):
     """
 
     takes_discrete = True
+    moves_visible = True
 
     def __init__(self, model: Callable, optim: Any, *, visible: Sequence[str] | None = None, **static_kwargs: Any):
         super().__init__(model, optim, visible, static_kwargs)
