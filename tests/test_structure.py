@@ -102,7 +102,7 @@ class Torch(Numbers):
         leaves, spec = torch_visible.flatten((args, {}))
         with torch.no_grad(), torch_densities.record() as run:
             model(*args)
-        batch = torch_visible.batch(torch_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
+        batch = torch_visible.Batch(torch_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
         return TorchEnergy.of(model, batch.sites, batch)
 
     def call(self, function, trained, *args, **options):
