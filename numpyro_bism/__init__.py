@@ -28,6 +28,7 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from .predictive import Predictive
 from .reports import calibration, diagnose, loo
 from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, RivalState, VNCEInfo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, recorded, run_chains
@@ -58,6 +59,7 @@ __all__ = [
     "MultiscaleDenoisingScoreMatching",
     "Penalty",
     "PersistentVI",
+    "Predictive",
     "PseudoLikelihood",
     "RivalInfo",
     "RivalState",

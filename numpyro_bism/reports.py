@@ -26,8 +26,8 @@ from .evaluation import (
     maximum_mean_discrepancy,
 )
 from .evaluation.noise import noise_scale
-from .kernels import Gibbs, Kernel, Langevin
-from .sampling import Chains, run_chains
+from .kernels import Kernel
+from .sampling import Chains, default_kernel, run_chains
 
 __all__ = ["Calibration", "Diagnosis", "Verdict", "calibration", "diagnose", "loo"]
 
@@ -164,7 +164,7 @@ def diagnose(
     energy, _, x = trained.energy(state, *args, rng_key=keys[0], **kwargs)
     verdicts: list[Verdict] = []
     options: dict[str, Any] = {"num_samples": num_samples, "num_warmup": num_warmup, "progress_bar": progress_bar}
-    moves = kernel or _default_kernel(energy)
+    moves = kernel or default_kernel(energy)
 
     rows = np.arange(energy.num_rows)
     if posterior is None and energy.resizes:
@@ -289,10 +289,6 @@ def diagnose(
         chain_visible,
         np.asarray(x[VISIBLE]),
     )
-
-
-def _default_kernel(energy: Energy) -> Kernel:
-    return Langevin(num_steps=5) if any(block.kind == "free" for block in energy.blocks) else Gibbs()
 
 
 def _arguments(energy: Energy, rows: np.ndarray) -> tuple[tuple, dict]:
@@ -591,7 +587,7 @@ def calibration(
         state,
         *args,
         rng_key=key_chains,
-        kernel=kernel or _default_kernel(energy),
+        kernel=kernel or default_kernel(energy),
         num_chains=num_points,
         num_samples=1,
         num_warmup=num_warmup,

@@ -197,6 +197,11 @@ def run_chains(
     )
 
 
+def default_kernel(energy: Energy) -> Kernel:
+    """Gibbs where the energy has all conditionals, else Langevin."""
+    return Langevin(num_steps=5) if any(block.kind == "free" for block in energy.blocks) else Gibbs()
+
+
 def _masks(energy: Energy, sites: Sequence[str] | None, missing: Any) -> dict[str, Any]:
     """Which variables move: by name, True or the entries, (n, D), that do."""
     names = [site.name for site in energy.sites]

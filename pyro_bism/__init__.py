@@ -22,6 +22,7 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from .predictive import Predictive
 from .reports import calibration, diagnose, loo
 from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, VNCEInfo
 from .sampling import AnnealedLangevin, Gibbs, Langevin, program, recorded, run_chains
@@ -50,6 +51,7 @@ __all__ = [
     "MultiscaleDenoisingScoreMatching",
     "Penalty",
     "PersistentVI",
+    "Predictive",
     "PseudoLikelihood",
     "RivalInfo",
     "ScoreMatching",

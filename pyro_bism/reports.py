@@ -25,8 +25,8 @@ from .evaluation import (
     maximum_mean_discrepancy,
 )
 from .evaluation.noise import noise_scale
-from .kernels import Gibbs, Kernel, Langevin
-from .sampling import Chains, run_chains
+from .kernels import Kernel
+from .sampling import Chains, default_kernel, run_chains
 
 __all__ = ["Calibration", "Diagnosis", "Verdict", "calibration", "diagnose", "loo"]
 
@@ -158,7 +158,7 @@ def diagnose(
     energy, x = trained.energy(*args, **kwargs)
     verdicts: list[Verdict] = []
     options: dict[str, Any] = {"num_samples": num_samples, "num_warmup": num_warmup, "progress_bar": progress_bar}
-    moves = kernel or _default_kernel(energy)
+    moves = kernel or default_kernel(energy)
 
     rows = np.arange(energy.num_rows)
     if posterior is None and energy.resizes:
@@ -267,10 +267,6 @@ def diagnose(
         chain_visible,
         x[VISIBLE].numpy(),
     )
-
-
-def _default_kernel(energy: Energy) -> Kernel:
-    return Langevin(num_steps=5) if any(block.kind == "free" for block in energy.blocks) else Gibbs()
 
 
 def _arguments(energy: Energy, rows: np.ndarray) -> tuple[tuple, dict]:
@@ -554,7 +550,7 @@ def calibration(
     chains = run_chains(
         trained,
         *args,
-        kernel=kernel or _default_kernel(energy),
+        kernel=kernel or default_kernel(energy),
         num_chains=num_points,
         num_samples=1,
         num_warmup=num_warmup,
