@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import conv1d, linear, mse_loss, one_hot
 
-from pyro_bism import CD, Langevin, PseudoLikelihood
+from pyro_bism import CD, Langevin, PseudoLikelihood, exact_log_normalizer, free_energy
 from pyro_bism.distributions import ConcreteBernoulli, ConcreteOneHot
 from pyro_bism.energies import COVARIATES, VISIBLE, Energy
 from pyro_bism.energies.proof import prove_function
@@ -372,3 +372,87 @@ def test_a_potts_model_has_no_squares_where_its_couplings_have_none(zero_diagona
     assert [(block.kind, block.is_multilinear) for block in energy.blocks] == [("units", zero_diagonal)]
     method = PseudoLikelihood(model, pyro.optim.Adam({"lr": 1e-3}))
     assert method.target(v).multilinear == (("v",) if zero_diagonal else ())
+
+
+# What a proof misses, the user may declare
+
+
+def declared(structure, visible=None, power=2.0, rare=0.0, limit=50.0):
+    """A Gaussian with bits: the clamps hide that it is quadratic and affine where there is any mass."""
+
+    def model(v):
+        weights = pyro.param("W", lambda: torch.full((D, H), 0.3))
+        with pyro.plate("data", len(v)):
+            prior = dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False)
+            v = pyro.sample("v", prior, obs=v, infer={"structure": visible} if visible else {})
+            bits = dist.Bernoulli(0.5).expand([H]).to_event(1).mask(False)
+            h = pyro.sample("h", bits, infer={"structure": structure} if structure else {})
+            drive = ((v @ weights).sum(-1, keepdim=True) * h).clamp(-limit, limit).sum(-1)
+            pyro.factor(
+                "energy", -0.5 * (v.clamp(-50, 50) ** 2).sum(-1) ** (power / 2) + drive - rare * (h.sum(-1) == 0)
+            )
+
+    return model
+
+
+def rival(model):
+    pyro.clear_param_store()
+    return CD(model, pyro.optim.Adam({"lr": 1e-3}), Langevin())
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_declaration_gives_the_closed_form(double):
+    v = torch.randn(5, D, generator=generator)
+    exact = -torch.stack(
+        [-0.5 * (v**2).sum(-1) + 0.6 * v.sum(-1) * k for k in (0, 1, 1, 2)]  # the configurations of two bits
+    ).logsumexp(0)
+    found = rival(declared("affine", "gaussian"))
+    energy = found.energy(v)[0]
+    assert kinds(energy) == {VISIBLE: ("gaussian", False, False), "h": ("affine", False, False)}
+    assert all(block.is_declared for block in energy.blocks)
+    torch.testing.assert_close(free_energy(found, v), exact, rtol=1e-9, atol=1e-9)
+    # each configuration is a Gaussian integral
+    each = torch.tensor([0.5 * D * (0.6 * k) ** 2 + 0.5 * D * math.log(2 * math.pi) for k in (0, 1, 1, 2)])
+    assert exact_log_normalizer(found, v) == pytest.approx(float(each.logsumexp(0)), rel=1e-9)
+    assert kinds(rival(declared(None)).energy(v)[0]) == {VISIBLE: ("free", False, False), "h": ("units", False, False)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "affine", "rare": 30.0}, "'h' is declared .*not affine"),
+        ({"structure": "affine", "limit": 0.01}, "'h' is declared .*not affine"),
+        ({"structure": None, "visible": "gaussian", "power": 4.0}, "'v' is declared .*'gaussian'.*not quadratic"),
+        ({"structure": "gaussian"}, "'h' .*can't have.*'affine'"),
+        ({"structure": "linear"}, "'h' .*'linear'.*can't have"),
+        ({"structure": None, "visible": "affine"}, "'v' .*can't have.*'gaussian'"),
+    ],
+)
+def test_a_false_declaration_is_refused(double, options, message):
+    with pytest.raises(ValueError, match=message):
+        rival(declared(**options)).energy(torch.randn(5, D, generator=generator))
+
+
+def test_a_declaration_that_fails_later_is_refused_there(double):
+    """Quadratic where the data are, but with a wall 6 away: found where a closed form comes to it."""
+
+    def model(v):
+        scale = pyro.param("s", lambda: torch.ones(()))
+        with pyro.plate("data", len(v)):
+            v = flat("v", [1], v)
+            h = pyro.sample("h", dist.Normal(0.0, 1.0).mask(False), infer={"structure": "gaussian"})
+            pyro.factor(
+                "energy", -0.5 * (v[:, 0] ** 2 + (h - v[:, 0]).clamp(-50, 50) ** 2) * scale - 50 * torch.relu(h - 6)
+            )
+
+    found = rival(model)
+    v = torch.zeros(3, 1)
+    torch.testing.assert_close(free_energy(found, v), torch.full((3,), -0.5 * math.log(2 * math.pi)))
+    with pytest.raises(ValueError, match=r"'h' is declared .*not quadratic"):
+        free_energy(found, v + 5.0)

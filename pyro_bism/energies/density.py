@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
     from .energy import Energy
@@ -64,6 +65,7 @@ class Block(NamedTuple):
     :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
     :ivar is_diagonal: of "gaussian": whether its precision is.
     :ivar is_multilinear: of "units": whether the energy is affine in each bit or one-hot vector, the others held.
+    :ivar is_declared: whether the user says so, and no proof: it is checked wherever a closed form uses it.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class Block(NamedTuple):
     is_constant: bool = False
     is_diagonal: bool = False
     is_multilinear: bool = False
+    is_declared: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,9 @@ class Density:
 
     def value_and_slope(self, x: Point, names: Sequence[str]) -> tuple[Tensor, Point]:
         """Every row's log density and its gradient in these variables; both can be differentiated but under no_grad."""
+        for block in self.blocks:
+            if block.is_declared and block.kind == "affine" and set(names) <= set(block.names):
+                check_affine(self, x, names)
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             part = [x[name] if x[name].requires_grad else x[name].detach().requires_grad_() for name in names]
@@ -132,7 +138,10 @@ class Density:
 
     def precision(self, x: Point, block: Block) -> Tensor:
         """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
-        return self.part(block) if block.is_constant else curvature(self, x, block)
+        precision = self.part(block) if block.is_constant else curvature(self, x, block)
+        if block.is_declared:
+            check_gaussian(self, x, block, precision)
+        return precision
 
     def mixed(self, other: Density, weight: Any) -> Density:
         """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
@@ -202,6 +211,87 @@ def products(density: Density, x: Point, names: Sequence[str], tangents: Sequenc
             )
             found.append(pack(dict(zip(names, products, strict=True)), names))
     return found
+
+
+@torch.no_grad()
+def check_affine(density: Density, x: Point, names: Sequence[str]) -> None:
+    """:raises ValueError: where the log density is not affine in these bits or one-hot vectors, the user's word or not.
+
+    Looked at where they are all 0, where the bits are all 1, and at two configurations drawn at random.
+    """
+    _refuse_capture(x, names)
+    density = replace(density, blocks=())
+    zero = {**x, **{name: torch.zeros_like(x[name]) for name in names}}
+    value, slope = density.value_and_slope(zero, names)
+    g = pack(slope, names)
+    with torch.random.fork_rng(devices=[]):  # a look at the model draws nothing
+        torch.default_generator.manual_seed(0)
+        others = [{name: random_labels(density.latents[name], len(g), g.dtype) for name in names} for _ in range(2)]
+    if all(density.latents[name].kind == "bits" for name in names):
+        others.append({name: torch.ones_like(x[name]) for name in names})
+    for other in others:
+        there, at = density.value_and_slope({**x, **other}, names)
+        change = (g * pack(other, names)).sum(-1)
+        if not (close(pack(at, names), g) and close(there, value + change, value.abs().max() + change.abs().max())):
+            raise ValueError(
+                f"{_sites(density, names)} declared infer={{'structure': 'affine'}}, but the energy is not affine in "
+                "its value: its gradient differs between configurations. Take the declaration out: the units are "
+                "then drawn and summed one by one."
+            )
+
+
+@torch.no_grad()
+def check_gaussian(density: Density, x: Point, block: Block, precision: Tensor) -> None:
+    """:raises ValueError: where the log density is not the quadratic with this precision, the user's word or not.
+
+    Looked at at its mode and three standard deviations off it: the value, the gradient, and a product with the Hessian.
+    """
+    names = block.names
+    _refuse_capture(x, names)
+    density = replace(density, blocks=())
+    flat = pack(x, names)
+    value, slope = density.value_and_slope(x, names)
+    g = pack(slope, names)
+    full = torch.diag_embed(precision) if block.is_diagonal else precision
+    full = full.expand(len(flat), *full.shape[-2:])
+    factor, failed = torch.linalg.cholesky_ex(full)
+    mode = flat + torch.cholesky_solve(g[..., None], factor)[..., 0]
+    signs = torch.ones_like(flat)
+    signs[:, 1::2] = -1
+    off = 3 * torch.linalg.solve_triangular(factor.mT, signs[..., None] / signs.shape[1] ** 0.5, upper=True)[..., 0]
+    top = value + 0.5 * (g * (mode - flat)).sum(-1)
+    good = not failed.any()
+    for step in (0 * off, off, -off):
+        there = {**x, **unpack(mode + step, x, names)}
+        f, at = density.value_and_slope(there, names)
+        curved = (full @ step[..., None])[..., 0]
+        expected = top - 0.5 * (step * curved).sum(-1)
+        size = g.abs().max() + (full @ signs[..., None]).abs().max()
+        good = good and close(f, expected, value.abs().max() + (top - value).abs().max())
+        good = good and close(pack(at, names), -curved, size)
+        product = -products(density, there, names, [signs])[0]
+        good = good and close(product, (full @ signs[..., None])[..., 0])
+    if not good:
+        raise ValueError(
+            f"{_sites(density, names)} declared infer={{'structure': 'gaussian'}}, but the energy is not quadratic in "
+            "its value with a positive definite precision: at the mode and a few standard deviations off it, value, "
+            "gradient or curvature are others. Take the declaration out: integrals are then done by quadrature, draws "
+            "by Langevin dynamics or NUTS."
+        )
+
+
+def _sites(density: Density, names: Sequence[str]) -> str:
+    sites = [s.name for s in density.energy.sites if not s.is_discrete] if VISIBLE in names else []
+    sites += [name for name in names if name != VISIBLE]
+    return f"Site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))} {'are' if len(sites) > 1 else 'is'}"
+
+
+def _refuse_capture(x: Point, names: Sequence[str]) -> None:
+    if any(isinstance(x[name], FakeTensor) for name in x):
+        raise ValueError(
+            f"The structure of {', '.join(map(repr, names))} is declared, which is checked at every step: a captured "
+            "step can't do that. Take jit=False."
+        )
 
 
 def close(a: Tensor, b: Tensor, scale: Any = None) -> bool:

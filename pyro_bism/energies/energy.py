@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -37,6 +37,7 @@ class Energy:
     :ivar num_rows: of the batch.
     :ivar observed: the discrete visible sites.
     :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
+    :ivar declared: variables whose structure the user declares, "gaussian" or "affine".
     :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
     """
 
@@ -50,6 +51,7 @@ class Energy:
     blocks: tuple[Block, ...] = ()
     buffers: tuple[Tensor, ...] = ()
     observed: tuple[str, ...] = ()
+    declared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hidden(self) -> tuple[str, ...]:
@@ -88,7 +90,8 @@ class Energy:
             if latent.kind == "real":
                 value = latent.transform.inv(value)
             x[name] = value.detach().to(batch.v.dtype) if latent.kind in ("bits", "onehot") else value.detach()
-        energy = cls(model, sites, batch, latents, n, buffers=tuple(buffers))
+        declared = _declared(run.sites, sites, latents | observed)
+        energy = cls(model, sites, batch, latents, n, buffers=tuple(buffers), declared=declared)
         if observed:
             energy, seen = energy._observing(x, observed)
             x |= seen
@@ -264,6 +267,35 @@ class Energy:
             return False
         with torch.no_grad():
             return len(found) == n + 1 and close(found[:n], self.log_joint(x)) and close(found[n:], found[:1])
+
+
+def _declared(
+    recorded: Mapping[str, Site], sites: Sequence[visible.VisibleSite], latents: Mapping[str, Latent]
+) -> dict[str, str]:
+    """By variable, the structure that ``infer={"structure": ...}`` declares.
+
+    :raises ValueError: for one that does not exist, and for one that a variable of its kind can't have.
+    """
+    found = {}
+    names = [*(site.name for site in sites), *latents]
+    for name in names:
+        structure = recorded[name].infer.get("structure")
+        if structure is None:
+            continue
+        kind = latents[name].kind if name in latents else "real"
+        fitting = {"real": "gaussian", "bits": "affine", "onehot": "affine"}.get(kind)
+        if structure != fitting:
+            cure = f"Declare infer={{'structure': '{fitting}'}}" if fitting else "Take the declaration out"
+            raise ValueError(
+                f"Site '{name}' ({type(base_of(recorded[name].fn)).__name__}) is declared infer={{'structure': "
+                f"{structure!r}}}, which it can't have: real variables may be 'gaussian', bits and one-hot vectors "
+                f"'affine'. {cure}."
+            )
+        found[name] = structure
+    continuous = [site.name for site in sites if not site.is_discrete]
+    if continuous and all(name in found for name in continuous):
+        found[VISIBLE] = "gaussian"
+    return {name: structure for name, structure in found.items() if name in (VISIBLE, *latents)}
 
 
 def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:

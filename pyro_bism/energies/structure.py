@@ -15,7 +15,10 @@ from .density import (
     Density,
     Latent,
     Point,
+    check_affine,
+    check_gaussian,
     close,
+    curvature,
     pack,
     random_labels,
     select,
@@ -31,7 +34,10 @@ MAX_ROWS = 2**10  # of second derivatives that are taken at once
 
 @torch.no_grad()
 def find_blocks(energy: Energy, x: Point, proof: Proof, moving: Sequence[str]) -> tuple[Block, ...]:
-    """What is proved has its closed form."""
+    """What is proved has its closed form, and what is not has it by declaration.
+
+    :raises ValueError: for a declaration that does not hold at x.
+    """
     degrees, log_prob = proof.degrees, energy.log_joint
     names = [VISIBLE] if VISIBLE in moving and energy.size(VISIBLE) else []
     names += [name for name in moving if name in energy.latents]
@@ -66,7 +72,17 @@ def find_blocks(energy: Energy, x: Point, proof: Proof, moving: Sequence[str]) -
             blocks.append(Block("gaussian", group, is_constant(group), is_diagonal(group)))
         else:
             left += group
-    blocks += [Block("free", (name,)) for name in left]
+    for name in left:
+        if energy.declared.get(name) != "gaussian":
+            blocks.append(Block("free", (name,)))
+            continue
+        # a polynomial in it of degree 2, if the user is right: what stands beside it is what its precision may read
+        if not is_constant((name,)) and energy.size(name) > MAX_FULL:
+            raise ValueError(
+                f"{name}: declared 'gaussian', with a precision of {energy.size(name)} variables for every row; "
+                f"at most {MAX_FULL} are taken."
+            )
+        blocks.append(Block("gaussian", (name,), is_constant((name,)), is_declared=True))
     groups, left = _partition(soft, lambda names: degrees.within(names) <= 1)
     for group in groups:
         if trial.is_affine(group):
@@ -74,10 +90,27 @@ def find_blocks(energy: Energy, x: Point, proof: Proof, moving: Sequence[str]) -
         else:
             rest += group
     for name in [*left, *rest]:
+        if energy.declared.get(name) == "affine":
+            blocks.append(Block("affine", (name,), is_declared=True))
+            continue
         multilinear = _is_multilinear(proof, log_prob, x, energy.latents[name], name) and trial.is_quadratic(name)
         blocks.append(Block("units", (name,), is_multilinear=multilinear))
     blocks += [Block("units", (name,)) for name, kind in kinds.items() if kind == "labels"]
+    for block in blocks:
+        if block.is_declared:
+            check_declared(energy, x, block)
     return tuple(blocks)
+
+
+def check_declared(energy: Energy, x: Point, block: Block) -> None:
+    """:raises ValueError: where a declaration does not hold at x."""
+    density = Density(energy.log_joint, energy, (), {})
+    if block.kind == "affine":
+        check_affine(density, x, block.names)
+    else:
+        first = select(x, slice(1)) if energy.resizes else x
+        precision = curvature(density, first if block.is_constant else x, block)
+        check_gaussian(density, x, block, precision[0] if block.is_constant else precision)
 
 
 class _Trial:
