@@ -288,9 +288,10 @@ def draw_affine(rng_key: Array, density: Density, logits: Point) -> Point:
     found = {}
     for key, (name, g) in zip(jax.random.split(rng_key, len(logits)), logits.items(), strict=True):
         if density.latents[name].kind == "bits":
-            found[name] = jax.random.bernoulli(key, jax.nn.sigmoid(g)).astype(g.dtype)
+            new = jax.random.bernoulli(key, jax.nn.sigmoid(g)).astype(g.dtype)
         else:
-            found[name] = jax.nn.one_hot(jax.random.categorical(key, g), g.shape[-1], dtype=g.dtype)
+            new = jax.nn.one_hot(jax.random.categorical(key, g), g.shape[-1], dtype=g.dtype)
+        found[name] = jnp.where(jnp.isnan(g), g, new)  # of logits that are no numbers no bit may be drawn
     return found
 
 

@@ -259,15 +259,18 @@ class Energy(NamedTuple):
     oracle: Callable[..., Any] | None = None
     places: Any = None
 
-    def model(self, b):
+    def model(self, b, **declared):
+        def infer(name):
+            return {"structure": declared[name]} if name in declared else {}
+
         def model(x, c=None):
             with b.plate("data", len(x)):
                 flat = b.dist.Normal(b.array(np.zeros(self.dims)), 1.0).to_event(1).mask(False)
                 h = []
                 for name, latent in self.latents.items():
                     fn = self.sites[name](b, x, *h) if name in self.sites else latent.declare(b)
-                    h.append(b.sample(name, fn))
-                v = b.sample("v", flat if self.site is None else self.site(b, *h), obs=x)
+                    h.append(b.sample(name, fn, infer=infer(name)))
+                v = b.sample("v", flat if self.site is None else self.site(b, *h), obs=x, infer=infer("v"))
                 if self.log_p is not None:
                     b.factor("energy", self.log_p(b, v, *h, *(() if c is None else (c,))))
 
@@ -626,3 +629,48 @@ def attempt(call, may_refuse):
         if not may_refuse:
             raise
         return None
+
+
+# The user's own word
+
+
+DECLARED = {
+    "quartics that cancel": {"v": "gaussian"},
+    "bits in disguise": {"h": "affine"},
+}
+IN_DISGUISE = Energy(
+    lambda b, v, h: half(v) + v[:, 0] * b.xp.expm1(b.xp.log1p(h)).sum(-1), (*FREE, ("units", "h", "")), {"h": Bits(2)}
+)
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_declared_structure_is_made_use_of(backend, name):
+    energy = ENERGIES.get(name, IN_DISGUISE)
+    trained, x = Untrained(backend, energy.model(backend, **DECLARED[name])), backend.array(X[:, :1])
+    found = trained.energy(*([None] if backend.name == "numpyro" else []), x)[0]
+    assert [block.kind for block in found.blocks if block.is_declared] == list(DECLARED[name].values())
+    expected = right(energy)
+    if energy.latents:
+        value = np.asarray(backend.call("free_energy", trained, x))
+        np.testing.assert_allclose(value, expected.free_energy, rtol=1e-9, atol=1e-9)
+    else:
+        value = backend.call("exact_log_normalizer", trained, x)
+        assert float(value) == pytest.approx(expected.log_normalizer[0], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "declared", "message"),
+    [
+        ("double well", {"v": "gaussian"}, "Site 'v' is declared .*'gaussian'.* not quadratic in it.*Leave the decl"),
+        ("heavy prior", {"h": "gaussian"}, "Site 'h' is declared .*'gaussian'.* not quadratic in it"),
+        ("penalty", {"h": "affine"}, "Site 'h' is declared .*'affine'.* not affine in it"),
+        ("square of bits", {"h": "gaussian"}, r"Site 'h' is declared .*\(bits\) can be declared 'affine' and nothing"),
+        ("double well", {"v": "flat"}, "Site 'v' is declared .*'flat'.* can be declared 'gaussian' and nothing else"),
+        ("mixture given its label", {"z": "affine"}, "Site 'z' is declared .* declares nothing"),
+    ],
+)
+def test_a_false_declaration_is_an_error(backend, name, declared, message):
+    energy = ENERGIES[name]
+    trained = Untrained(backend, energy.model(backend, **declared))
+    with pytest.raises(ValueError, match=message):
+        backend.call("exact_log_normalizer", trained, backend.array(X[:, : energy.dims]))

@@ -65,6 +65,7 @@ class Block(NamedTuple):
     :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
     :ivar is_diagonal: of "gaussian": whether its precision is.
     :ivar is_multilinear: of "units": whether the energy is affine in each bit or one-hot vector, the others held.
+    :ivar is_declared: whether the user says what kind it is, which is checked wherever it is made use of.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Block(NamedTuple):
     is_constant: bool = False
     is_diagonal: bool = False
     is_multilinear: bool = False
+    is_declared: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,33 @@ class Density:
         return self.value_and_slope(x, names)[1]
 
     def value_and_slope(self, x: Point, names: Sequence[str]) -> tuple[Array, Point]:
-        """Every row's log density and its gradient in these variables."""
+        """Every row's log density and its gradient in these variables.
 
-        def total(part):
-            value = self.log_prob({**x, **part})
-            return value.sum(), value
-
-        slopes, value = jax.grad(total, has_aux=True)({name: x[name] for name in names})
+        Discrete ones that the user says to be affine have a gradient of NaN in the rows where they are not.
+        """
+        value, slopes = value_and_slope(self.log_prob, x, names)
+        for block in self.blocks:
+            said = [name for name in block.names if name in names] if block.is_declared else []
+            if said and block.kind == "affine":
+                good = is_affine(self, x, said)
+                slopes |= {name: _poisoned(slopes[name], good) for name in said}
         return value, slopes
 
     def precision(self, x: Point, block: Block) -> Array:
-        """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal."""
-        return self.part(block) if block.is_constant else curvature(self, x, block)
+        """Of a "gaussian" block, or of a part of one, at x: shape (d, d) or (m, d, d); (d,) or (m, d) if diagonal.
+
+        Where the user says that a block is "gaussian" and it is not, it is NaN.
+        """
+        if block.is_constant:
+            return self.part(block)
+        found = curvature(self, x, block)
+        return _poisoned(found, is_quadratic(self, x, block, found)) if block.is_declared else found
+
+    def holds(self, x: Point, block: Block) -> Array:
+        """Whether a block is what the user says, in every row at x: shape (m,)."""
+        if block.kind == "affine":
+            return is_affine(self, x, block.names)
+        return is_quadratic(self, x, block, curvature(self, x, block))
 
     def mixed(self, other: Density, weight: Any) -> Density:
         """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
@@ -171,12 +188,104 @@ def unpack(flat: Array, like: Point, names: Sequence[str]) -> Point:
     return found
 
 
+def value_and_slope(
+    log_prob: Callable[[Point], Array], x: Point, names: Sequence[str]
+) -> tuple[Array, dict[str, Array]]:
+    """Every row's value and its gradient in these variables."""
+
+    def total(part):
+        value = log_prob({**x, **part})
+        return value.sum(), value
+
+    slopes, value = jax.grad(total, has_aux=True)({name: x[name] for name in names})
+    return value, slopes
+
+
+def is_quadratic(density: Density, x: Point, block: Block, precision: Array) -> Array:
+    r"""Whether a log density with this curvature at x is the Gaussian that it says, in every row: shape (m,).
+
+    At the mode :math:`m = x + P^{-1} \nabla f` and three standard deviations off it, to both sides, value, gradient and
+    curvature are those of :math:`f(m) - \tfrac12 (x - m)^\top P (x - m)`.
+    """
+    names, flat = block.names, pack(x, block.names)
+    tolerance = float(jnp.finfo(flat.dtype).eps) ** (2 / 3)
+    factor = jnp.linalg.cholesky(precision)
+
+    def at(flat):
+        y = {**x, **unpack(flat, x, names)}
+        value, slopes = value_and_slope(density.log_prob, y, names)
+        # the gradient in units of its own standard deviation
+        return value, solve(pack(slopes, names), 0), y
+
+    def solve(g, trans):
+        return jax.scipy.linalg.solve_triangular(factor, g[..., None], lower=True, trans=trans)[..., 0]
+
+    value, g, _ = at(flat)
+    mode = flat + solve(g, 1)
+    top = value + 0.5 * (g**2).sum(-1)
+    z = 3.0 * np.where(np.arange(flat.shape[1]) % 2, -1.0, 1.0)
+    away = solve(jnp.broadcast_to(z, flat.shape).astype(flat.dtype), 1)
+    low = top - 0.5 * (z**2).sum()
+    scale = 1 + jnp.abs(top) + jnp.abs(low) + jnp.abs(value)
+    good = jnp.isfinite(value)
+    for place, expected, slope in ((mode, top, 0.0), (mode + away, low, -z), (mode - away, low, z)):
+        value, g, y = at(place)
+        good &= jnp.abs(value - expected) <= tolerance * scale
+        good &= (jnp.abs(g - slope) <= tolerance * scale[:, None]).all(-1)
+        off = jnp.abs(curvature(density, y, block) - precision).max((-2, -1))
+        good &= off <= tolerance * jnp.abs(precision).max((-2, -1))
+    return good
+
+
+def is_affine(density: Density, x: Point, names: Sequence[str]) -> Array:
+    """Whether a log density is affine in bits and one-hot vectors, in every row: shape (m,).
+
+    Looked at where all bits are off, where all are on, and at values of theirs at random.
+    """
+    generator = np.random.default_rng(0)
+    m, dtype = len(x[names[0]]), x[names[0]].dtype
+    tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+    def at(pick):
+        found = {}
+        for name in names:
+            latent = density.latents[name]
+            support = latent.support(dtype)
+            found[name] = support[pick(len(support), (m, *latent.units))]
+        value, slopes = value_and_slope(density.log_prob, {**x, **found}, names)
+        return value, pack(slopes, names), pack(found, names)
+
+    def first(num, shape):
+        return np.zeros(shape, int)
+
+    def last(num, shape):
+        return np.full(shape, num - 1)
+
+    def random(num, shape):
+        return generator.integers(num, size=shape)
+
+    value, g, b = at(first)
+    good = jnp.isfinite(value)
+    for pick in (last, random, random):
+        there, slope, c = at(pick)
+        expected = value + (g * (c - b)).sum(-1)
+        good &= jnp.abs(there - expected) <= tolerance * (1 + jnp.abs(there) + jnp.abs(value))
+        good &= (jnp.abs(slope - g) <= tolerance * (1 + jnp.abs(g).max(-1, keepdims=True))).all(-1)
+    return good
+
+
+def _poisoned(values: Array, good: Array) -> Array:
+    """NaN in the rows that are not good: what is made of them is no number."""
+    return jnp.where(good.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.nan)
+
+
 def curvature(density: Density, x: Point, block: Block) -> Array:
     """Minus the Hessian of the log density in a block's variables, or its diagonal, for every row."""
     flat = pack(x, block.names)
 
     def slope(flat):
-        return pack(density.slope({**x, **unpack(flat, x, block.names)}, block.names), block.names)
+        y = {**x, **unpack(flat, x, block.names)}
+        return pack(value_and_slope(density.log_prob, y, block.names)[1], block.names)
 
     def product(tangent):
         return -jax.jvp(slope, (flat,), (jnp.broadcast_to(tangent, flat.shape),))[1]

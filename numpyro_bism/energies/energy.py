@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ class Energy:
     :ivar latents: by site, discrete visible ones among them.
     :ivar num_rows: of the batch.
     :ivar observed: the discrete visible sites.
+    :ivar declared: "gaussian" or "affine", by the name in a point of what the user says of them.
     :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
     :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
     """
@@ -50,6 +51,7 @@ class Energy:
     is_homogeneous: bool = False
     blocks: tuple[Block, ...] = ()
     observed: tuple[str, ...] = ()
+    declared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hidden(self) -> tuple[str, ...]:
@@ -74,7 +76,8 @@ class Energy:
         :param values: of the latents, if the model should not draw them itself.
         :param like: the same energy, tried out before.
         :param moves_visible: whether the visible values are of any block; else their structure is not looked for.
-        :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here.
+        :raises ValueError: where a latent has not the batch as its leading dimension, or is of no kind known here; for
+            a structure that is declared and not there.
         """
         key_model, _ = jax.random.split(rng_key)
         args, kwargs = batch.arguments(batch.v)
@@ -103,7 +106,10 @@ class Energy:
             proof = prove(energy, params, x)
         energy = replace(energy, is_homogeneous=COVARIATES not in proof.degrees.groups)
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
-        return replace(energy, blocks=find_blocks(energy, params, x, proof, moving)), x
+        energy = replace(energy, declared=_declared(energy, run.sites))
+        energy = replace(energy, blocks=find_blocks(energy, params, x, proof, moving))
+        energy.require_declared(params, x)
+        return energy, x
 
     def log_joint(
         self, params: Mapping[str, Any], x: Point, jacobian: bool = True, program: Callable | None = None
@@ -127,6 +133,7 @@ class Energy:
     def density(self, params: Mapping[str, Any], x: Point) -> Density:
         """At these parameters; x is any point, at which the constant precisions are taken."""
         density = Density(lambda x: self.log_joint(params, x), self, self.blocks, {})
+        self.require_declared(params, x)
         first = jax.tree.map(lambda a: a[:1], x) if self.resizes else x
         constant = [b for b in self.blocks if b.kind == "gaussian" and b.is_constant]
         return replace(density, precisions={b.names: curvature(density, first, b)[0] for b in constant})
@@ -136,6 +143,32 @@ class Energy:
         soft = {site.name for site in self.sites if site.is_soft}
         sites = tuple(replace(site, is_soft=site.name in soft) for site in batch.sites)
         return replace(self, sites=sites, batch=replace(batch, sites=sites), num_rows=len(batch.v))
+
+    def require_declared(self, params: Mapping[str, Any], x: Point) -> None:
+        """Where the numbers are known; in compiled programs what is made of a false declaration is NaN.
+
+        :raises ValueError: where log p̃ is not at x what the user has declared.
+        """
+        blocks = [block for block in self.blocks if block.is_declared]
+        if not blocks or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x))):
+            return
+        density = Density(lambda x: self.log_joint(params, x), self, (), {})
+        for block in blocks:
+            with jax.ensure_compile_time_eval():
+                good = jax.jit(lambda x, block=block: density.holds(x, block))(x)
+                row = int(jnp.argmin(good))
+                good = bool(good.all())
+            if not good:
+                wanted = "quadratic in it, with a positive precision" if block.kind == "gaussian" else "affine in it"
+                raise ValueError(
+                    f"{self.called(block.names[0])} is declared infer={{'structure': '{block.kind}'}}, but log p̃ is "
+                    f"not {wanted}: see row {row}. Leave the declaration out."
+                )
+
+    def called(self, name: str) -> str:
+        """A variable, for the beginning of a message."""
+        names = [site.name for site in self.sites if not site.is_discrete] if name == VISIBLE else [name]
+        return f"Site {names[0]!r}" if len(names) == 1 else f"The visible sites {names}"
 
     def with_rows(self, m: int) -> "Energy":
         """The same on m rows, the batch's again and again, if it ``resizes``."""
@@ -260,6 +293,30 @@ class _Rewritten:
 
     def log_prob(self, value: Array) -> Array:
         return self.program(self.fn, value)
+
+
+def _declared(energy: Energy, sites: Mapping[str, Site]) -> dict[str, str]:
+    """What the user says of the variables' structure, by their names in a point."""
+    said = {name: site.infer["structure"] for name, site in sites.items() if site.infer.get("structure") is not None}
+    visible_sites = [site.name for site in energy.sites if not site.is_discrete]
+    found = {}
+    for name, structure in said.items():
+        if name not in visible_sites and name not in energy.latents:
+            raise ValueError(f"Site '{name}' declares infer={{'structure': ...}}, but it is no variable. Leave it out.")
+        kind = energy.latents[name].kind if name in energy.latents else "real"
+        fitting = {"real": "gaussian", "bits": "affine", "onehot": "affine"}.get(kind)
+        if structure != fitting:
+            can = "declares nothing" if fitting is None else f"can be declared '{fitting}' and nothing else"
+            raise ValueError(
+                f"Site '{name}' is declared infer={{'structure': {structure!r}}}. A site of this kind ({kind}) {can}."
+            )
+        if name in visible_sites and not said.keys() >= set(visible_sites):
+            raise ValueError(
+                f"Site '{name}' is declared infer={{'structure': 'gaussian'}} and others of the visible sites "
+                f"{visible_sites} are not. They are one variable here: declare all of them, or none."
+            )
+        found[VISIBLE if name in visible_sites else name] = structure
+    return found
 
 
 def _latent(site: Site, n: int) -> Latent:

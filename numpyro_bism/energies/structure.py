@@ -26,7 +26,10 @@ def find_blocks(
     """From bounds on the degrees of log p̃; at a point of any values, for the entries of constant matrices.
 
     - "gaussian": of degree 2 or less in all of its variables together;
-    - "affine": of degree 1 or less.
+    - "affine": of degree 1 or less;
+    - what the user declares.
+
+    :raises ValueError: for a declaration of more variables than a precision a row is kept for.
     """
     density, degrees = Density(lambda x: energy.log_joint(params, x), energy, (), {}), proof.degrees
     if energy.resizes:
@@ -49,11 +52,21 @@ def find_blocks(
 
     groups, rest = _partition(tuple(real), is_gaussian)
     blocks = [Block("gaussian", names, *seen[names]) for names in groups]
-    blocks += [Block("free", (name,)) for name in rest]
+    for name in rest:
+        size = _size(x, [name])
+        if name in energy.declared and size > MAX_FULL:
+            raise ValueError(
+                f"{energy.called(name)} is declared infer={{'structure': 'gaussian'}} and has {size} numbers a row: a "
+                f"precision that is declared is kept for at most {MAX_FULL}. Leave the declaration out."
+            )
+    blocks += [Block(energy.declared.get(name, "free"), (name,), is_declared=name in energy.declared) for name in rest]
     soft = tuple(name for name, kind in kinds.items() if kind in ("bits", "onehot"))
     groups, rest = _partition(soft, lambda names: degrees.within(names) <= 1)
     blocks += [Block("affine", names) for names in groups]
     for name in rest:
+        if name in energy.declared:
+            blocks.append(Block("affine", (name,), is_declared=True))
+            continue
         is_constant = degrees.within([name]) <= 2 and not degrees.beside([name], 2)
         is_multilinear = is_constant and _has_no_squares(density, x, name)
         blocks.append(Block("units", (name,), is_multilinear=is_multilinear))
