@@ -159,16 +159,22 @@ class Energy:
                 row = int(jnp.argmin(good))
                 good = bool(good.all())
             if not good:
-                wanted = "quadratic in it, with a positive precision" if block.kind == "gaussian" else "affine in it"
+                is_not = {
+                    "affine": "affine in its value: its gradient differs between configurations. Take the declaration "
+                    "out: the units are then drawn and summed one by one.",
+                    "gaussian": "quadratic in its value with a positive definite precision: at the mode and a few "
+                    "standard deviations off it, value, gradient or curvature are others. Take the declaration out: "
+                    "integrals are then done by quadrature, draws by Langevin dynamics or NUTS.",
+                }[block.kind]
                 raise ValueError(
-                    f"{self.called(block.names[0])} is declared infer={{'structure': '{block.kind}'}}, but log p̃ is "
-                    f"not {wanted}: see row {row}. Leave the declaration out."
+                    f"{self.called(block.names[0])} declared infer={{'structure': '{block.kind}'}}, but the energy, at "
+                    f"row {row}, is not {is_not}"
                 )
 
     def called(self, name: str) -> str:
         """A variable, for the beginning of a message."""
         names = [site.name for site in self.sites if not site.is_discrete] if name == VISIBLE else [name]
-        return f"Site {names[0]!r}" if len(names) == 1 else f"The visible sites {names}"
+        return f"Site {names[0]!r} is" if len(names) == 1 else f"Sites {', '.join(map(repr, names))} are"
 
     def with_rows(self, m: int) -> "Energy":
         """The same on m rows, the batch's again and again, if it ``resizes``."""
@@ -306,9 +312,11 @@ def _declared(energy: Energy, sites: Mapping[str, Site]) -> dict[str, str]:
         kind = energy.latents[name].kind if name in energy.latents else "real"
         fitting = {"real": "gaussian", "bits": "affine", "onehot": "affine"}.get(kind)
         if structure != fitting:
-            can = "declares nothing" if fitting is None else f"can be declared '{fitting}' and nothing else"
+            cure = f"Declare infer={{'structure': '{fitting}'}}" if fitting else "Take the declaration out"
             raise ValueError(
-                f"Site '{name}' is declared infer={{'structure': {structure!r}}}. A site of this kind ({kind}) {can}."
+                f"Site '{name}' ({type(base_of(sites[name].fn)).__name__}) is declared infer={{'structure': "
+                f"{structure!r}}}, which it can't have: real variables may be 'gaussian', bits and one-hot vectors "
+                f"'affine'. {cure}."
             )
         if name in visible_sites and not said.keys() >= set(visible_sites):
             raise ValueError(

@@ -56,7 +56,7 @@ def find_blocks(
         size = _size(x, [name])
         if name in energy.declared and size > MAX_FULL:
             raise ValueError(
-                f"{energy.called(name)} is declared infer={{'structure': 'gaussian'}} and has {size} numbers a row: a "
+                f"{energy.called(name)} declared infer={{'structure': 'gaussian'}} and has {size} numbers a row: a "
                 f"precision that is declared is kept for at most {MAX_FULL}. Leave the declaration out."
             )
     blocks += [Block(energy.declared.get(name, "free"), (name,), is_declared=name in energy.declared) for name in rest]
