@@ -13,7 +13,7 @@ from . import densities, divergences, energies
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused
 from .jit import taken_apart
 from .losses import OuterLoss
-from .optim import as_optim, require_single_steps
+from .optim import as_optim, inner_copy, require_single_steps
 from .training import BiSMRunResult, Trainer, norm, require_guide
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
@@ -29,6 +29,7 @@ class BiSMInfo(NamedTuple):
     :ivar residual: relative residual of the hypergradient's linear system: near 0 it is solved; 0 if there is none.
     :ivar curvature: the least curvature of G that its solver met; at or below 0 φ is at no minimum. Infinite if it
         looks at none.
+    :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
     """
 
     outer_loss: Array
@@ -37,6 +38,7 @@ class BiSMInfo(NamedTuple):
     hypergradient_norm: Array
     residual: Array
     curvature: Array
+    varying_loss: Array
 
 
 class BiSMState(NamedTuple):
@@ -72,7 +74,8 @@ class BiSM(Trainer):
     :param guide: a NumPyro program of q(h|v; φ) with the same arguments.
     :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
     :param loss: an outer loss of :mod:`numpyro_bism.losses`.
-    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own.
+    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. optax's schedules
+        then keep pace: the K inner steps of a step have its rate.
     :param inner_loss: an ELBO of NumPyro, or :class:`FisherDivergence`.
     :param num_inner_steps: K.
     :param hypergradient: a strategy of :mod:`numpyro_bism.hypergradients`; the paper's is ``Unrolled(5)``.
@@ -116,7 +119,10 @@ class BiSM(Trainer):
         self.guide = guide
         self.optim = as_optim(optim, "optim")
         self.loss = loss
-        self.inner_optim = self.optim if inner_optim is None else as_optim(inner_optim, "inner_optim")
+        if inner_optim is None:
+            self.inner_optim = inner_copy(self.optim, num_inner_steps, "inner_optim")
+        else:
+            self.inner_optim = as_optim(inner_optim, "inner_optim")
         self.inner_loss = inner_loss
         self.num_inner_steps = num_inner_steps
         self.hypergradient = hypergradient
@@ -201,7 +207,8 @@ class BiSM(Trainer):
         if mutable is not None:
             v = self.loss.perturb(batch.v, self.loss.draw(key_moved, batch.v))
             mutable = pair.moved(key_moved, pair.params(theta, phi, mutable), batch, v)
-        seen = (loss, inner_losses[-1], inner_norms[-1], length, found.residual, found.curvature)
+        varying_loss = loss - self.loss.constant(batch.v.shape[1])
+        seen = (loss, inner_losses[-1], inner_norms[-1], length, found.residual, found.curvature, varying_loss)
         info = BiSMInfo(*[jnp.asarray(x, jnp.result_type(float)) for x in seen])
         finite = jnp.isfinite(loss) & jnp.isfinite(length) & jnp.isfinite(inner_norms).all()
         optim_state = self.optim.update(gradient, state.optim_state, value=loss)

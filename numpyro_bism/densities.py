@@ -31,7 +31,7 @@ from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
 from . import visible
-from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed, unmasked
 from .losses import OuterLoss
 from .params import collect, constrain, reject_shared, unconstrain
 
@@ -72,6 +72,10 @@ class Site:
             if size != full_size:
                 scale = scale * (size / full_size)
         return scale_and_mask(self.fn.log_prob(self.value), scale)
+
+    def log_q(self) -> Array:
+        """log q of the value: how often it is drawn, which neither a scale nor a mask of the density changes."""
+        return unmasked(self.fn).log_prob(self.value)
 
 
 class record(Messenger):
@@ -261,7 +265,7 @@ class Pair:
             self.guide(*args, **kwargs)
         drawn = {name: site.value for name, site in run.sites.items() if not site.is_observed}
         summed = () if given else self.enumerated
-        probs = tuple(jnp.exp(run.sites[name].fn.log_prob(run.sites[name].value)) for name in summed)
+        probs = tuple(jnp.exp(run.sites[name].log_q()) for name in summed)
         return Draw({**drawn, **batch.indices}, probs, tuple(run.keys)), run.sites
 
     def configurations(
@@ -336,6 +340,8 @@ class Pair:
     ) -> Callable[[Array], Array]:
         """The score function at given draws of h, averaged over them; differentiable in v, θ and φ.
 
+        Under ``average="unbiased"`` the draws' scores side by side, as the losses take them.
+
         :param num_draws: how many draws are stacked in ``draws``; None if it is a single one.
         """
         # E_q[∇_v log q] = 0 exactly where all of h is summed out into the score, and so it is for
@@ -343,12 +349,10 @@ class Pair:
         drawn = bool(self.sampled) or not draws.probs
         guide = drawn or loss.differentiates_score
 
-        def total(v):
-            if num_draws is None:
-                return self.log_weight(rng_key, params, batch, v, draws, guide)
-            return jax.vmap(lambda d: self.log_weight(rng_key, params, batch, v, d, guide))(draws).mean()
+        def one(v, draw):
+            return self.log_weight(rng_key, params, batch, v, draw, guide)
 
-        return jax.grad(total)
+        return partial(jax.grad(one), draw=draws) if num_draws is None else _slope(one, draws, loss)
 
     def outer_loss(self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, loss: OuterLoss) -> Array:
         """J: the mean over the batch of the loss per example, fresh noise and fresh draws of h.
@@ -374,15 +378,15 @@ class Pair:
 
             def weighted(given):
                 draw, sites = self.draw(key, params, batch, v, given)
-                log_q: Any = sum(per_example(sites[name], len(batch.v)) for name in self.enumerated)
+                log_q: Any = sum(_per_example(name, sites[name].log_q(), len(batch.v)) for name in self.enumerated)
                 return (jnp.exp(log_q) * value(draw)).mean()
 
             return jax.vmap(weighted)(self.configurations(key, params, batch, v)).sum()
 
         if num == 1:  # no vmap: it would only cost compilation
-            return value(drawn(key_draw)).mean() if loss.average == "score" else one(key_draw)
+            return one(key_draw) if loss.average == "loss" else value(drawn(key_draw)).mean()
         keys = jax.random.split(key_draw, num)
-        if loss.average == "score":
+        if loss.average != "loss":
             return value(jax.vmap(drawn)(keys), num).mean()
         return jax.vmap(one)(keys).mean()
 
@@ -408,16 +412,16 @@ class Pair:
         draws = jax.vmap(lambda key: self.draw(key, fixed, batch, loss.perturb(batch.v, noise))[0])(keys)
         value = self.score(key_score, fixed, batch, draws, loss, num)
 
-        def log_joint(u, given):
-            def one(key):
+        def slope(given):
+            def log_joint(u, key):
                 draw, _ = self.draw(key, fixed, batch, u)  # at u: h moves with it
                 return self.log_weight(key_score, given, batch, u, draw, guide=False)
 
-            return jax.vmap(one)(keys).mean()
+            return _slope(log_joint, keys, loss)
 
         def score(u):
             # the difference is 0; its derivative in θ is the score's
-            return value(u) + jax.grad(log_joint)(u, params) - jax.grad(log_joint)(u, fixed)
+            return value(u) + slope(params)(u) - slope(fixed)(u)
 
         return loss(score, batch.v, noise).mean()
 
@@ -499,6 +503,13 @@ class Pair:
         return {**q.mutable, **p.mutable}
 
 
+def _slope(log_weight: Callable[[Array, Any], Array], draws: Any, loss: OuterLoss) -> Callable[[Array], Array]:
+    """The gradient in v of the draws' mean log weight; of each, shape (L, n, D), where the loss wants them apart."""
+    if loss.average == "unbiased":
+        return lambda v: jax.vmap(lambda draw: jax.grad(log_weight)(v, draw))(draws)
+    return jax.grad(lambda v: jax.vmap(lambda draw: log_weight(v, draw))(draws).mean())
+
+
 def _subsample(rng_key: Array, full_size: int, size: int) -> Array:
     """Rows without replacement, every set of them as likely; in order.
 
@@ -526,12 +537,13 @@ def _subsample(rng_key: Array, full_size: int, size: int) -> Array:
 def expectation(site: Site, probs: Sequence[tuple[str, Array, int]]) -> Array:
     """Sum of a site's log density, its summed-out dimensions weighted by q."""
     cost = site.log_prob()
+    summed = {dim for _, _, dim in probs}
     # in reverse: a later site's probabilities may depend on an earlier site's value
     for name, prob, dim in reversed(probs):
         if cost.ndim < -dim or cost.shape[dim] == 1:
             continue
         for d in range(-1, dim, -1):
-            plated = prob.ndim >= -d and prob.shape[d] > 1
+            plated = d not in summed and prob.ndim >= -d and prob.shape[d] > 1
             if plated and (cost.ndim < -d or cost.shape[d] == 1):
                 raise ValueError(
                     f"Site '{site.name}' depends on the summed-out site '{name}' but stands outside a plate "
@@ -548,10 +560,13 @@ def per_example(site: Site, n: int) -> Array:
 
     :raises ValueError: where the leading dimension is not the batch.
     """
-    log_prob = site.log_prob()
+    return _per_example(site.name, site.log_prob(), n)
+
+
+def _per_example(name: str, log_prob: Array, n: int) -> Array:
     if jnp.ndim(log_prob) < 1 or log_prob.shape[0] != n:
         raise ValueError(
-            f"Site '{site.name}' has a log density of shape {jnp.shape(log_prob)}; its leading dimension "
+            f"Site '{name}' has a log density of shape {jnp.shape(log_prob)}; its leading dimension "
             f"is not the batch of {n}, so it can't be told which example it belongs to. Put the "
             "statement inside the data plate, and give factors one entry an example."
         )

@@ -559,7 +559,8 @@ class Exact(Hypergradient):
 
     The marginal's score then has ∂_θ s(v) = ∇_v E_{q(h|v)}[∂_θ log p̃(v, h; θ)] (Fisher's identity), the derivative in v
     taken through q as well: through the weights of summed-out sites, and through the draws of the others. Away from the
-    posterior it is as wrong as the guide is. The score is averaged over the draws, as under ``average="score"``.
+    posterior it is as wrong as the guide is. The score is averaged over the draws, as under ``average="score"``,
+    unless the loss has ``average="unbiased"``.
     """
 
     differentiates_inner = False
@@ -603,6 +604,11 @@ class Covariance(Hypergradient):
             raise ValueError(
                 f"{type(loss).__name__} differentiates the score, of which Covariance() estimates only the value. Use "
                 "DenoisingScoreMatching, MultiscaleDenoisingScoreMatching, or another hypergradient."
+            )
+        if loss.average == "unbiased":
+            raise ValueError(
+                "Covariance() makes one estimate of the score from all its draws, and average='unbiased' multiplies "
+                "two. Take average='score', or another hypergradient."
             )
 
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:

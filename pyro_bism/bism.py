@@ -30,6 +30,7 @@ class BiSMInfo(NamedTuple):
     :ivar residual: relative residual of the hypergradient's linear system: near 0 it is solved; 0 if there is none.
     :ivar curvature: the least curvature of G that its solver met; at or below 0 φ is at no minimum. Infinite if it
         looks at none.
+    :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
     """
 
     outer_loss: float
@@ -38,6 +39,7 @@ class BiSMInfo(NamedTuple):
     hypergradient_norm: float
     residual: float
     curvature: float
+    varying_loss: float
 
 
 class BiSM(Trainer):
@@ -56,8 +58,8 @@ class BiSM(Trainer):
     :param guide: a Pyro program of q(h|v; φ) with the same arguments.
     :param optim: a ``pyro.optim`` optimiser, for θ.
     :param loss: an outer loss of :mod:`pyro_bism.losses`.
-    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. If it is a
-        scheduler, step it beside ``optim``: ``bism.inner_optim.step()``.
+    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. If they are a
+        scheduler's, ``optim.step()`` moves the rates of both levels; one of your own is stepped by you.
     :param inner_loss: a differentiable ELBO of Pyro, or :class:`FisherDivergence`.
     :param num_inner_steps: K.
     :param hypergradient: a strategy of :mod:`pyro_bism.hypergradients`; the paper's is ``Unrolled(5)``.
@@ -145,8 +147,15 @@ class BiSM(Trainer):
             raise
         finally:
             buffers.restore()
+        outer_loss = found.loss.item()
         self.info = BiSMInfo(
-            found.loss.item(), inner_loss, inner_norm, length, float(found.residual), float(found.curvature)
+            outer_loss,
+            inner_loss,
+            inner_norm,
+            length,
+            float(found.residual),
+            float(found.curvature),
+            outer_loss - self.loss.constant(batch.v.shape[1]),
         )
         if not (math.isfinite(self.info.outer_loss) and math.isfinite(length)):
             raise FloatingPointError(

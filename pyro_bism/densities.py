@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import params, visible
-from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed, unmasked
 from .losses import OuterLoss
 
 MAX_CONFIGURATIONS = 256
@@ -65,6 +65,10 @@ class Site:
             if frame.size != frame.full_size:
                 scale = scale * (frame.size / frame.full_size)
         return scale_and_mask(self.fn.log_prob(self.value), scale, self.mask)
+
+    def log_q(self) -> Tensor:
+        """log q of the value: how often it is drawn, which neither a scale nor a mask of the density changes."""
+        return unmasked(self.fn).log_prob(self.value)
 
     def total(self) -> Tensor:
         """Σ log density as a host ELBO takes it, a subsampling plate's N/B too."""
@@ -257,7 +261,7 @@ class Pair:
             values[name] = site.value
             if name in self.enumerated and not (given and name in given):
                 dim = -(self.num_plate_dims + len(probs) + 1)
-                probs.append((name, site.fn.log_prob(site.value).exp(), dim))
+                probs.append((name, site.log_q().exp(), dim))
         return Draw({**values, **batch.indices}, tuple(probs)), run.sites
 
     def elbo(self, batch: visible.Batch, v: Tensor) -> Tensor:
@@ -280,7 +284,7 @@ class Pair:
             for given in self._configurations(batch, v):
                 draw, sites = self.draw(batch, v, given)
                 n = len(batch.v)
-                log_q: Any = sum(per_example(sites[name], n) for name in self.enumerated)
+                log_q: Any = sum(_per_example(name, sites[name].log_q(), n) for name in self.enumerated)
                 yield Draw(draw.values, (), log_q.exp())
 
     def _configurations(self, batch: visible.Batch, v: Tensor) -> Iterator[dict[str, Tensor]]:
@@ -334,7 +338,10 @@ class Pair:
         return total
 
     def score(self, batch: visible.Batch, draws: Sequence[Draw], loss: OuterLoss) -> Callable[[Tensor], Tensor]:
-        """The score function at given draws of h, averaged over them; differentiable in v, θ and φ."""
+        """The score function at given draws of h, averaged over them; differentiable in v, θ and φ.
+
+        Under ``average="unbiased"`` the draws' scores side by side, as the losses take them.
+        """
         # E_q[∇_v log q] = 0 exactly where all of h is summed out into the score, and so it is for
         # every φ; only the derivative of the score in v still needs that term.
         drawn = bool(self.sampled) or any(draw.weight is not None for draw in draws)
@@ -343,9 +350,7 @@ class Pair:
         def score(v: Tensor) -> Tensor:
             if not v.requires_grad:
                 v = v.detach().requires_grad_()
-            total: Any = sum(self.log_weight(batch, v, draw, guide) for draw in draws)
-            (s,) = torch.autograd.grad(total / len(draws), v, create_graph=True)
-            return s
+            return _slope([self.log_weight(batch, v, draw, guide) for draw in draws], v, loss)
 
         return score
 
@@ -358,7 +363,7 @@ class Pair:
         noise = loss.draw(batch.v)
         v = loss.perturb(batch.v, noise)
         draws = self.draws(batch, v, loss.num_particles, joint=loss.average == "loss")
-        if loss.average == "score":
+        if loss.average != "loss":
             return loss(self.score(batch, list(draws), loss), batch.v, noise).mean()
         total: Any = 0.0
         for draw in draws:
@@ -383,8 +388,7 @@ class Pair:
             still = [draw.detached() for draw in moving]
 
             def slope() -> Tensor:
-                total: Any = sum(self.log_weight(batch, u, draw, guide=False) for draw in moving)
-                return torch.autograd.grad(total / num, u, create_graph=True)[0]
+                return _slope([self.log_weight(batch, u, draw, guide=False) for draw in moving], u, loss)
 
             varying = slope()
             if not loss.differentiates_score:
@@ -434,6 +438,14 @@ class Pair:
         return loss(lambda _: score, batch.v, noise).mean()
 
 
+def _slope(log_weights: Sequence[Tensor], v: Tensor, loss: OuterLoss) -> Tensor:
+    """The gradient in v of the draws' mean log weight; of each, shape (L, n, D), where the loss wants them apart."""
+    if loss.average == "unbiased" and len(log_weights) > 1:
+        return torch.stack([torch.autograd.grad(each, v, create_graph=True)[0] for each in log_weights])
+    total: Any = sum(log_weights)
+    return torch.autograd.grad(total / len(log_weights), v, create_graph=True)[0]
+
+
 def joint_per_example(sites: Iterable[Site], n: int) -> Tensor:
     """The sites' joint log density of every example, shape (n,).
 
@@ -448,12 +460,13 @@ def joint_per_example(sites: Iterable[Site], n: int) -> Tensor:
 def expectation(site: Site, draw: Draw) -> Tensor:
     """Sum of a site's log density, its summed-out dimensions weighted by q."""
     cost = site.log_prob()
+    summed = {dim for _, _, dim in draw.probs}
     # in reverse: a later site's probabilities may depend on an earlier site's value
     for name, prob, dim in reversed(draw.probs):
         if cost.dim() < -dim or cost.shape[dim] == 1:
             continue
         for d in range(-1, dim, -1):
-            plated = prob.dim() >= -d and prob.shape[d] > 1
+            plated = d not in summed and prob.dim() >= -d and prob.shape[d] > 1
             if plated and (cost.dim() < -d or cost.shape[d] == 1):
                 raise ValueError(
                     f"Site '{site.name}' depends on the summed-out site '{name}' but stands outside a plate "

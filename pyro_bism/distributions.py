@@ -150,6 +150,19 @@ def rebuild(fn: TorchDistribution, change) -> TorchDistribution:
     return change(fn)
 
 
+def unmasked(fn: TorchDistribution) -> TorchDistribution:
+    """``fn`` without its masks: the distribution that its draws come from."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        base = unmasked(fn.base_dist)
+        if base is fn.base_dist:  # nothing is masked
+            return fn
+        is_event = isinstance(fn, dist.Independent)
+        return base.to_event(fn.reinterpreted_batch_ndims) if is_event else base.expand(fn.batch_shape)
+    return fn
+
+
 def relaxed(fn: TorchDistribution) -> TorchDistribution:
     """A model's Bernoulli or OneHotCategorical site, made to score soft values by its own log mass.
 

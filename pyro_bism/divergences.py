@@ -1,6 +1,6 @@
 """Inner losses: how far the guide q(h|v; φ) is from the posterior p(h|v; θ)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from .densities import Pair
+from .densities import Draw, Pair, Site
 from .losses import OuterLoss
 from .visible import Batch
 
@@ -42,11 +42,27 @@ class FisherDivergence:
             h = [sites[name].value for name in pair.sampled]
             if not h:  # nothing to fit
                 return v.new_zeros(())
+            if len(h) > 1:
+                # ∇_h is taken at fixed values of the other latents, but a draw may be computed from an earlier one:
+                # the same values again, each with a path of its own to nothing but φ
+                h = [torch.zeros_like(x).requires_grad_() for x in h]
+                moved = {name: sites[name].value + x for name, x in zip(pair.sampled, h, strict=True)}
+                draw, sites = self._again(pair, batch, v, moved)
             log_q: Any = sum(s.log_prob().sum() for s in sites.values() if not s.is_observed)
             difference = log_q - pair.log_weight(batch, v.detach(), draw, guide=False)
             gradients = torch.autograd.grad(difference, h, create_graph=True)
             total = total + sum(0.5 * g.square().sum() for g in gradients)
         return total / (self.num_particles * len(batch.v))
+
+    def _again(self, pair: Pair, batch: Batch, v: Tensor, values: Mapping[str, Tensor]) -> tuple[Draw, dict[str, Site]]:
+        try:
+            return pair.draw(batch, v, values)
+        except KeyError as error:
+            raise ValueError(
+                f"FisherDivergence scores the guide's draws of {list(pair.sampled)} again, each at fixed values of the "
+                "others, which a flow without an inverse can't. Use one with an inverse (a coupling or spline flow), "
+                "or inner_loss=Trace_ELBO()."
+            ) from error
 
 
 def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:

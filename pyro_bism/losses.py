@@ -4,6 +4,13 @@ Each is minimised where s is the score of the data (of the noisy data, for the d
 functions take a score function and its noise; they know nothing of latents, guides or
 randomness, so that the same function serves training and evaluation. ``v`` and the scores are matrices
 of shape (n, D), one row an example, all visible sites side by side. Every function returns shape (n,).
+
+A score function may also give L independent unbiased estimates of the score, of shape (L, n, D)
+(``average="unbiased"``). The parts of a loss that are linear in the score then take their mean, and its square the mean
+product of two different ones, so that the loss is estimated without bias:
+
+.. math:: \tfrac12 \|s\|^2 \to \frac{1}{2 L (L - 1)} \sum_{k \ne l} s_k^\top s_l
+          = \tfrac12 \|\bar s\|^2 - \frac{1}{2 L (L - 1)} \sum_k \|s_k - \bar s\|^2
 """
 
 import math
@@ -28,6 +35,20 @@ __all__ = [
 Score = Callable[[Tensor], Tensor]
 
 
+def _half_square(s: Tensor) -> Tensor:
+    """½‖s‖² of every example, shape (n,); of several estimates, shape (L, n, D), without bias."""
+    if s.ndim == 2:
+        return 0.5 * torch.square(s).sum(-1)
+    mean = s.mean(0)
+    spread = torch.square(s - mean).sum((0, -1)) / (len(s) * (len(s) - 1))
+    return 0.5 * (torch.square(mean).sum(-1) - spread)
+
+
+def _mean(s: Tensor) -> Tensor:
+    """The score, shape (n, D): the mean of several estimates."""
+    return s if s.ndim == 2 else s.mean(0)
+
+
 def exact(score: Score, v: Tensor) -> Tensor:
     r""":math:`\tfrac12 \|s(v)\|^2 + \mathrm{tr}\,\nabla s(v)` (Hyvärinen 2005, Theorem 1).
 
@@ -39,8 +60,8 @@ def exact(score: Score, v: Tensor) -> Tensor:
     basis = torch.eye(num_dims, dtype=v.dtype, device=v.device)
     rows = basis.unsqueeze(1).expand(num_dims, n, num_dims)
     # rows[i] picks s_i of every example at once: J[i, b, j] = ∂ s_i(v_b) / ∂ v_bj
-    (jacobian,) = torch.autograd.grad(s, v, rows, create_graph=True, is_grads_batched=True)
-    return 0.5 * s.square().sum(-1) + jacobian.diagonal(dim1=0, dim2=2).sum(-1)
+    (jacobian,) = torch.autograd.grad(_mean(s), v, rows, create_graph=True, is_grads_batched=True)
+    return _half_square(s) + jacobian.diagonal(dim1=0, dim2=2).sum(-1)
 
 
 def sliced(score: Score, v: Tensor, projections: Tensor) -> Tensor:
@@ -51,11 +72,12 @@ def sliced(score: Score, v: Tensor, projections: Tensor) -> Tensor:
     """
     v = v.detach().requires_grad_()
     s = score(v)
-    trace = torch.zeros_like(s[:, 0])
+    mean = _mean(s)
+    trace = torch.zeros_like(mean[:, 0])
     for w in projections:
-        (jw,) = torch.autograd.grad(s, v, w, create_graph=True)
+        (jw,) = torch.autograd.grad(mean, v, w, create_graph=True)
         trace = trace + (jw * w).sum(-1)
-    return 0.5 * s.square().sum(-1) + trace / len(projections)
+    return _half_square(s) + trace / len(projections)
 
 
 def denoising(score: Score, v: Tensor, noise: Tensor, *, sigma: float) -> Tensor:
@@ -64,7 +86,7 @@ def denoising(score: Score, v: Tensor, noise: Tensor, *, sigma: float) -> Tensor
     Minimised by the score of the data convolved with N(0, σ² I).
     """
     residual = score(v + sigma * noise) + noise / sigma
-    return 0.5 * residual.square().sum(-1)
+    return _half_square(residual)
 
 
 def multiscale_denoising(score: Score, v: Tensor, noise: Tensor, sigma: Tensor, *, sigma0: float) -> Tensor:
@@ -74,7 +96,7 @@ def multiscale_denoising(score: Score, v: Tensor, noise: Tensor, sigma: Tensor, 
     Gaussian of fixed scale σ₀ at all noise levels. With σ = σ₀ throughout it is ``denoising`` / σ₀².
     """
     residual = score(v + sigma * noise) / sigma + noise / sigma0**2
-    return 0.5 * residual.square().sum(-1)
+    return _half_square(residual)
 
 
 class Noise(NamedTuple):
@@ -85,14 +107,19 @@ class Noise(NamedTuple):
     projections: Tensor | None = None
 
 
-Average = Literal["loss", "score"]
+Average = Literal["loss", "score", "unbiased"]
 
 
 def _check_particles(num_particles: int, average: str) -> None:
     if num_particles < 1:
         raise ValueError(f"num_particles must be at least 1, got {num_particles}.")
-    if average not in ("loss", "score"):
-        raise ValueError(f"average must be 'loss' or 'score', got {average!r}.")
+    if average not in ("loss", "score", "unbiased"):
+        raise ValueError(f"average must be 'loss', 'score' or 'unbiased', got {average!r}.")
+    if average == "unbiased" and num_particles < 2:
+        raise ValueError(
+            f"average='unbiased' multiplies the scores of two different draws: num_particles must be at least 2, got "
+            f"{num_particles}."
+        )
 
 
 def _check_positive(**values: float) -> None:
@@ -105,10 +132,15 @@ def _check_positive(**values: float) -> None:
 class ScoreMatching:
     """Exact score matching, see :func:`exact`.
 
-    :param num_particles: draws of h a datapoint.
-    :param average: ``"loss"`` averages the loss over the draws, as the BiSM paper does;
-        ``"score"`` averages the score first, as VaGES does (Bao et al. 2021, arXiv:2010.08258), which takes
-        away the bias that a guide blind to v has under ``"loss"``.
+    :param num_particles: L, draws of h a datapoint.
+    :param average: what is averaged over the draws; wanted is the loss of s̄ = E_{q(h|v)} s(v, h). ``"loss"`` averages
+        the loss, as the BiSM paper does: too great by ½ E‖s(v, h) - s̄‖², the score's variance under q, whatever L is
+        (for the multiscale loss, by that over σ²); 0 where q is the posterior. ``"score"`` averages the score first, as
+        VaGES does (Bao et al. 2021, arXiv:2010.08258): 1/L of that bias is left, all of it with one draw.
+        ``"unbiased"`` multiplies the scores of different draws in place of squaring their mean (a U-statistic): none
+        is left, and a square's estimate may be negative; L must be at least 2. Sites that are summed out have no part
+        in the variance under the last two. None of the three mends the guide: s̄ is the score of the model's marginal
+        where q is the posterior; a guide blind to v has another s̄, however many draws are taken.
     """
 
     num_particles: int = 1
@@ -119,6 +151,10 @@ class ScoreMatching:
 
     def __post_init__(self):
         _check_particles(self.num_particles, self.average)
+
+    def constant(self, num_dims: int) -> float:
+        """The part of the loss of an example of D dimensions that depends on no parameter: none."""
+        return 0.0
 
     def draw(self, v: Tensor) -> Noise:
         return Noise()
@@ -155,6 +191,10 @@ class SlicedScoreMatching:
         if self.noise not in ("rademacher", "gaussian"):
             raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {self.noise!r}.")
 
+    def constant(self, num_dims: int) -> float:
+        """The part of the loss of an example of D dimensions that depends on no parameter: none."""
+        return 0.0
+
     def draw(self, v: Tensor) -> Noise:
         w = torch.randn((self.num_projections, *v.shape), dtype=v.dtype, device=v.device)
         # the sign of a Gaussian is a Rademacher draw
@@ -172,6 +212,9 @@ class SlicedScoreMatching:
 class DenoisingScoreMatching:
     """Denoising score matching, see :func:`denoising`.
 
+    Nearly all of its value may be the constant D/(2σ²) (:meth:`constant`). Progress shows in ``BiSMInfo.varying_loss``,
+    where it is taken off: that falls to -½ E‖∇ log p_σ‖², p_σ the density of the noisy data.
+
     :param sigma: standard deviation of the noise, in the units of v.
     :param num_particles: as in :class:`ScoreMatching`.
     :param average: as in :class:`ScoreMatching`.
@@ -187,6 +230,10 @@ class DenoisingScoreMatching:
     def __post_init__(self):
         _check_particles(self.num_particles, self.average)
         _check_positive(sigma=self.sigma)
+
+    def constant(self, num_dims: int) -> float:
+        """D/(2σ²), the part of an example's expected loss that depends on no parameter: E ½‖ε/σ‖²."""
+        return num_dims / (2 * self.sigma**2)
 
     def draw(self, v: Tensor) -> Noise:
         return Noise(epsilon=torch.randn_like(v))
@@ -206,6 +253,7 @@ class MultiscaleDenoisingScoreMatching:
 
     The noise level of every example is drawn afresh, uniformly between ``sigma_min`` and
     ``sigma_max`` on a geometric or linear scale. (The paper's authors use a fixed grid by position in the batch.)
+    Of its value D/(2σ₀⁴) is a constant (:meth:`constant`), as in :class:`DenoisingScoreMatching`.
 
     :param sigma_min: the least noise level, in the units of v.
     :param sigma_max: the greatest noise level.
@@ -232,6 +280,10 @@ class MultiscaleDenoisingScoreMatching:
             raise ValueError(f"sigma_min ({self.sigma_min}) is above sigma_max ({self.sigma_max}).")
         if self.spacing not in ("geometric", "linear"):
             raise ValueError(f"spacing must be 'geometric' or 'linear', got {self.spacing!r}.")
+
+    def constant(self, num_dims: int) -> float:
+        """D/(2σ₀⁴), the part of an example's expected loss that depends on no parameter: E ½‖ε/σ₀²‖²."""
+        return num_dims / (2 * self.sigma0**4)
 
     def draw(self, v: Tensor) -> Noise:
         epsilon = torch.randn_like(v)

@@ -44,6 +44,20 @@ def torch_optimizer(optim: PyroOptim, leaf: Tensor) -> torch.optim.Optimizer:
     return getattr(kept, "optimizer", kept)
 
 
+class Leading:
+    """The ``step`` of a scheduler that others follow: it is theirs too. A class, so that deep copies lead copies."""
+
+    def __init__(self, optim: PyroOptim, follower: PyroOptim):
+        earlier = vars(optim).get("step")
+        self.optim = optim
+        self.followers: list[PyroOptim] = [*(earlier.followers if isinstance(earlier, Leading) else []), follower]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        schedulers: Any = (self.optim, *self.followers)
+        for each in schedulers:
+            type(each).step(each, *args, **kwargs)
+
+
 def settle(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
     """Make ``optim`` create its torch optimisers, with a step that has no gradients and moves nothing."""
     fresh = [leaf for leaf in leaves if leaf not in optim.optim_objs]

@@ -10,11 +10,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from . import densities, visible
 from .jit import MAX_CAPTURES, Program
-from .optim import torch_optimizer
+from .optim import Leading, torch_optimizer
 from .params import random_state, set_random_state
 
 __all__ = ["Buffers", "Trainer", "require_optim", "same_settings"]
@@ -60,11 +61,13 @@ class Trainer(ABC):
 
     def get_state(self) -> dict[str, Any]:
         """All that a later process needs to continue bit for bit: parameters, optimisers, random state."""
+        if self._waiting is not None:  # nothing has run since it was taken up
+            return {**copy.deepcopy(self._waiting), "rng": random_state()}
         store = pyro.get_param_store()
         return {
             "params": {name: (store._params[name].detach().clone()) for name in store.keys()},
             "buffers": [b.clone() for b in self._buffers()],
-            **{name: copy.deepcopy(optim.get_state()) for name, optim in self._optims.items()},
+            **{name: _of_store(copy.deepcopy(optim.get_state())) for name, optim in self._optims.items()},
             **copy.deepcopy(self._kept()),
             "rng": random_state(),
         }
@@ -72,11 +75,13 @@ class Trainer(ABC):
     def set_state(self, state: dict[str, Any]) -> None:
         """Take up a state of :meth:`get_state`.
 
-        In a process where the programs have not run yet their parameters do not exist: the state then waits
-        for the first ``step`` or ``evaluate_loss``, which creates them.
+        The random state is back when this returns, and so is all else if the programs have run. In a process where they
+        have not yet (or the param store was cleared since) their parameters do not exist: those and what belongs to
+        them come back at the first call that runs the programs, which draws nothing to make them.
         """
         self._waiting = copy.deepcopy(state)
-        if self._pairs:
+        set_random_state(state["rng"])
+        if any(pair.is_current() for pair in self._pairs.values()):
             self._take_up()
 
     def save(self, path: Any) -> None:
@@ -96,6 +101,7 @@ class Trainer(ABC):
 
     def _prepare(self, args: tuple, kwargs: dict) -> tuple[densities.Pair, list[Any], Any]:
         leaves, spec = visible.flatten((args, kwargs))
+        before = None if self._waiting is None else random_state()
         # most steps see the last one's tensors again, unchanged: a data set that a plate subsamples
         seen = (spec, _modes(*self._modules), [_state(leaf) for leaf in leaves])
         if self._last is not None and self._last[0] == seen and self._last[2].is_current():
@@ -104,8 +110,9 @@ class Trainer(ABC):
             self._require_finite(leaves, spec)
             pair = self._pair(leaves, spec)
             self._last = seen, leaves, pair  # held, so that no number is given to another tensor
-        if self._waiting is not None:
+        if before is not None:
             self._take_up()
+            set_random_state(before)  # the initial values that were drawn have been replaced
         return pair, leaves, spec
 
     def _require_finite(self, leaves: list[Any], spec: Any) -> None:
@@ -163,7 +170,7 @@ class Trainer(ABC):
         return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())
 
     def _take_up(self) -> None:
-        state, self._waiting = self._waiting, None
+        state = self._waiting
         assert state is not None
         store = pyro.get_param_store()
         missing = sorted(set(state["params"]) - set(store.keys()))
@@ -173,6 +180,7 @@ class Trainer(ABC):
                 "another model?"
             )
         self._keep(state)
+        self._waiting = None
         with torch.no_grad():
             for name, value in state["params"].items():
                 store._params[name].copy_(value)
@@ -187,7 +195,6 @@ class Trainer(ABC):
                     obj.load_state_dict(values["scheduler"])
                 else:
                     obj.load_state_dict(values)
-        set_random_state(state["rng"])
 
 
 def _raise_heap_limit() -> None:
@@ -234,10 +241,25 @@ def require_guide(guide: Any) -> None:
 
 
 def same_settings(optim: PyroOptim) -> PyroOptim:
-    """A new optimiser of the same settings, without the state and the parameters of the old one."""
+    """A new optimiser of the same settings, without the state and the parameters of the old one.
+
+    Where the old one is a scheduler, the new one follows it: ``optim.step()`` moves the rates of both.
+    """
     new = copy.copy(optim)
     new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
+    if isinstance(optim, PyroLRScheduler):
+        vars(new)["step"] = _follows
+        vars(optim)["step"] = Leading(optim, new)
     return new
+
+
+def _of_store(states: dict[Any, Any]) -> dict[str, Any]:
+    """The optimisers' states without those of parameters that have left the store."""
+    return {name: state for name, state in states.items() if name is not None}
+
+
+def _follows(*args: Any, **kwargs: Any) -> None:
+    """The step of a scheduler that follows another: it has been taken with the other's."""
 
 
 def _state(leaf: Any) -> Any:

@@ -215,7 +215,6 @@ def test_a_schedule_moves_the_rate_and_captures_nothing_anew(replayed, kind, str
 
     def between(bism, n):
         bism.optim.step()
-        bism.inner_optim.step()
 
     bism = assert_same(gaussian, gaussian_guide, optim=scheduled, between=between, hypergradient=strategy)
     assert bism._num_captures == 1

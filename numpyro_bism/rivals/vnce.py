@@ -14,7 +14,7 @@ from .. import divergences
 from ..densities import Analysis, Pair, joint_per_example, per_example, record
 from ..hypergradients import fused
 from ..jit import taken_apart
-from ..optim import as_optim, require_single_steps
+from ..optim import as_optim, inner_copy, require_single_steps
 from ..training import norm, require_guide
 from ..visible import Batch
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
@@ -56,7 +56,8 @@ class VNCE(Rival):
     :param noise: as in :class:`NCE`.
     :param num_noise: ν, noise draws a datum.
     :param num_particles: draws of h a datum, and a draw of the noise.
-    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own.
+    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. optax's schedules
+        then keep pace: the K inner steps of a step have its rate.
     :param inner_loss: another loss for the guide: an ELBO of NumPyro, or :class:`FisherDivergence`.
     :param num_inner_steps: steps of φ for each of θ.
     :param log_normalizer: log Z to start from; None estimates it from the noise.
@@ -94,7 +95,10 @@ class VNCE(Rival):
         self.noise = noise
         self.num_noise = num_noise
         self.num_particles = num_particles
-        self.inner_optim = self.optim if inner_optim is None else as_optim(inner_optim, "inner_optim")
+        if inner_optim is None:
+            self.inner_optim = inner_copy(self.optim, num_inner_steps, "inner_optim")
+        else:
+            self.inner_optim = as_optim(inner_optim, "inner_optim")
         self.inner_loss = inner_loss
         self.num_inner_steps = num_inner_steps
         self.log_normalizer = log_normalizer
@@ -187,9 +191,11 @@ class VNCE(Rival):
             with seed(rng_seed=key_model), record(params, draw.values, pair.softened) as run:
                 pair.model(*args, **kwargs)
             log_p = joint_per_example(run.sites.values(), n)
-            log_q = {name: per_example(site, n) for name, site in sites.items() if not site.is_observed}
             zero = jnp.zeros(n, v.dtype)
-            return log_p - sum(log_q.values(), zero), sum((log_q[name] for name in given or ()), zero)
+            log_q = sum((per_example(site, n) for site in sites.values() if not site.is_observed), zero)
+            # neither a scale nor a mask of the density changes how probable a configuration is
+            shares = (sites[name].log_q().reshape(n, -1).sum(-1) for name in given or ())
+            return log_p - log_q, sum(shares, zero)
 
         def particle(key):
             if not pair.enumerated:

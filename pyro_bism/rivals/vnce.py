@@ -54,7 +54,8 @@ class VNCE(Rival):
     :param noise: as in :class:`NCE`.
     :param num_noise: ν, noise draws a datum.
     :param num_particles: draws of h a datum, and a draw of the noise.
-    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own.
+    :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. If they are a
+        scheduler's, ``optim.step()`` moves the rates of both levels; one of your own is stepped by you.
     :param inner_loss: another loss for the guide: a differentiable ELBO of Pyro, or :class:`FisherDivergence`.
     :param num_inner_steps: steps of φ for each of θ.
     :param log_normalizer: log Z to start from; None estimates it from the noise.
