@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.infer import Trace_ELBO
 
-from . import densities, divergences, energies
+from . import averages, densities, divergences, energies
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused
 from .jit import taken_apart
 from .losses import OuterLoss
@@ -244,9 +244,12 @@ class BiSM(Trainer):
         return Bilevel(outer, inner, posterior, covariance, self.inner_optim, inner_keys)
 
     def _analyse(self, leaves, spec, rng_key, init_params) -> densities.Analysis:
+        def look(start, batch, rng_key):
+            averages.check(start, batch, rng_key, self.loss, self.inner_loss)
+
         start = densities.analyse(
             self.model,
-            self.guide,
+            averages.averaging(self.guide),
             leaves,
             spec,
             rng_key,
@@ -255,6 +258,7 @@ class BiSM(Trainer):
             self.loss,
             self.hypergradient,
             self.static_kwargs,
+            look=look,
         )
         divergences.check(self.inner_loss, start.pair)
         return start

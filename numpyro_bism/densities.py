@@ -31,7 +31,7 @@ from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
 from . import visible
-from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed, unmasked
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
 from .losses import OuterLoss
 from .params import collect, constrain, reject_shared, unconstrain
 
@@ -205,6 +205,7 @@ class Pair:
     :ivar subsampled: (full size, size) of each subsampling plate.
     :ivar num_plate_dims: how many dimensions the plates take.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
+    :ivar averaged: the guide's sites that are summed out by their mean.
     :ivar reads_rows: whether the programs read of a subsampled argument nothing but the plate's rows.
     """
 
@@ -221,6 +222,7 @@ class Pair:
     num_plate_dims: int
     unreparameterised: tuple[str, ...]
     reads_rows: bool = False
+    averaged: tuple[str, ...] = ()
 
     def params(self, theta: Mapping[str, Any], phi: Mapping[str, Any], mutable: Any) -> dict[str, Any]:
         """What the programs are given, from unconstrained parameters and mutable state."""
@@ -654,7 +656,8 @@ def analyse(
                 f"init_params names {unknown}, but the programs' parameters are {sorted({**theta, **phi})}."
             )
         enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
-        sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)
+        averaged = tuple(name for name, s in latents.items() if is_averaged(s.fn))
+        sampled = tuple(name for name, s in latents.items() if not (name in (*enumerated, *averaged) or s.is_delta))
         every = (*p.sites.values(), *q.sites.values())
         dims = [len(s.fn.batch_shape) for s in every] + [-f.dim for s in every for f in s.frames]
         pair = Pair(
@@ -670,6 +673,7 @@ def analyse(
             _num_data(p.sites, sites),
             max(dims),
             tuple(name for name in sampled if not latents[name].fn.has_rsample),
+            averaged=averaged,
         )
         if loss is not None:
             strategy.check(loss, pair)

@@ -102,6 +102,20 @@ class ConcreteOneHot(dist.Distribution):
         return dist.Multinomial(total_count=1, logits=logits)  # NumPyro's one-hot distribution
 
 
+class AveragedBernoulli(ConcreteBernoulli):
+    """Bits that are summed out: the draw is their mean, and ``log_prob`` there is E[log q]."""
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        return jnp.broadcast_to(self.mean, sample_shape + self.batch_shape)
+
+
+class AveragedOneHot(ConcreteOneHot):
+    """One-hot vectors that are summed out: the draw is their mean, and ``log_prob`` there is E[log q]."""
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        return jnp.broadcast_to(self.mean, sample_shape + self.batch_shape + self.event_shape)
+
+
 def _uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     # clamped: u = 0 or 1 would give an infinite logit or Gumbel draw
     eps = jnp.finfo(dtype).eps
@@ -116,6 +130,11 @@ def base_of(fn: dist.Distribution) -> dist.Distribution:
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
     return fn
+
+
+def is_averaged(fn: dist.Distribution) -> bool:
+    """Whether its draw is a mean."""
+    return isinstance(base_of(fn), AveragedBernoulli | AveragedOneHot)
 
 
 def is_flat(fn: dist.Distribution) -> bool:

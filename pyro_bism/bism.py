@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
 from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
-from . import densities, divergences, energies, visible
+from . import averages, densities, divergences, energies, visible
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
@@ -229,7 +230,12 @@ class BiSM(Trainer):
             buffers.restore()
 
     def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
-        pair = densities.analyse(self.model, self.guide, leaves, spec, self.visible, self.loss, self.hypergradient)
+        guide = averages.averaging(self.guide)
+        pair = densities.analyse(self.model, guide, leaves, spec, self.visible, self.loss, self.hypergradient)
+        if pair.averaged:
+            averages.check(pair, leaves, spec, self.loss, self.inner_loss)
+        else:
+            pair = replace(pair, guide=self.guide)
         divergences.check(self.inner_loss, pair)
         phi = list(pair.phi.values())
         settle(self.optim, list(pair.theta.values()))

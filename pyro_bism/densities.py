@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import params, visible
-from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, relaxed, unmasked
+from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
 from .losses import OuterLoss
 
 MAX_CONFIGURATIONS = 256
@@ -190,6 +190,7 @@ class Pair:
     :ivar frozen: parameters met that do not require grad.
     :ivar is_stated: whether the programs read φ through ``pyro.param`` statements alone.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
+    :ivar averaged: the guide's sites that are summed out by their mean.
     """
 
     model: Callable
@@ -207,6 +208,7 @@ class Pair:
     frozen: tuple[Tensor, ...] = field(default=())
     is_stated: bool = False
     unreparameterised: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ()
 
     def is_current(self) -> bool:
         """Whether the programs still train these tensors: none was replaced, cleared, frozen or unfrozen since."""
@@ -576,7 +578,8 @@ def _describe(
     if not (theta or partial_guide):
         raise ValueError("The model has no parameter to train: no pyro.param, pyro.module or PyroModule.")
     enumerated = tuple(name for name, s in latents.items() if is_enumerated(s.infer))
-    sampled = tuple(name for name, s in latents.items() if name not in enumerated and not s.is_delta)
+    averaged = tuple(name for name, s in latents.items() if is_averaged(s.fn))
+    sampled = tuple(name for name, s in latents.items() if not (name in (*enumerated, *averaged) or s.is_delta))
     _check_guide(latents, enumerated, phi, strategy)
     dims = [len(s.fn.batch_shape) for s in (*p.sites.values(), *q.sites.values())]
     dims += [-f.dim for s in (*p.sites.values(), *q.sites.values()) for f in s.frames if f.vectorized]
@@ -595,6 +598,7 @@ def _describe(
         tuple({id(b): b for m in ran for b in m.buffers()}.values()),
         params.frozen((*p.params.values(), *q.params.values()), ran),
         unreparameterised=tuple(name for name in sampled if not latents[name].fn.has_rsample),
+        averaged=averaged,
     )
     subsamples = {**q.subsamples, **p.subsamples}
     batch = visible.Batch(sites, subsamples, leaves, spec)

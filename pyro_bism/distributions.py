@@ -40,7 +40,7 @@ class ConcreteBernoulli(TorchDistribution):
         super().__init__(self.logits.shape, validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(ConcreteBernoulli, _instance)
+        new = self._get_checked_instance(type(self), _instance)
         new.logits = self.logits.expand(batch_shape)
         new.temperature = self.temperature.expand(batch_shape)
         super(ConcreteBernoulli, new).__init__(torch.Size(batch_shape), validate_args=False)
@@ -93,7 +93,7 @@ class ConcreteOneHot(TorchDistribution):
         super().__init__(batch_shape, logits.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(ConcreteOneHot, _instance)
+        new = self._get_checked_instance(type(self), _instance)
         batch_shape = torch.Size(batch_shape)
         new.logits = self.logits.expand(batch_shape + self.event_shape)
         new.temperature = self.temperature.expand(batch_shape)
@@ -123,11 +123,30 @@ class ConcreteOneHot(TorchDistribution):
         return dist.OneHotCategorical(logits=self.logits)
 
 
+class AveragedBernoulli(ConcreteBernoulli):
+    """Bits that are summed out: the draw is their mean, and ``log_prob`` there is E[log q]."""
+
+    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+        return self.mean.expand(self._extended_shape(sample_shape))
+
+
+class AveragedOneHot(ConcreteOneHot):
+    """One-hot vectors that are summed out: the draw is their mean, and ``log_prob`` there is E[log q]."""
+
+    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+        return self.mean.expand(self._extended_shape(sample_shape))
+
+
 def base_of(fn: TorchDistribution) -> TorchDistribution:
     """The distribution under ``Independent``, ``mask`` and ``expand``."""
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
     return fn
+
+
+def is_averaged(fn: TorchDistribution) -> bool:
+    """Whether its draw is a mean."""
+    return isinstance(base_of(fn), AveragedBernoulli | AveragedOneHot)
 
 
 def is_flat(fn: TorchDistribution) -> bool:

@@ -84,11 +84,15 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
     is_plain = type(inner_loss) is Trace_ELBO and inner_loss.num_particles == 1 and not inner_loss.vectorize_particles
 
     def elbo(pair: Pair, batch: Batch, v: Tensor) -> Tensor:
+        host = inner_loss
+        if pair.averaged and not pair.enumerated and type(inner_loss) is TraceEnum_ELBO:
+            # the same number, without its complaint that there is nothing to enumerate
+            host = Trace_ELBO(inner_loss.num_particles, vectorize_particles=inner_loss.vectorize_particles)
         if is_plain and not pair.unreparameterised and not is_validation_enabled():
             return -pair.elbo(batch, v) / pair.num_data
         args, kwargs = batch.arguments(v.detach())
         model, guide = pair.programs(batch)
-        return inner_loss.differentiable_loss(model, guide, *args, **kwargs) / pair.num_data
+        return host.differentiable_loss(model, guide, *args, **kwargs) / pair.num_data
 
     return elbo
 

@@ -624,9 +624,10 @@ class Exact(Hypergradient):
     differentiates_inner = False
 
     def check(self, loss: Any, pair: Any) -> None:
-        if pair.softened:
+        relaxed = sorted(pair.softened.difference(pair.averaged))
+        if relaxed:
             raise ValueError(
-                f"Exact() asks for a guide that is the posterior; the relaxed sites {sorted(pair.softened)} never are. "
+                f"Exact() asks for a guide that is the posterior; the relaxed sites {relaxed} never are. "
                 "Sum them out: infer={'enumerate': 'parallel'} and inner_loss=TraceEnum_ELBO()."
             )
 

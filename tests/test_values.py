@@ -550,3 +550,148 @@ def test_a_numpyro_state_continues_in_a_fresh_bism():
     expected, found = first.update(state, x), fresh().update(again, x)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert (a == b).all()
+
+
+# Many units in one event and one factor, summed out by their mean
+
+D, H = 2, 3
+RNG = np.random.default_rng(3)
+W, CH, U, DU = (RNG.normal(size=shape) for shape in ((D, H), H, (D, H), H))
+K = np.array([[0.3, -0.6, 0.2], [0.1, 0.5, -0.4]])  # of v, for a one-hot latent
+
+
+def one_factor(host, onehot=False, extra=lambda h: 0.0, mixed=False):
+    """log p̃ = -½‖v‖² + (vᵀW + c)·h, all units in one factor; the guide's units in one event."""
+
+    def site(logits):
+        if not onehot:
+            return host.dist.Bernoulli(logits=logits).to_event(1)
+        fn = host.dist.OneHotCategorical if host.is_pyro else host.dist.Multinomial
+        return fn(logits=logits).to_event(1) if host.is_pyro else fn(total_count=1, logits=logits).to_event(1)
+
+    def shaped(x):
+        return x[..., None, :] if onehot else x
+
+    def flatten(h):
+        return h[..., 0, :] if onehot else h
+
+    def model(x):
+        w, c = host.param("w", W), host.param("c", CH)
+        with host.ppl.plate("data", len(x)):
+            v = host.ppl.sample("v", host.dist.Normal(0.0, 1.0).expand((D,)).to_event(1).mask(False), obs=x)
+            h = flatten(host.ppl.sample("h", site(shaped(host.np.zeros((len(x), H)))).mask(False)))
+            z = host.ppl.sample("z", host.dist.Normal(v[:, 0], 1.0)) if mixed else 0.0
+            host.ppl.factor("energy", -0.5 * (v**2).sum(-1) + ((v @ w + c) * h).sum(-1) + extra(h) + 0.0 * z)
+
+    def guide(x):
+        u, d = host.param("u", U), host.param("d", DU)
+        with host.ppl.plate("data", len(x)):
+            h = host.ppl.sample("h", site(shaped(x @ u + d)), infer={"enumerate": "parallel"})
+            if mixed:
+                host.ppl.sample("z", host.dist.Normal(x[:, 0] + h[..., 0], 1.0))
+
+    return model, guide
+
+
+def by_enumeration(v, onehot):
+    """J under average="score" of exact score matching, and G: over all configurations of the units."""
+    hs = np.eye(H) if onehot else np.array(list(itertools.product((0.0, 1.0), repeat=H)))
+    logits = v @ U + DU
+    if onehot:
+        log_q = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))) @ hs.T
+        mean = np.exp(log_q) @ hs
+        covariance = mean[:, :, None] * (np.eye(H) - mean[:, None])
+        curve = -np.einsum("dh,nhk,dk->n", U, covariance, U)
+    else:
+        log_q = logits @ hs.T - np.log1p(np.exp(logits)).sum(-1, keepdims=True)
+        mean = sigmoid(logits)
+        curve = -np.einsum("dh,nh,dh->n", U, mean * (1 - mean), U)
+    q = np.exp(log_q)
+    np.testing.assert_allclose(q.sum(-1), 1.0)
+    score = (q[:, :, None] * (-v[:, None] + hs @ W.T)).sum(1)
+    log_p = -0.5 * (v**2).sum(-1, keepdims=True) + (v @ W + CH) @ hs.T
+    return (0.5 * (score**2).sum(-1) - D - curve).mean(), (q * (log_q - log_p)).sum(-1).mean()
+
+
+@BOTH
+@pytest.mark.parametrize("onehot", [False, True], ids=["bits", "onehot"])
+def test_units_in_one_event_and_one_factor_are_summed_out_exactly(backend, onehot):
+    host = Host(backend)
+    v = np.random.default_rng(0).normal(size=(4, D))
+    model, guide = one_factor(host, onehot)
+    elbo = host.infer.TraceEnum_ELBO() if onehot else None
+    found = host.look(model, guide, v, [host.bism.ScoreMatching(average="score")], inner_loss=elbo)
+    np.testing.assert_allclose(found, by_enumeration(v, onehot), rtol=1e-9)
+
+
+@BOTH
+def test_the_exact_hypergradient_is_that_of_the_marginal_where_units_are_summed_by_their_mean(backend):
+    """At the posterior (u = w, d = c): a step of SGD goes along the gradient of J of the marginal's score."""
+    host, rate = Host(backend), 1e-3
+    v = np.random.default_rng(0).normal(size=(4, D))
+    model, guide = one_factor(host)
+
+    def marginal(w, c):
+        p = sigmoid(v @ w + c)
+        score = -v + p @ w.T
+        return (0.5 * (score**2).sum(-1) - D + np.einsum("dh,nh,dh->n", w, p * (1 - p), w)).mean()
+
+    eps = 1e-5
+    steps = eps * np.eye(D * H).reshape(D, H, D, H)
+    slopes = [[(marginal(W + e, CH) - marginal(W - e, CH)) / (2 * eps) for e in row] for row in steps]
+    b = host.bism
+    settings = {"num_inner_steps": 0, "hypergradient": b.Exact()}
+    if host.is_pyro:
+        x = torch.tensor(v)
+        trained = b.BiSM(model, guide, pyro.optim.SGD({"lr": rate}), b.ScoreMatching(average="score"), **settings)
+        trained.pair(x)
+        with torch.no_grad():
+            pyro.param("u").copy_(torch.tensor(W))
+            pyro.param("d").copy_(torch.tensor(CH))
+        trained.step(x)
+        moved = pyro.param("w").detach().numpy()
+    else:
+        trained = b.BiSM(model, guide, numpyro.optim.SGD(rate), b.ScoreMatching(average="score"), **settings)
+        start = {"u": jnp.asarray(W), "d": jnp.asarray(CH)}
+        result = trained.run(jax.random.key(0), 1, jnp.asarray(v), progress_bar=False, init_params=start)
+        moved = np.asarray(result.params["w"])
+    np.testing.assert_allclose((W - moved) / rate, slopes, rtol=1e-5, atol=1e-8)
+
+
+@BOTH
+def test_what_is_not_proved_affine_is_refused(backend):
+    host = Host(backend)
+    b, x = host.bism, host.array(np.ones((4, D)))
+
+    def begin(model, guide, loss, **settings):
+        trained = b.BiSM(model, guide, host.adam(), loss, **settings)
+        return trained.pair(x) if host.is_pyro else trained.init(jax.random.key(0), x)
+
+    score = b.DenoisingScoreMatching(0.5, average="score")
+    for extra in (lambda h: h[..., 0] * h[..., 1], lambda h: host.np.exp(h).sum(-1), lambda h: (h**2).sum(-1)):
+        with pytest.raises(ValueError, match=r"'h' is marked for enumeration.* not proved to be affine.* plate"):
+            begin(*one_factor(host, extra=extra), score)
+    with pytest.raises(ValueError, match="the guide reads its value again"):
+        begin(*one_factor(host, mixed=True), score)
+    with pytest.raises(ValueError, match="average='score'"):
+        begin(*one_factor(host), b.DenoisingScoreMatching(0.5))
+    with pytest.raises(ValueError, match="Use inner_loss=Trace_ELBO"):
+        begin(*one_factor(host), score, inner_loss=b.FisherDivergence())
+
+
+def test_jit_sums_units_out_by_their_mean_too():
+    """The captured step is the eager one."""
+    model, guide = one_factor(Host("pyro"))
+    x = torch.randn(4, D)
+    moved = []
+    for jit in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(1)
+        loss = pyro_bism.DenoisingScoreMatching(0.5, average="score")
+        bism = pyro_bism.BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss, num_inner_steps=1, jit=jit)
+        bism.pair(x)
+        torch.manual_seed(2)
+        bism.step(x)
+        moved.append({name: value.detach() for name, value in pyro.get_param_store().items()})
+    for name, value in moved[0].items():
+        torch.testing.assert_close(value, moved[1][name], rtol=1e-9, atol=1e-12)
