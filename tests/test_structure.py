@@ -4,6 +4,7 @@ Each energy is a function of arrays that all backends understand, NumPy among th
 program, and the right values are sums and integrals of it on a grid, in NumPy and in float64.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -57,9 +58,10 @@ class Numbers:
 class Torch(Numbers):
     name = "pyro"
     package, dist, xp = pyro_bism, dist, torch
-    array = staticmethod(lambda x: torch.as_tensor(np.asarray(x, float)))
+    array = staticmethod(lambda x: torch.as_tensor(np.asarray(x), dtype=torch.get_default_dtype()))
     hold = staticmethod(torch.Tensor.detach)
     sample, factor, plate = staticmethod(pyro.sample), staticmethod(pyro.factor), staticmethod(pyro.plate)
+    param = staticmethod(lambda name, value: pyro.param(name, torch.tensor(value)))
 
     def __enter__(self):
         pyro.clear_param_store()
@@ -105,8 +107,14 @@ class Torch(Numbers):
         batch = torch_visible.Batch(torch_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
         return TorchEnergy.of(model, batch.sites, batch)
 
-    def call(self, function, trained, *args, **options):
+    def call(self, function, trained, *args, seed=0, **options):
+        pyro.set_rng_seed(seed)
         return getattr(pyro_bism, function)(trained, *args, **options)
+
+    def loss(self, rival, x):
+        """Of a rival that wants an optimiser yet, at its initial parameters."""
+        pyro.clear_param_store()
+        return rival(optim=pyro.optim.Adam({"lr": 1e-2})).evaluate_loss(x)
 
 
 class Jax(Numbers):
@@ -115,6 +123,7 @@ class Jax(Numbers):
     array = staticmethod(lambda x: jnp.asarray(np.asarray(x, float)))
     hold = staticmethod(jax.lax.stop_gradient)
     sample, factor, plate = staticmethod(numpyro.sample), staticmethod(numpyro.factor), staticmethod(numpyro.plate)
+    param = staticmethod(numpyro.param)
 
     def __enter__(self):
         self.double = jax.enable_x64(True)
@@ -156,6 +165,10 @@ class Jax(Numbers):
         if seed is not None:
             options["rng_key"] = jax.random.key(seed)
         return getattr(numpyro_bism, function)(trained, None, *args, **options)
+
+    def loss(self, rival, x):
+        method = rival(optim=numpyro.optim.Adam(1e-2))
+        return method.evaluate(method.init(jax.random.key(0), x), x)
 
 
 BACKENDS = [Torch(), Jax()]
@@ -629,6 +642,86 @@ def attempt(call, may_refuse):
         if not may_refuse:
             raise
         return None
+
+
+@pytest.mark.parametrize("v", [1.5, 2.0])
+def test_a_double_well_seen_from_one_row(backend, v):
+    trained = Untrained(backend, ENERGIES["double well"].model(backend))
+    value = attempt(lambda: backend.call("exact_log_normalizer", trained, backend.array([[v]])), True)
+    exact = right(ENERGIES["double well"]).log_normalizer[0]
+    assert exact == pytest.approx(0.68, abs=1e-3)
+    assert value is None or float(value) == pytest.approx(exact, abs=1e-5)
+
+
+def test_a_rare_state_is_never_drawn_where_it_is_all_but_forbidden(backend):
+    """Ten bits that would be off most of the time: free energy, annealing and draws know of the penalty on that."""
+    weight, bias = 0.3 * np.random.default_rng(4).normal(size=10), -3.0
+
+    def log_p(b, v, h):
+        penalty = b.xp.where(h.sum(-1) == 0, 30 + 0 * v[:, 0], 0 * v[:, 0])
+        return half(v) + (h @ b.array(weight)) * v[:, 0] + bias * h.sum(-1) - penalty
+
+    trained = Untrained(backend, Energy(log_p, (), {"h": Bits(10)}).model(backend))
+    h = Bits(10).values()
+    each = bias * h.sum(-1) - 30 * (h.sum(-1) == 0)
+    exact = scipy.special.logsumexp(each + 0.5 * (h @ weight) ** 2) + 0.5 * math.log(2 * math.pi)
+    x = X[:, :1]
+    free = 0.5 * x[:, 0] ** 2 - scipy.special.logsumexp(each + x * (h @ weight), axis=1)
+    arg = backend.array(x)
+    np.testing.assert_allclose(np.asarray(backend.call("free_energy", trained, arg)), free, rtol=1e-9)
+    assert float(backend.call("exact_log_normalizer", trained, arg)) == pytest.approx(exact, rel=1e-9)
+    options = {"num_temperatures": 30, "num_chains": 400, "reverse": False, "base": (0.0, 1.0), "progress_bar": False}
+    found = backend.call("ais", trained, arg, seed=0, **options)
+    assert abs(found.log_normalizer - exact) < 4 * found.standard_error < 0.5
+    options = {"num_warmup": 20, "num_samples": 20, "num_chains": 100, "progress_bar": False}
+    chains = backend.call("run_chains", trained, arg, seed=0, kernel=backend.package.Gibbs(), **options)
+    assert (np.asarray(chains.values["h"]).sum(-1) > 0).all()
+
+
+def test_a_heavy_tailed_prior(backend):
+    """StudentT(3, 0, 100) for h and a normal v around it: Z is 1."""
+    site = {"h": lambda b, v: b.dist.StudentT(3.0, b.array([0.0]), 100.0).to_event(1)}
+    energy = Energy(None, (), {"h": Real()}, sites=site, site=lambda b, h: b.dist.Normal(h, 1.0).to_event(1))
+    trained, x = Untrained(backend, energy.model(backend)), backend.array(X[:, :1])
+    assert found_blocks(trained.energy(*([None] if backend.name == "numpyro" else []), x)[0]) == {
+        ("gaussian", "v", "cd"),
+        ("free", "h", ""),
+    }
+    value = attempt(lambda: backend.call("exact_log_normalizer", trained, x), True)
+    assert value is None or float(value) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_marginal_score_matching_of_a_spike_and_a_slab(backend):
+    """The marginal is a mixture of two normals; ½s² + s' by central differences of it."""
+    x, step = X[:, :1], 1e-4
+
+    def log_marginal(v, a):
+        return np.logaddexp(-0.5 * v**2 - 0.5 * math.log(a), 1 - 0.5 * v**2 * a / (1 + a) - 0.5 * math.log(1 + a))
+
+    def model(a):
+        def log_p(b, v, h, s):
+            precision = b.param("a", a)
+            return half(v - s * h) + half(h, precision) + s[:, 0]
+
+        return Energy(log_p, (), {"h": Real(), "s": Bits(1)}).model(backend)
+
+    a = 0.3
+    low, middle, high = (log_marginal(x + k * step, a) for k in (-1, 0, 1))
+    score, slope = (high - low) / (2 * step), (high - 2 * middle + low) / step**2
+    rival = functools.partial(backend.package.MarginalSM, model(a), loss=backend.package.ScoreMatching())
+    found = float(backend.loss(rival, backend.array(x)))
+    assert found == pytest.approx((0.5 * score**2 + slope).mean(), rel=1e-6)
+
+    def spiky(b, v, h):  # of a prior of h that is a mixture itself
+        return half(v - h) + b.xp.logaddexp(half(h, 100.0) + b.param("a", 1.0), half(h))
+
+    rival = functools.partial(
+        backend.package.MarginalSM,
+        Energy(spiky, (), {"h": Real()}).model(backend),
+        loss=backend.package.ScoreMatching(),
+    )
+    with pytest.raises(ValueError, match=r"'h'.* have no closed-form integral"):
+        backend.loss(rival, backend.array(x))
 
 
 # The user's own word
