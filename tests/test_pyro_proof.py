@@ -251,6 +251,7 @@ def test_separable_is_what_has_a_diagonal_hessian(name):
 
 # The host's distributions, scored as an energy scores them
 
+TO_POSITIVE = torch.distributions.biject_to(dist.constraints.positive)
 SITES = {
     "Normal": (lambda p: dist.Normal(p.v, 2.0).log_prob(3.0).sum(-1), 2, 0),
     "Normal, location": (lambda p: dist.Normal(p.h @ W.T, 2.0).to_event(1).log_prob(p.v), 2, 2),
@@ -264,6 +265,8 @@ SITES = {
     "masked": (lambda p: dist.Normal(p.h[:, :1], 1.0).expand([N, D]).mask(KEEP).log_prob(p.v).sum(-1), 2, 2),
     "Laplace": (lambda p: dist.Laplace(0.0, 1.0).log_prob(p.v).sum(-1), UNKNOWN, 0),
     "StudentT": (lambda p: dist.StudentT(3.0, 0.0, 100.0).log_prob(p.v).sum(-1), UNKNOWN, 0),
+    "LogNormal": (lambda p: dist.LogNormal(0.0, 1.0).log_prob(TO_POSITIVE(p.v)).sum(-1), 2, 0),
+    "exponential that was written to": (lambda p: TO_POSITIVE(p.v).add_(p.v**2).log().sum(-1), UNKNOWN, 0),
     "Gamma": (lambda p: dist.Gamma(2.0, 1.0).log_prob(p.v.exp()).sum(-1), UNKNOWN, 0),
 }
 
@@ -296,8 +299,8 @@ def flat(name, shape, obs=None, base=None):
 def machine(penalty=0.0, hook=False, size=None):
     def model(v, c=None):
         weights = pyro.param("W", lambda: torch.full((D, H), 0.3))
-        with pyro.plate("data", size or len(v)):
-            v = flat("v", [D], v)
+        with pyro.plate("data", size or len(v)) as rows:
+            v = flat("v", [D], v[rows])
             h = flat("h", [H], base=dist.Bernoulli(0.5))
             drive = v @ weights if c is None else v @ weights + c
             if hook and h.requires_grad:

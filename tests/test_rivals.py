@@ -674,7 +674,9 @@ def test_log_likelihood_and_loo_where_theta_has_draws(host, monkeypatch):
         staticmethod(lambda density, x, over: out_of_reach() if "(visible)" in over else real(density, x, over)),
     )
     short = evaluation.ais
-    monkeypatch.setattr(evaluation.likelihood, "ais", lambda *a, **k: short(*a, num_temperatures=4, num_chains=100, **k))
+    monkeypatch.setattr(
+        evaluation.likelihood, "ais", lambda *a, **k: short(*a, num_temperatures=4, num_chains=100, **k)
+    )
     noisy = package.log_likelihood(rival, *state, *data, theta=two, progress_bar=False, **keyed)
     assert noisy.method == "log p̃: exact, log Z: AIS"
     error = np.asarray(noisy.standard_error)

@@ -158,10 +158,13 @@ class _Unprovable(Exception):
 
 
 class _Cell:
-    """What is known of a piece of memory, shared by all tensors that show it."""
+    """What is known of a piece of memory, shared by all tensors that show it.
 
-    def __init__(self, value: Value):
-        self.value = value
+    :ivar log: of what is an exponential, what is known of its logarithm.
+    """
+
+    def __init__(self, value: Value, log: Value | None = None):
+        self.value, self.log = value, log
 
 
 class _Traced(Tensor):
@@ -276,7 +279,7 @@ class _Trace(TorchDispatchMode):
                     raise _Unprovable(f"{func}: what it gives is in memory that other programs read")
                 return x
             if owner is None:
-                return self.wrap(x, _Cell(_cast(value, x, call)))
+                return self.wrap(x, _Cell(_cast(value, x, call), _logarithm(call)))
             return self.wrap(x, owner.cell, owner.is_cut or call.name == "detach" or not torch.is_grad_enabled())
 
         return pytree.tree_map(wrapped, out)
@@ -324,6 +327,7 @@ class _Trace(TorchDispatchMode):
         if isinstance(x, _Traced):
             if x.inner.shape != x.shape:
                 raise _Unprovable("out= of another shape")
+            x.cell.log = None
             x.cell.value = x.cell.value | (value.arbitrary() if x.is_cut and value.groups else value)
         elif value.groups - {COVARIATES}:
             raise _Unprovable("a write into memory from outside the program")
@@ -436,7 +440,41 @@ def _scattered(c: _Call) -> Value:
     return _any(c[2]) * (c[0] | c[3])
 
 
+def _logarithm(c: _Call) -> Value | None:
+    """What is known of an exponential's logarithm: a transform to positive numbers is exp(x) · 1 + 0."""
+    if not torch.is_grad_enabled() or len(c.tensors) != 1 or not c.read or c.func.namespace != "aten":
+        return None
+    if c.name == "exp":
+        return c[0]
+    log, numbers = _known_log(c.tensors[0]), [a for a in c._args[:2] if isinstance(a, int | float)]
+    same = len(numbers) == 1 and (c.name, numbers[0]) in (("mul", 1), ("add", 0))
+    return log if same else None
+
+
+def _known_log(x: Tensor) -> Value | None:
+    return x.cell.log if isinstance(x, _Traced) and not x.is_cut else None
+
+
+def _log(c: _Call) -> Value:
+    """A density of positive numbers takes the logarithm of what a transform has made of the reals."""
+    log = _known_log(c.tensors[0]) if len(c.tensors) == 1 else None
+    return c.all().arbitrary() if log is None else log
+
+
+def _selected(c: _Call) -> Value:
+    return c[0] if _is_every_row(c, c.arg(1), c.arg(2)) else _any(c[2]) * c[0]
+
+
+def _is_every_row(c: _Call, axis: int, which: Tensor) -> bool:
+    """Whether a plate that takes all rows picks them: each in its own place."""
+    length = c.arg(0).shape[axis] if c.arg(0).ndim else 1
+    return which.dtype == torch.long and torch.equal(which, torch.arange(length))
+
+
 def _picked(c: _Call) -> Value:
+    places = [(i, x) for i, x in enumerate(c.arg(1)) if x is not None] if isinstance(c.arg(1), list | tuple) else []
+    if len(places) == 1 and _is_every_row(c, places[0][0], _inner(places[0][1])):
+        return c[0]
     for x in _tensors(c._args[1]):
         if x.dtype in (torch.bool, torch.uint8) and c.values[id(x)].groups - {COVARIATES}:
             raise _Unprovable(f"{c.func}: how many entries are picked depends on a variable")
@@ -481,7 +519,9 @@ _RULES: dict[str, Callable[[_Call], Value]] = {
     **dict.fromkeys(["addmm", "_sparse_addmm", "addmv", "addr", "baddbmm", "addbmm"], lambda c: c[0] + (c[1] @ c[2])),
     **dict.fromkeys(["scatter", "index_copy", "index_fill"], _scattered),
     **dict.fromkeys(["scatter_add", "index_add"], lambda c: _any(c[2]) * (c[0] + c[3]).sums()),
-    **dict.fromkeys(["gather", "index_select"], lambda c: _any(c[2]) * c[0]),
+    "gather": lambda c: _any(c[2]) * c[0],
+    "index_select": _selected,
+    "log": _log,
     **dict.fromkeys(["take", "embedding"], lambda c: _any(c[1]) * c[0]),
     **dict.fromkeys(["index", "masked_select"], _picked),
     **dict.fromkeys(["masked_fill", "masked_scatter"], lambda c: _any(c[1]) * (c[0] | c[2])),
