@@ -18,6 +18,7 @@ from .evaluation import (
     free_energy,
     kernel_stein_discrepancy,
     log_likelihood,
+    log_normalizer,
     maximum_mean_discrepancy,
     score,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "free_energy",
     "kernel_stein_discrepancy",
     "log_likelihood",
+    "log_normalizer",
     "loo",
     "maximum_mean_discrepancy",
     "program",

@@ -14,15 +14,15 @@ from numpyro.handlers import seed
 from .bism import BiSM
 from .densities import per_example, record
 from .diagnostics import _read, check_noise, guide_draws, psis_khat, to_arviz
-from .energies import VISIBLE, Energy
+from .energies import VISIBLE, Energy, NoIntegral
 from .evaluation import (
     AIS,
     Estimate,
     ais,
-    exact_log_normalizer,
     fisher_divergence,
     kernel_stein_discrepancy,
     log_likelihood,
+    log_normalizer,
     maximum_mean_discrepancy,
 )
 from .evaluation.noise import noise_scale
@@ -72,7 +72,7 @@ class Diagnosis:
 
     :ivar verdicts: by subject.
     :ivar guide: None without a guide or latents.
-    :ivar log_normalizer: exact, or what ``ais`` returned; None if neither could be had.
+    :ivar log_normalizer: a number, of a conditional model one a row; or what ``ais`` returned; None if there is none.
     :ivar log_likelihood: of the data points, or None.
     :ivar fisher_divergence: Hyvärinen's, up to a constant of the data; lower is better.
     :ivar data: the ArviZ tree: guide draws, chains of the model, observed data.
@@ -84,7 +84,7 @@ class Diagnosis:
 
     verdicts: tuple[Verdict, ...]
     guide: Guide | None
-    log_normalizer: AIS | float | None
+    log_normalizer: Any
     log_likelihood: Estimate | None
     fisher_divergence: Estimate | None
     data: Any
@@ -407,28 +407,38 @@ def _rhat_and_ess(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _normaliser(
     trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array, options: Any, progress_bar: bool
 ) -> tuple[Any, Verdict]:
+    exact = None
     try:
-        exact = exact_log_normalizer(trained, state, *args, rng_key=rng_key, **kwargs)
+        exact = log_normalizer(trained, state, *args, rng_key=rng_key, **kwargs)
         if options is None:
-            return exact, Verdict("normaliser", True, f"log Z = {exact:.4f}, exact")
-    except ValueError as error:
-        exact = None
-        if "covariates" in str(error):
-            return None, Verdict("normaliser", None, str(error))
+            return exact.value, Verdict("normaliser", True, f"log Z = {_over_rows(exact.value, '.4f')}, {exact.method}")
+    except NoIntegral as error:
+        return None, Verdict("normaliser", False, str(error))
+    except ValueError:
+        pass  # out of reach
     run = ais(trained, state, *args, rng_key=rng_key, **{"progress_bar": progress_bar, **(options or {})}, **kwargs)
     num = len(run.log_weights)
     numbers = (
-        f"log Z = {run.log_normalizer:.3f}, s.e. {run.standard_error:.3f}, AIS between {run.lower:.3f} and "
-        f"{run.upper:.3f}, {run.effective_sample_size:.0f} of {num} chains effective"
+        f"log Z = {_over_rows(run.log_normalizer)}, s.e. {_over_rows(run.standard_error)}, AIS between "
+        f"{_over_rows(run.lower)} and {_over_rows(run.upper)}, {_over_rows(run.effective_sample_size, '.0f')} of {num} "
+        "chains effective"
     )
     if exact is not None:
-        numbers += f"; exactly {exact:.3f}"
-    noise = 3 * math.hypot(run.lower_error, 0.0 if math.isnan(run.upper_error) else run.upper_error)
-    wide = not math.isnan(run.upper) and run.upper - run.lower > GOOD_GAP + noise
-    if run.effective_sample_size < max(5.0, 0.05 * num) or wide or run.standard_error > GOOD_GAP:
+        numbers += f"; {'exactly' if exact.method == 'exact' else 'by quadrature'} {_over_rows(exact.value)}"
+    noise = 3 * np.hypot(run.lower_error, np.nan_to_num(run.upper_error))
+    wide = np.nan_to_num(run.upper - run.lower) > GOOD_GAP + noise
+    few = np.less(run.effective_sample_size, max(5.0, 0.05 * num))
+    if np.any(few | wide | np.greater(run.standard_error, GOOD_GAP)):
         more = "; try ais_options with more num_temperatures, or a base nearer to the model"
         return run, Verdict("normaliser", False, f"the AIS run is too short: {numbers}{more}")
     return run, Verdict("normaliser", True, numbers)
+
+
+def _over_rows(number: Any, form: str = ".3f") -> str:
+    """One number, or the smallest and the largest of a conditional model's rows."""
+    if np.ndim(number) == 0:
+        return format(float(number), form)
+    return f"{np.min(number):{form}} to {np.max(number):{form}} (over rows)"
 
 
 def _fit(
@@ -531,10 +541,10 @@ def _plot_chains(axes: Any, found: Diagnosis) -> None:
         axes[1].set(xlabel="draw", ylabel=f"visible unit {worst}, of the largest R-hat", title=title)
     if isinstance(found.log_normalizer, AIS):
         run = found.log_normalizer
-        axes[2].hist(np.asarray(run.log_weights), bins=30, alpha=0.6, label="forward")
+        axes[2].hist(np.ravel(run.log_weights), bins=30, alpha=0.6, label="forward")
         if run.reverse_log_weights is not None:
-            axes[2].hist(np.asarray(run.reverse_log_weights), bins=30, alpha=0.6, label="reverse")
-        axes[2].axvline(run.log_normalizer, c="k", lw=1)
+            axes[2].hist(np.ravel(run.reverse_log_weights), bins=30, alpha=0.6, label="reverse")
+        axes[2].axvline(np.mean(run.log_normalizer), c="k", lw=1)
         axes[2].set(xlabel="log weight", title="AIS: the bounds on log Z")
         axes[2].legend()
     else:

@@ -532,7 +532,7 @@ def exact_wells(size):
     return scipy.special.logsumexp(-WELLS[size][1](points)) + size * math.log(grid[1] - grid[0])
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.full)])
 def test_exact_log_normalizer_by_quadrature(backend, size):
     model, free_energy = WELLS[size]
     if size == 1:  # the reference itself against an adaptive rule
@@ -566,20 +566,33 @@ TAILS = {power: tails(power) for power in (0.5, 4.0)}
 
 
 def test_covariates_have_a_normalizer_each(backend):
-    """One row at a time: b is that row's."""
+    """b is that row's: all rows at once, each exactly, annealed, and in the likelihood."""
     tilt = np.linspace(-1, 1, len(X))
 
     def call(function, rows, **options):
         return backend._call(function, LINEAR_MODEL, X[rows], tilt[rows], **options)
 
+    everything = slice(None)
     tilted = [dataclasses.replace(LINEAR, b=LINEAR.b + t * np.eye(D)[0]) for t in tilt]
-    assert call("exact_log_normalizer", slice(1)) == pytest.approx(tilted[0].log_normalizer, rel=1e-9)
-    exact = [tilted[i].free_energy(X[i : i + 1])[0] for i in range(len(X))]
-    np.testing.assert_allclose(np.asarray(call("free_energy", slice(None))), exact, rtol=1e-9)
-    with pytest.raises(ValueError, match=r"exact_log_normalizer: the rows have densities of their own.*Pass one row"):
-        call("exact_log_normalizer", slice(None))
-    with pytest.raises(ValueError, match="ais: the rows have densities of their own"):
-        call("ais", slice(None))
+    log_z = np.array([one.log_normalizer for one in tilted])
+    assert call("exact_log_normalizer", slice(1)) == pytest.approx(log_z[0], rel=1e-9)
+    np.testing.assert_allclose(np.asarray(call("exact_log_normalizer", everything)), log_z, rtol=1e-9)
+    exact = np.array([tilted[i].free_energy(X[i : i + 1])[0] for i in range(len(X))])
+    np.testing.assert_allclose(np.asarray(call("free_energy", everything)), exact, rtol=1e-9)
+    found = call("log_likelihood", everything, seed=0, progress_bar=False)
+    np.testing.assert_allclose(found.value, -exact - log_z, rtol=1e-9)
+    assert found.method == "exact"
+
+    run = call("ais", everything, num_temperatures=100, num_chains=200, progress_bar=False)
+    assert run.log_weights.shape == (200, len(X))
+    assert (abs(run.log_normalizer - log_z) <= 4 * run.standard_error).all(), (run[:7], log_z)
+    assert (run.standard_error < 0.2).all()
+    assert (run.lower - 3 * run.lower_error <= log_z).all()
+    assert (log_z <= run.upper + 3 * run.upper_error).all()
+    found = call("log_likelihood", everything, seed=0, log_normalizer=run)
+    np.testing.assert_allclose(found.value, -exact - run.log_normalizer, rtol=1e-9)
+    np.testing.assert_allclose(found.standard_error, run.standard_error)
+    assert found.method == "log p̃: exact, log Z: AIS"
 
 
 # Annealed importance sampling
@@ -781,7 +794,7 @@ def test_log_likelihood_with_an_annealed_normalizer(backend, monkeypatch):
     assert error[0] > 0
     assert (abs(value - SMALL.log_prob(X)) <= 3 * error).all()
     # and it makes a run of its own where there is no exact sum
-    monkeypatch.setattr(backend.evaluation.likelihood, "exact_log_normalizer", out_of_reach)
+    monkeypatch.setattr(backend.evaluation.normalizer, "log_normalizer", out_of_reach)
     monkeypatch.setattr(backend.evaluation.likelihood, "ais", lambda *args, **options: run)
     again, _, method = backend.log_likelihood(SMALL_MODEL, X)
     np.testing.assert_array_equal(again, value)
@@ -793,7 +806,7 @@ def out_of_reach(*args, **kwargs):
 
 
 def test_log_likelihood_misuse(backend, monkeypatch):
-    with pytest.raises(ValueError, match="method should be 'exact', 'importance' or None, got 'both'"):
+    with pytest.raises(ValueError, match="method should be 'exact', 'quadrature', 'importance' or None, got 'both'"):
         backend.log_likelihood(SMALL_MODEL, X, method="both")
     monkeypatch.setattr(backend.integrals, "MAX_CONFIGURATIONS", 20)
     with pytest.raises(ValueError, match="no exact sum over 'h'"):

@@ -3,11 +3,12 @@ r"""Sums and integrals of exp(log p̃) over some of a point's variables, the oth
 What the energy's structure allows is done in closed form, the rest by enumeration and quadrature:
 
 - a "gaussian" block: :math:`f(a) + \tfrac12 g^\top P^{-1} g + \tfrac d2 \log 2\pi - \tfrac12 \log\det P`, f the log
-  density, g its gradient at any a, P minus its Hessian;
+  density, g its gradient at any a, P minus its Hessian. a is the mode but for rounding, where nothing large cancels;
 - an "affine" block: :math:`f(0) + \sum_j \mathrm{softplus}(g_j)` for bits, a log-sum-exp for one-hot vectors;
 - other discrete variables: every joint configuration;
-- other real variables, few of them: the trapezoid rule, whose error falls exponentially for smooth integrands. It is
-  refined until it stands still.
+- other real variables, up to three: adaptive cubature with an error, see :mod:`.quadrature`.
+
+Only the last is not exact, and is called "quadrature".
 """
 
 import math
@@ -20,11 +21,14 @@ import numpy as np
 from jax import Array
 
 from .density import VISIBLE, Block, Density, Point, pack, unpack
+from .quadrature import Extended, integrate
 
 MAX_CONFIGURATIONS = 2**20
 MAX_ROWS = 2**12  # configurations or grid points, times rows, that are worked on at once
 MAX_DIMS = 3
-NUM_NODES = 33
+MAX_EVALUATIONS = 2**21  # of the density in a quadrature, all rows and configurations together
+MAX_SEEN = 4096  # places at which a quadrature looks first
+NOISE = 1e-4  # nats: below, rounding is not spoken of
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,20 @@ class Integral:
         able = [p for p in plans if p.num_configurations <= MAX_CONFIGURATIONS and _size(x, p.quadrature) <= MAX_DIMS]
         if not able:
             takes = " or ".join(
-                f"{p.num_configurations:.3g} configurations of {_named(p.enumerated)} and quadrature in "
+                f"{p.num_configurations:.3g} configurations of {named(p.enumerated)} and quadrature in "
                 f"{_size(x, p.quadrature)} dimensions"
                 for p in plans
             )
             raise ValueError(
-                f"There is no exact sum over {_named(over)}: it takes {takes}; at most {MAX_CONFIGURATIONS:.3g} and "
+                f"There is no exact sum over {named(over)}: it takes {takes}; at most {MAX_CONFIGURATIONS:.3g} and "
                 f"{MAX_DIMS} are taken. Use ais, or importance sampling from the guide."
             )
         return min(able, key=lambda p: (len(p.quadrature) > 0, p.num_configurations))
+
+    @property
+    def method(self) -> str:
+        """How it is found: "exact", to rounding, or "quadrature"."""
+        return "quadrature" if self.quadrature else "exact"
 
     @property
     def is_closed(self) -> bool:
@@ -84,8 +93,65 @@ class Integral:
     def __call__(self, density: Density, x: Point) -> Array:
         """log ∫ of every row, shape (m,). Compiled programs and gradients may go through it, but for quadrature."""
         if self.quadrature:
-            return _trapezoid(self, density, x)
+            return jnp.asarray(self.estimate(density, x)[0], x[VISIBLE].dtype)
         return self.summed(density, x)
+
+    def estimate(self, density: Density, x: Point, seen: Point | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """log ∫ of every row and its error, in double precision: that of the quadrature, and of rounding if it tells.
+
+        :param seen: a point of any number of rows, at which quadrature looks for the mass; None takes x.
+        :raises ValueError: where quadrature does not settle.
+        """
+        if not self.quadrature:
+            value, noise = jax.jit(lambda x: (self.summed(density, x), self._rounding(density, x)))(x)
+            return np.asarray(value, float), np.asarray(noise, float)
+        m, names = len(x[VISIBLE]), self.quadrature
+        own, others = (np.asarray(pack(a, names), float) for a in (x, x if seen is None else seen))
+        picks = np.linspace(0, len(others) - 1, min(len(others), max(1, MAX_SEEN // m))).round().astype(int)
+        points = np.concatenate([own[None], np.broadcast_to(others[picks][:, None], (len(picks), *own.shape))])
+        dtype, size = x[VISIBLE].dtype, own.shape[1]
+
+        @jax.jit
+        def part(x, points):
+            rows = repeated(x, len(points))
+            rows |= unpack(points.reshape(-1, size), rows, names)
+            return self.summed(density, rows).reshape(-1, m)
+
+        largest = max(1, MAX_ROWS // m)
+        chunks = sorted({max(1, largest // 16), largest})  # one program each
+
+        def evaluate(points):
+            chunk = next((c for c in chunks if len(points) <= c), largest)
+            parts = []
+            for start in range(0, len(points), chunk):
+                some = points[start : start + chunk].astype(dtype)
+                filled = np.concatenate([some, np.broadcast_to(some[:1], (chunk - len(some), *some.shape[1:]))])
+                parts.append(np.asarray(part(x, filled), float)[: len(some)])
+            return np.concatenate(parts)
+
+        f = Extended(evaluate, *_computable(density, x, names))
+        rounding = float(jnp.finfo(dtype).eps)
+        budget = max(2**16, MAX_EVALUATIONS // self.num_configurations)
+        value, error = integrate(f, points, named(names), rounding, budget)
+        outside = np.exp(np.minimum(f.highest - value, 0.0))
+        # a line's slope is known to about so much, and the tail goes on for long
+        return value, error + 1000 * math.sqrt(rounding) * np.where(outside < 1e-9, 0.0, outside)
+
+    def _rounding(self, density: Density, x: Point) -> Array:
+        """By how much log p̃ differs if real variables differ in their last digit; 0 where it is next to nothing."""
+        if x[VISIBLE].dtype == jnp.float64:  # sums of 1e11 have that much left
+            return jnp.zeros(len(x[VISIBLE]))
+        real = [name for name in x if name == VISIBLE or density.latents[name].kind == "real"]
+        if self.gaussian is not None:
+            x = _at_mode(density, x, self.gaussian)
+        here = density.log_prob(x)
+        # a loop, that the compiler may not see through
+        factors = 1 + jnp.asarray([-2, -1, 1, 2], here.dtype) * jnp.finfo(here.dtype).eps
+        moved = jax.lax.map(
+            lambda factor: density.log_prob({**x, **{name: x[name] * factor for name in real}}), factors
+        )
+        noise = jnp.abs(moved - here).max(0)
+        return jnp.where(noise > NOISE, 3 * noise, 0.0)
 
     def summed(self, density: Density, x: Point) -> Array:
         """All of it but the quadrature: the integral at these values of its variables."""
@@ -140,24 +206,53 @@ def _affine(density: Density, x: Point, names: tuple[str, ...]) -> Array:
     return value
 
 
-def _gaussian(density: Density, x: Point, block: Block) -> Array:
+def _solved(factor: Array, g: Array) -> Array:
+    """L⁻¹ g of every row, for one Cholesky factor L or for one a row."""
+    d = g.shape[-1]
+    if factor.ndim == 2:
+        return jax.scipy.linalg.solve_triangular(factor, g.T, lower=True).T
+    factor = jnp.broadcast_to(factor, (len(g), d, d))
+    return jax.scipy.linalg.solve_triangular(factor, g[..., None], lower=True)[..., 0]
+
+
+def _at_mode(density: Density, x: Point, block: Block) -> Point:
+    """One Newton step, for a log density quadratic in the block; data far from the mode cost all digits there."""
     precision = density.precision(x, block)
     g = pack(density.slope(x, block.names), block.names)
-    d = g.shape[-1]
-    # NaN for a precision that is not positive definite: there is no integral
     if block.is_diagonal:
-        quadratic, logdet = (g**2 / precision).sum(-1), jnp.log(precision).sum(-1)
+        step = g / precision
     else:
         factor = jnp.linalg.cholesky(precision)
-        whitened = jax.scipy.linalg.solve_triangular(
-            jnp.broadcast_to(factor, (len(g), d, d)) if factor.ndim == 3 else factor,
-            g[..., None] if factor.ndim == 3 else g.T,
-            lower=True,
-        )
-        whitened = whitened[..., 0] if factor.ndim == 3 else whitened.T
-        quadratic = (whitened**2).sum(-1)
-        logdet = 2 * jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)).sum(-1)
-    return density.log_prob(x) + 0.5 * quadratic + 0.5 * d * math.log(2 * math.pi) - 0.5 * logdet
+        whitened = _solved(factor, g)
+        if factor.ndim == 2:
+            step = jax.scipy.linalg.solve_triangular(factor, whitened.T, trans=1, lower=True).T
+        else:
+            step = jax.scipy.linalg.solve_triangular(factor, whitened[..., None], trans=1, lower=True)[..., 0]
+    # where there is none, the integral is refused below: it needs a number at which to look
+    moved = pack(x, block.names) + jnp.where(jnp.isfinite(step), step, 0.0)
+    # the value is the same wherever it is looked at, and so are its derivatives
+    return {**x, **unpack(jax.lax.stop_gradient(moved), x, block.names)}
+
+
+def _gaussian(density: Density, x: Point, block: Block) -> Array:
+    x = _at_mode(density, x, block)
+    precision = density.precision(x, block)
+    value, slope = density.value_and_slope(x, block.names)
+    g = pack(slope, block.names)
+    d = g.shape[-1]
+    # NaN for a precision that is not positive definite, also where only rounding makes it so: there is no integral
+    if block.is_diagonal:
+        quadratic, logdet = (g**2 / precision).sum(-1), jnp.log(precision).sum(-1)
+        failed = (precision <= 0).any(-1)
+    else:
+        factor = jnp.linalg.cholesky(precision)
+        quadratic = (_solved(factor, g) ** 2).sum(-1)
+        pivots = jnp.diagonal(factor, axis1=-2, axis2=-1)
+        logdet = 2 * jnp.log(pivots).sum(-1)
+        lost = 8 * math.sqrt(d) * jnp.finfo(pivots.dtype).eps * jnp.diagonal(precision, axis1=-2, axis2=-1)
+        failed = (pivots**2 < lost).any(-1)
+    logdet = jnp.where(failed, jnp.nan, logdet)
+    return value + 0.5 * quadratic + 0.5 * d * math.log(2 * math.pi) - 0.5 * logdet
 
 
 def repeated(x: Point, num: int) -> Point:
@@ -165,79 +260,29 @@ def repeated(x: Point, num: int) -> Point:
     return {name: jnp.tile(value, (num,) + (1,) * (value.ndim - 1)) for name, value in x.items()}
 
 
-def _trapezoid(integral: Integral, density: Density, x: Point) -> Array:
-    """The trapezoid rule on a box a row, found by looking where the integrand is."""
-    names = integral.quadrature
-    centre = pack(x, names)
-    m, d = centre.shape
-    nodes = np.stack(np.meshgrid(*[np.arange(NUM_NODES)] * d, indexing="ij"), -1).reshape(-1, d)
-
-    @jax.jit
-    def evaluate(x, low, high, unit):
-        """The log integrand at fractions ``unit`` of the way from low to high; (len(unit), m)."""
-        chunk = max(1, MAX_ROWS // m)
-        padded = -(-len(unit) // chunk) * chunk
-
-        def part(unit):
-            flat = low + unit[:, None] * (high - low)
-            rows = repeated(x, chunk)
-            rows |= unpack(flat.reshape(-1, d), rows, names)
-            return integral.summed(density, rows).reshape(chunk, m)
-
-        unit = jnp.concatenate([unit, jnp.zeros((padded - len(unit), d), unit.dtype)])
-        return jax.lax.map(part, unit.reshape(-1, chunk, d)).reshape(padded, m)
-
-    def grid(low, high, num):
-        unit = nodes_of(num) / (num - 1)
-        found = evaluate(x, low, high, jnp.asarray(unit, centre.dtype))[: len(unit)]
-        return np.asarray(found, float), unit
-
-    def nodes_of(num):
-        if num == NUM_NODES:
-            return nodes
-        return np.stack(np.meshgrid(*[np.arange(num)] * d, indexing="ij"), -1).reshape(-1, d)
-
-    def total(value, low, high, num):
-        return np.logaddexp.reduce(value, 0) + np.log((high - low) / (num - 1)).sum(-1)
-
-    low, high = np.asarray(centre) - 100.0, np.asarray(centre) + 100.0
-    for _ in range(60):
-        value, unit = grid(low, high, NUM_NODES)
-        if not np.isfinite(value.max(0)).all():
-            raise ValueError(f"The log density is not finite where {_named(names)} is integrated.")
-        alive = value > value.max(0) - 60.0
-        width = (high - low) / (NUM_NODES - 1)
-        points = low + unit[:, None] * (high - low)
-        new_low = np.where(alive[..., None], points, np.inf).min(0) - width
-        new_high = np.where(alive[..., None], points, -np.inf).max(0) + width
-        # where it is alive at the edge, nobody knows how far it goes
-        new_low = np.where((alive[..., None] & (unit == 0)[:, None]).any(0), 2 * low - high, new_low)
-        new_high = np.where((alive[..., None] & (unit == 1)[:, None]).any(0), 2 * high - low, new_high)
-        if np.abs(np.concatenate([new_low, new_high])).max() > 1e8:
-            raise ValueError(
-                f"The density does not fall off fast enough where {_named(names)} is large: it has no normaliser, or "
-                "tails too heavy for quadrature."
-            )
-        # a factor of two either way is no gain
-        settled = (new_high - new_low <= 1.01 * (high - low)).all() and (
-            (new_high - new_low) >= 0.7 * (high - low)
-        ).all()
-        low, high = new_low, new_high
-        if settled:
-            break
-    else:
-        raise ValueError(f"There is no telling where {_named(names)} has its mass: the density is too rough. Use ais.")
-    num, before = NUM_NODES, None
-    while num**d <= 2**21:
-        value, _ = grid(low, high, num)
-        now = total(value, low, high, num)
-        if before is not None and np.abs(now - before).max() < 1e-6 * max(1.0, np.abs(now).max()):
-            return jnp.asarray(now, centre.dtype)
-        before, num = now, 2 * num - 1
-    raise ValueError(
-        f"Quadrature over {_named(names)} does not settle with {num} points a dimension: the density is too rough. "
-        "Use ais."
-    )
+def _computable(density: Density, x: Point, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The box, in the reals, in which the number type tells these variables' constrained values apart; (d,) each."""
+    low, high = [], []
+    steps = 0.5 * 1.02 ** np.arange(400)  # to 1,350
+    for name in names:
+        size = math.prod(x[name].shape[1:])
+        edges = []
+        for sign in (-1, 1):
+            edge = np.full(size, np.inf)
+            if name != VISIBLE:
+                transform = density.latents[name].transform
+                u = jnp.asarray((sign * steps).reshape(-1, *[1] * x[name].ndim), x[name].dtype)
+                u = jnp.broadcast_to(u, (len(steps), 1, *x[name].shape[1:]))
+                back = transform.inv(transform(u))
+                tolerance = math.sqrt(float(jnp.finfo(u.dtype).eps))
+                lost = ~np.asarray(jnp.abs(back - u) <= tolerance * (1 + jnp.abs(u)))
+                lost = lost.any(1).reshape(len(steps), size)
+                first = np.where(lost.any(0), lost.argmax(0), len(steps))
+                edge = np.where(first < len(steps), steps[np.clip(first - 1, 0, len(steps) - 1)], np.inf)
+            edges.append(sign * edge)
+        low.append(edges[0])
+        high.append(edges[1])
+    return np.concatenate(low), np.concatenate(high)
 
 
 def _common(names: Sequence[str], over: Sequence[str]) -> tuple[str, ...]:
@@ -252,5 +297,5 @@ def _count(density: Density, names: Sequence[str]) -> int:
     return math.prod(density.latents[name].num_values ** math.prod(density.latents[name].units) for name in names)
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
     return ", ".join("the visible values" if name == VISIBLE else f"'{name}'" for name in names) or "nothing"

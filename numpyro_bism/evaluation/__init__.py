@@ -3,7 +3,7 @@ r"""What was learnt: the normaliser, likelihoods, the score, and measures of fit
 from .annealing import AIS, ais
 from .fit import FitTest, fisher_divergence, kernel_stein_discrepancy, maximum_mean_discrepancy
 from .likelihood import log_likelihood
-from .normalizer import Estimate, exact_log_normalizer, free_energy
+from .normalizer import Estimate, exact_log_normalizer, free_energy, log_normalizer
 from .scores import denoise, score
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "free_energy",
     "kernel_stein_discrepancy",
     "log_likelihood",
+    "log_normalizer",
     "maximum_mean_discrepancy",
     "score",
 ]

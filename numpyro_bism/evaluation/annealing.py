@@ -14,7 +14,7 @@ from jax import Array
 from ..energies import VISIBLE, Density, Energy, Point, random_labels
 from ..jit import compiled
 from ..kernels import Gibbs, Kernel, Langevin, draw_affine
-from .normalizer import energy_of, one_row
+from .normalizer import energy_of
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
@@ -29,15 +29,17 @@ class AIS(NamedTuple):
         run's end stands for draws of p̃. NaN without a reverse run.
     :ivar log_weights: forward, one a chain.
     :ivar reverse_log_weights: log f(v) ratios collected from p̃ back to the base.
+
+    Of a conditional model, whose rows have a normaliser each, all are arrays (n,), and the weights (chains, n).
     """
 
-    log_normalizer: float
-    standard_error: float
-    effective_sample_size: float
-    lower: float
-    lower_error: float
-    upper: float
-    upper_error: float
+    log_normalizer: Any
+    standard_error: Any
+    effective_sample_size: Any
+    lower: Any
+    lower_error: Any
+    upper: Any
+    upper_error: Any
     log_weights: Array
     reverse_log_weights: Array | None
 
@@ -66,14 +68,14 @@ def ais(
     moved on by as many steps as a tenth of the path has.
 
     :param num_temperatures: steps on the path.
-    :param num_chains: chains, all at once.
+    :param num_chains: chains, all at once; of a conditional model so many for every row.
     :param kernel: what moves them at every β; None takes :class:`Gibbs` where the energy has the conditionals, else
         :class:`Langevin`. A kernel that adapts learns its settings at every β from a run of its own.
     :param path: the β's, rising from 0 to 1; None takes the sigmoid of Grosse et al., dense at both ends.
     :param base: mean and standard deviation of v in p₀, numbers or of shape (D,); None takes the data's. Latents: fair
         coins and dice, and normal with the mean and the spread of the guide's draws, in the reals.
     :param reverse: whether to run back.
-    :raises ValueError: on misuse, or a model with covariates and more than one row.
+    :raises ValueError: on misuse.
     :raises FloatingPointError: if a weight is not finite.
     """
     if num_chains < 2 or num_temperatures < 1:
@@ -81,7 +83,8 @@ def ais(
     key_energy, key_base, key_pilot, key_run, key_back = jax.random.split(rng_key, 5)
     energy, params, data = energy_of(trained, state, args, kwargs, key_energy)
     target = energy.density(params, data)
-    one_row(energy, data, "ais")
+    # row i of a point has the covariates of row i modulo n: the chains of all rows stand side by side
+    num_rows = 1 if energy.is_homogeneous else energy.num_rows
     betas = _path(path, num_temperatures)
     start, draw = _base(energy, data, target, base)
     if kernel is None:
@@ -89,7 +92,7 @@ def ais(
         kernel = Langevin(num_steps=3) if free else Gibbs()
     if isinstance(kernel, Gibbs) and kernel.conditionals:
         raise ValueError("ais: closed forms given to Gibbs are those of p̃, not of the path from the base to it.")
-    x = draw(key_base, num_chains)
+    x = draw(key_base, num_chains * num_rows)
     initial = kernel.init(target, x)
     tuned = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(betas), *jnp.shape(leaf))), initial)
     summed = next((block.names for block in target.blocks if block.kind == "affine"), ())
@@ -111,7 +114,7 @@ def ais(
         return jax.tree.map(lambda leaf: leaf[NUM_TUNING - 1 :: NUM_TUNING], settings)
 
     if jax.tree.leaves(initial):
-        tuned = learn(key_pilot, jax.tree.map(lambda a: a[: max(2, num_chains // 5)], x))
+        tuned = learn(key_pilot, jax.tree.map(lambda a: a[: max(2, num_chains // 5) * num_rows], x))
 
     last = len(betas) - 1
     num_settling = max(1, len(betas) // 10)
@@ -139,7 +142,7 @@ def ais(
         return jax.lax.fori_loop(first, stop, step, (x, log_weight))
 
     def run(key, x, backwards, bar):
-        log_weight = jnp.zeros(num_chains, x[VISIBLE].dtype)
+        log_weight = jnp.zeros(num_chains * num_rows, x[VISIBLE].dtype)
         done, size, total = 0, 1, last + num_settling * backwards
         while done < total:
             stop, began = min(total, done + size), time.perf_counter()
@@ -160,30 +163,37 @@ def ais(
         back = None
         if reverse:
             key_pick, key_back = jax.random.split(key_back)
-            pick = jax.random.categorical(key_pick, log_weight, shape=(num_chains,))
-            _, back = run(key_back, jax.tree.map(lambda a: a[pick], x), True, bar)
+            chances = log_weight.reshape(num_chains, num_rows)
+            picks = jax.random.categorical(key_pick, chances, axis=0, shape=(num_chains, num_rows))
+            picks = (picks * num_rows + jnp.arange(num_rows)).reshape(-1)
+            _, back = run(key_back, jax.tree.map(lambda a: a[picks], x), True, bar)
+    if num_rows > 1:
+        log_weight, back = (None if w is None else w.reshape(num_chains, num_rows) for w in (log_weight, back))
     return _summary(log_weight, back)
 
 
 def _summary(log_weight: Array, back: Array | None) -> AIS:
+    """Of weights by chain, or by chain and row."""
     w = np.asarray(log_weight, float)
     n = len(w)
-    relative = np.exp(w - w.max())
-    mean = relative.mean()
-    upper = (math.nan, math.nan)
+    relative = np.exp(w - w.max(0))
+    mean = relative.mean(0)
+    bound: Any = np.full((2, *w.shape[1:]), np.nan)
     if back is not None:
         b = np.asarray(back, float)
-        upper = float(b.mean()), float(b.std(ddof=1) / math.sqrt(n))
-    return AIS(
-        float(w.max() + math.log(mean)),
-        float(relative.std(ddof=1) / (mean * math.sqrt(n))),
-        float(relative.sum() ** 2 / (relative**2).sum()),
-        float(w.mean()),
-        float(w.std(ddof=1) / math.sqrt(n)),
-        *upper,
-        log_weight,
-        back,
+        bound = b.mean(0), b.std(0, ddof=1) / math.sqrt(n)
+    numbers: tuple[Any, ...] = (
+        w.max(0) + np.log(mean),
+        relative.std(0, ddof=1) / (mean * math.sqrt(n)),
+        relative.sum(0) ** 2 / (relative**2).sum(0),
+        w.mean(0),
+        w.std(0, ddof=1) / math.sqrt(n),
+        *bound,
     )
+    if w.ndim == 1:
+        numbers = tuple(map(float, numbers))
+    log_z, error, size, lower, lower_error, *upper = numbers
+    return AIS(log_z, error, size, lower, lower_error, upper[0], upper[1], log_weight, back)
 
 
 def _path(path: Any, num_temperatures: int) -> Array:

@@ -15,8 +15,9 @@ What can be summed, integrated or drawn in closed form is proved from the progra
 
 from .density import VISIBLE, Block, Density, Latent, Point, pack, random_labels, replaced, select, unpack
 from .energy import Energy
-from .integrals import Integral, repeated
+from .integrals import Integral, named, repeated
 from .proof import COVARIATES, prove
+from .quadrature import NoIntegral
 from .structure import random_points
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "Energy",
     "Integral",
     "Latent",
+    "NoIntegral",
     "Point",
+    "named",
     "pack",
     "prove",
     "random_labels",

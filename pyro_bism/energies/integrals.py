@@ -3,11 +3,12 @@ r"""Sums and integrals of exp(log p̃) over some of a point's variables, the oth
 What the energy's structure allows is done in closed form, the rest by enumeration and quadrature:
 
 - a "gaussian" block: :math:`f(a) + \tfrac12 g^\top P^{-1} g + \tfrac d2 \log 2\pi - \tfrac12 \log\det P`, f the log
-  density, g its gradient at any a, P minus its Hessian;
+  density, g its gradient at any a, P minus its Hessian. a is the mode but for rounding, where nothing large cancels;
 - an "affine" block: :math:`f(0) + \sum_j \mathrm{softplus}(g_j)` for bits, a log-sum-exp for one-hot vectors;
 - other discrete variables: every joint configuration;
-- other real variables, few of them: the trapezoid rule, whose error falls exponentially for smooth integrands. It is
-  refined until it stands still.
+- other real variables, up to three: adaptive cubature with an error, see :mod:`.quadrature`.
+
+Only the last is not exact, and is called "quadrature".
 """
 
 import math
@@ -20,11 +21,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .density import VISIBLE, Block, Density, Point, pack, unpack
+from .quadrature import Extended, integrate
 
 MAX_CONFIGURATIONS = 2**20
 MAX_ROWS = 2**12  # configurations or grid points, times rows, that are worked on at once
 MAX_DIMS = 3
-NUM_NODES = 33
+MAX_EVALUATIONS = 2**21  # of the density in a quadrature, all rows and configurations together
+MAX_SEEN = 4096  # places at which a quadrature looks first
+NOISE = 1e-4  # nats: below, rounding is not spoken of
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,20 @@ class Integral:
         able = [p for p in plans if p.num_configurations <= MAX_CONFIGURATIONS and _size(x, p.quadrature) <= MAX_DIMS]
         if not able:
             takes = " or ".join(
-                f"{p.num_configurations:.3g} configurations of {_named(p.enumerated)} and quadrature in "
+                f"{p.num_configurations:.3g} configurations of {named(p.enumerated)} and quadrature in "
                 f"{_size(x, p.quadrature)} dimensions"
                 for p in plans
             )
             raise ValueError(
-                f"There is no exact sum over {_named(over)}: it takes {takes}; at most {MAX_CONFIGURATIONS:.3g} and "
+                f"There is no exact sum over {named(over)}: it takes {takes}; at most {MAX_CONFIGURATIONS:.3g} and "
                 f"{MAX_DIMS} are taken. Use ais, or importance sampling from the guide."
             )
         return min(able, key=lambda p: (len(p.quadrature) > 0, p.num_configurations))
+
+    @property
+    def method(self) -> str:
+        """How it is found: "exact", to rounding, or "quadrature"."""
+        return "quadrature" if self.quadrature else "exact"
 
     @property
     def is_closed(self) -> bool:
@@ -82,10 +91,55 @@ class Integral:
         return not self.quadrature and self.num_configurations == 1
 
     def __call__(self, density: Density, x: Point) -> Tensor:
-        """log ∫ of every row, shape (m,). Compiled programs and gradients may go through it, but for quadrature."""
+        """log ∫ of every row, shape (m,). Gradients may go through it, but for quadrature."""
         if self.quadrature:
-            return _trapezoid(self, density, x)
+            return torch.as_tensor(self.estimate(density, x)[0], dtype=x[VISIBLE].dtype)
         return self.summed(density, x)
+
+    @torch.no_grad()
+    def estimate(self, density: Density, x: Point, seen: Point | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """log ∫ of every row and its error, in double precision: that of the quadrature, and of rounding if it tells.
+
+        :param seen: a point of any number of rows, at which quadrature looks for the mass; None takes x.
+        :raises ValueError: where quadrature does not settle.
+        """
+        if not self.quadrature:
+            return self.summed(density, x).double().numpy(), self._rounding(density, x)
+        m, names = len(x[VISIBLE]), self.quadrature
+        own, others = pack(x, names), pack(x if seen is None else seen, names)
+        picks = torch.linspace(0, len(others) - 1, min(len(others), max(1, MAX_SEEN // m))).round().long()
+        points = torch.cat([own[None], others[picks][:, None].expand(-1, m, -1)])
+
+        def evaluate(points):
+            parts = []
+            for part in torch.as_tensor(points, dtype=own.dtype).split(max(1, MAX_ROWS // m)):
+                rows = repeated(x, len(part))
+                rows |= unpack(part.reshape(-1, own.shape[1]), rows, names)
+                parts.append(self.summed(density, rows).reshape(-1, m))
+            return torch.cat(parts).double().numpy()
+
+        f = Extended(evaluate, *_computable(density, x, names))
+        rounding = torch.finfo(own.dtype).eps
+        budget = max(2**16, MAX_EVALUATIONS // self.num_configurations)
+        value, error = integrate(f, points.double().numpy(), named(names), rounding, budget)
+        outside = np.exp(np.minimum(f.highest - value, 0.0))
+        # a line's slope is known to about so much, and the tail goes on for long
+        return value, error + 1000 * math.sqrt(rounding) * np.where(outside < 1e-9, 0.0, outside)
+
+    def _rounding(self, density: Density, x: Point) -> np.ndarray:
+        """By how much log p̃ differs if real variables differ in their last digit; 0 where it is next to nothing."""
+        if x[VISIBLE].dtype == torch.float64:  # sums of 1e11 have that much left
+            return np.zeros(len(x[VISIBLE]))
+        real = [name for name in x if name == VISIBLE or density.latents[name].kind == "real"]
+        if self.gaussian is not None:
+            x = _at_mode(density, x, self.gaussian)
+        here = density.log_prob(x)
+        noise = torch.zeros_like(here)
+        for sign in (-2, -1, 1, 2):
+            factor = 1 + sign * torch.finfo(here.dtype).eps
+            there = density.log_prob({**x, **{name: x[name] * factor for name in real}})
+            noise = torch.maximum(noise, (there - here).abs())
+        return torch.where(noise > NOISE, 3 * noise, 0.0).double().numpy()
 
     def summed(self, density: Density, x: Point) -> Tensor:
         """All of it but the quadrature: the integral at these values of its variables."""
@@ -134,20 +188,42 @@ def _affine(density: Density, x: Point, names: tuple[str, ...]) -> Tensor:
     return value
 
 
-def _gaussian(density: Density, x: Point, block: Block) -> Tensor:
+@torch.no_grad()
+def _at_mode(density: Density, x: Point, block: Block) -> Point:
+    """One Newton step, for a log density quadratic in the block; data far from the mode cost all digits there."""
     precision = density.precision(x, block)
     g = pack(density.slope(x, block.names), block.names)
+    if block.is_diagonal:
+        step = g / precision
+    else:
+        factor, _ = torch.linalg.cholesky_ex(precision)
+        step = torch.cholesky_solve(g[..., None] if factor.ndim == 3 else g.T, factor)
+        step = step[..., 0] if factor.ndim == 3 else step.T
+    # where there is none, the integral is refused below: it needs a number at which to look
+    moved = pack(x, block.names) + torch.where(step.isfinite(), step, 0.0)
+    return {**x, **unpack(moved, x, block.names)}
+
+
+def _gaussian(density: Density, x: Point, block: Block) -> Tensor:
+    x = _at_mode(density, x, block)
+    precision = density.precision(x, block)
+    value, slope = density.value_and_slope(x, block.names)
+    g = pack(slope, block.names)
     d = g.shape[-1]
-    # NaN for a precision that is not positive definite: there is no integral
+    # NaN for a precision that is not positive definite, also where only rounding makes it so: there is no integral
     if block.is_diagonal:
         quadratic, logdet = (g**2 / precision).sum(-1), precision.log().sum(-1)
+        failed = (precision <= 0).any(-1)
     else:
-        factor, failed = torch.linalg.cholesky_ex(precision)
+        factor, info = torch.linalg.cholesky_ex(precision)
         whitened = torch.linalg.solve_triangular(factor, g.T if factor.ndim == 2 else g[..., None], upper=False)
         quadratic = (whitened.T if factor.ndim == 2 else whitened[..., 0]).square().sum(-1)
-        logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        logdet = torch.where(failed > 0, torch.nan, logdet)
-    return density.log_prob(x) + 0.5 * quadratic + 0.5 * d * math.log(2 * math.pi) - 0.5 * logdet
+        pivots = factor.diagonal(dim1=-2, dim2=-1)
+        logdet = 2 * pivots.log().sum(-1)
+        lost = 8 * math.sqrt(d) * torch.finfo(pivots.dtype).eps * precision.diagonal(dim1=-2, dim2=-1)
+        failed = (info > 0) | (pivots.square() < lost).any(-1)
+    logdet = torch.where(failed, torch.nan, logdet)
+    return value + 0.5 * quadratic + 0.5 * d * math.log(2 * math.pi) - 0.5 * logdet
 
 
 def repeated(x: Point, num: int) -> Point:
@@ -155,74 +231,28 @@ def repeated(x: Point, num: int) -> Point:
     return {name: value.repeat(num, *[1] * (value.ndim - 1)) for name, value in x.items()}
 
 
-def _trapezoid(integral: Integral, density: Density, x: Point) -> Tensor:
-    """The trapezoid rule on a box a row, found by looking where the integrand is."""
-    names = integral.quadrature
-    centre = pack(x, names)
-    m, d = centre.shape
-    nodes = np.stack(np.meshgrid(*[np.arange(NUM_NODES)] * d, indexing="ij"), -1).reshape(-1, d)
-
-    def evaluate(x, low, high, unit):
-        """The log integrand at fractions ``unit`` of the way from low to high; (len(unit), m)."""
-        found = []
-        for part in unit.split(max(1, MAX_ROWS // m)):
-            rows = repeated(x, len(part))
-            rows |= unpack((low + part[:, None] * (high - low)).reshape(-1, d), rows, names)
-            found.append(integral.summed(density, rows).reshape(-1, m))
-        return torch.cat(found)
-
-    def grid(low, high, num):
-        unit = nodes_of(num) / (num - 1)
-        low, high, fractions = (torch.as_tensor(a, dtype=centre.dtype) for a in (low, high, unit))
-        with torch.no_grad():
-            return evaluate(x, low, high, fractions).double().numpy(), unit
-
-    def nodes_of(num):
-        if num == NUM_NODES:
-            return nodes
-        return np.stack(np.meshgrid(*[np.arange(num)] * d, indexing="ij"), -1).reshape(-1, d)
-
-    def total(value, low, high, num):
-        return np.logaddexp.reduce(value, 0) + np.log((high - low) / (num - 1)).sum(-1)
-
-    low, high = centre.detach().numpy() - 100.0, centre.detach().numpy() + 100.0
-    for _ in range(60):
-        value, unit = grid(low, high, NUM_NODES)
-        if not np.isfinite(value.max(0)).all():
-            raise ValueError(f"The log density is not finite where {_named(names)} is integrated.")
-        alive = value > value.max(0) - 60.0
-        width = (high - low) / (NUM_NODES - 1)
-        points = low + unit[:, None] * (high - low)
-        new_low = np.where(alive[..., None], points, np.inf).min(0) - width
-        new_high = np.where(alive[..., None], points, -np.inf).max(0) + width
-        # where it is alive at the edge, nobody knows how far it goes
-        new_low = np.where((alive[..., None] & (unit == 0)[:, None]).any(0), 2 * low - high, new_low)
-        new_high = np.where((alive[..., None] & (unit == 1)[:, None]).any(0), 2 * high - low, new_high)
-        if np.abs(np.concatenate([new_low, new_high])).max() > 1e8:
-            raise ValueError(
-                f"The density does not fall off fast enough where {_named(names)} is large: it has no normaliser, or "
-                "tails too heavy for quadrature."
-            )
-        # a factor of two either way is no gain
-        settled = (new_high - new_low <= 1.01 * (high - low)).all() and (
-            (new_high - new_low) >= 0.7 * (high - low)
-        ).all()
-        low, high = new_low, new_high
-        if settled:
-            break
-    else:
-        raise ValueError(f"There is no telling where {_named(names)} has its mass: the density is too rough. Use ais.")
-    num, before = NUM_NODES, None
-    while num**d <= 2**21:
-        value, _ = grid(low, high, num)
-        now = total(value, low, high, num)
-        if before is not None and np.abs(now - before).max() < 1e-6 * max(1.0, np.abs(now).max()):
-            return torch.as_tensor(now, dtype=centre.dtype)
-        before, num = now, 2 * num - 1
-    raise ValueError(
-        f"Quadrature over {_named(names)} does not settle with {num} points a dimension: the density is too rough. "
-        "Use ais."
-    )
+def _computable(density: Density, x: Point, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The box, in the reals, in which the number type tells these variables' constrained values apart; (d,) each."""
+    low, high = [], []
+    steps = 0.5 * 1.02 ** torch.arange(400, dtype=x[VISIBLE].dtype)  # to 1,350
+    for name in names:
+        size = math.prod(x[name].shape[1:])
+        edges = []
+        for sign in (-1, 1):
+            edge = torch.full((size,), math.inf)
+            if name != VISIBLE:
+                transform = density.latents[name].transform
+                u = (sign * steps).reshape(-1, *[1] * x[name].ndim).expand(-1, 1, *x[name].shape[1:])
+                back = transform.inv(transform(u))
+                tolerance = math.sqrt(torch.finfo(u.dtype).eps)
+                lost = ~((back - u).abs() <= tolerance * (1 + u.abs()))
+                lost = lost.any(1).reshape(len(steps), size)
+                first = torch.where(lost.any(0), lost.int().argmax(0), len(steps))
+                edge = torch.where(first < len(steps), steps[(first - 1).clamp(0, len(steps) - 1)], math.inf)
+            edges.append(sign * edge.double().numpy())
+        low.append(edges[0])
+        high.append(edges[1])
+    return np.concatenate(low), np.concatenate(high)
 
 
 def _common(names: Sequence[str], over: Sequence[str]) -> tuple[str, ...]:
@@ -237,5 +267,5 @@ def _count(density: Density, names: Sequence[str]) -> int:
     return math.prod(density.latents[name].num_values ** math.prod(density.latents[name].units) for name in names)
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
     return ", ".join("the visible values" if name == VISIBLE else f"'{name}'" for name in names) or "nothing"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..energies import VISIBLE, Density, Energy, Point, random_labels, select
 from ..kernels import Gibbs, Kernel, Langevin, draw_affine
-from .normalizer import energy_of, one_row
+from .normalizer import energy_of
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
@@ -28,15 +28,17 @@ class AIS(NamedTuple):
         run's end stands for draws of p̃. NaN without a reverse run.
     :ivar log_weights: forward, one a chain.
     :ivar reverse_log_weights: log f(v) ratios collected from p̃ back to the base.
+
+    Of a conditional model, whose rows have a normaliser each, all are arrays (n,), and the weights (chains, n).
     """
 
-    log_normalizer: float
-    standard_error: float
-    effective_sample_size: float
-    lower: float
-    lower_error: float
-    upper: float
-    upper_error: float
+    log_normalizer: Any
+    standard_error: Any
+    effective_sample_size: Any
+    lower: Any
+    lower_error: Any
+    upper: Any
+    upper_error: Any
     log_weights: Tensor
     reverse_log_weights: Tensor | None
 
@@ -64,21 +66,22 @@ def ais(
     moved on by as many steps as a tenth of the path has.
 
     :param num_temperatures: steps on the path.
-    :param num_chains: chains, all at once.
+    :param num_chains: chains, all at once; of a conditional model so many for every row.
     :param kernel: what moves them at every β; None takes :class:`Gibbs` where the energy has the conditionals, else
         :class:`Langevin`. A kernel that adapts learns its settings at every β from a run of its own.
     :param path: the β's, rising from 0 to 1; None takes the sigmoid of Grosse et al., dense at both ends.
     :param base: mean and standard deviation of v in p₀, numbers or of shape (D,); None takes the data's. Latents: fair
         coins and dice, and normal with the mean and the spread of the guide's draws, in the reals.
     :param reverse: whether to run back.
-    :raises ValueError: on misuse, or a model with covariates and more than one row.
+    :raises ValueError: on misuse.
     :raises FloatingPointError: if a weight is not finite.
     """
     if num_chains < 2 or num_temperatures < 1:
         raise ValueError(f"ais needs 2 chains and 1 temperature at least, got {num_chains} and {num_temperatures}.")
     energy, data = energy_of(trained, args, kwargs)
     target = energy.density(data)
-    one_row(energy, data, "ais")
+    # row i of a point has the covariates of row i modulo n: the chains of all rows stand side by side
+    num_rows = 1 if energy.is_homogeneous else energy.num_rows
     betas = _path(path, num_temperatures)
     start, draw = _base(energy, data, target, base)
     if kernel is None:
@@ -86,14 +89,14 @@ def ais(
         kernel = Langevin(num_steps=3) if free else Gibbs()
     if isinstance(kernel, Gibbs) and kernel.conditionals:
         raise ValueError("ais: closed forms given to Gibbs are those of p̃, not of the path from the base to it.")
-    x = draw(num_chains)
+    x = draw(num_chains * num_rows)
     initial = kernel.init(target, x)
     tuned = [initial] * len(betas)
     summed = next((block.names for block in target.blocks if block.kind == "affine"), ())
     rest = target.moving({name: True for block in target.blocks for name in block.names if name not in summed})
     if initial != ():
         # a run that only finds the kernel's settings at every β
-        pilot, setting = select(x, slice(max(2, num_chains // 5))), initial
+        pilot, setting = select(x, slice(max(2, num_chains // 5) * num_rows)), initial
         for k, beta in enumerate(betas):
             tempered = start.mixed(target, beta)
             for _ in range(NUM_TUNING):
@@ -103,7 +106,7 @@ def ais(
 
     def run(x, path, bar):
         """Along these places of the path: from the base, or at p̃ for a while and then backwards."""
-        log_weight = x[VISIBLE].new_zeros(num_chains)
+        log_weight = x[VISIBLE].new_zeros(num_chains * num_rows)
         for here, there in pairwise(path):
             at, logits = _tempered(start, target, summed, x)
             change = at(betas[there]) - at(betas[here])
@@ -126,30 +129,37 @@ def ais(
         x, log_weight = run(x, places, bar)
         back = None
         if reverse:
-            x = select(x, torch.multinomial(log_weight.softmax(0), num_chains, replacement=True))
+            chances = log_weight.reshape(num_chains, num_rows).softmax(0)
+            picks = torch.multinomial(chances.T, num_chains, replacement=True).T
+            x = select(x, (picks * num_rows + torch.arange(num_rows)).reshape(-1))
             _, back = run(x, [last] * num_settling + places[::-1], bar)
+    if num_rows > 1:
+        log_weight, back = (None if w is None else w.reshape(num_chains, num_rows) for w in (log_weight, back))
     return _summary(log_weight, back)
 
 
 def _summary(log_weight: Tensor, back: Tensor | None) -> AIS:
+    """Of weights by chain, or by chain and row."""
     w = log_weight.double().numpy()
     n = len(w)
-    relative = np.exp(w - w.max())
-    mean = relative.mean()
-    upper = (math.nan, math.nan)
+    relative = np.exp(w - w.max(0))
+    mean = relative.mean(0)
+    bound: Any = np.full((2, *w.shape[1:]), np.nan)
     if back is not None:
         b = back.double().numpy()
-        upper = float(b.mean()), float(b.std(ddof=1) / math.sqrt(n))
-    return AIS(
-        float(w.max() + math.log(mean)),
-        float(relative.std(ddof=1) / (mean * math.sqrt(n))),
-        float(relative.sum() ** 2 / (relative**2).sum()),
-        float(w.mean()),
-        float(w.std(ddof=1) / math.sqrt(n)),
-        *upper,
-        log_weight,
-        back,
+        bound = b.mean(0), b.std(0, ddof=1) / math.sqrt(n)
+    numbers: tuple[Any, ...] = (
+        w.max(0) + np.log(mean),
+        relative.std(0, ddof=1) / (mean * math.sqrt(n)),
+        relative.sum(0) ** 2 / (relative**2).sum(0),
+        w.mean(0),
+        w.std(0, ddof=1) / math.sqrt(n),
+        *bound,
     )
+    if w.ndim == 1:
+        numbers = tuple(map(float, numbers))
+    log_z, error, size, lower, lower_error, *upper = numbers
+    return AIS(log_z, error, size, lower, lower_error, upper[0], upper[1], log_weight, back)
 
 
 def _path(path: Any, num_temperatures: int) -> list[float]:

@@ -9,17 +9,18 @@ from tqdm import tqdm
 
 from ..bism import BiSM
 from ..diagnostics import guide_draws
-from ..energies import Integral
+from ..energies import Integral, NoIntegral, named
 from ..rivals import PersistentVI
+from . import normalizer
 from .annealing import AIS, ais
 from .noise import with_noise
-from .normalizer import Estimate, energy_of, evaluated, exact_log_normalizer
+from .normalizer import Estimate, energy_of, finite
 
 
 def log_likelihood(
     trained: Any,
     *args: Any,
-    log_normalizer: float | AIS | None = None,
+    log_normalizer: Any = None,
     num_draws: int = 1000,
     method: str | None = None,
     theta: Any = None,
@@ -29,23 +30,25 @@ def log_likelihood(
 ) -> Estimate:
     r"""log p(v) of every row, and how it was found.
 
-    log p̃(v) is exact where :func:`free_energy` is, else the importance-weighted bound
+    log p̃(v) is exact or by quadrature where :func:`free_energy` is, else the importance-weighted bound
     :math:`\log \tfrac1S \sum_s \tilde p(v, h_s)/q(h_s|v)` (Burda, Grosse, Salakhutdinov 2016), too low on average.
-    log Z is exact where :func:`exact_log_normalizer` is, else from :func:`ais`.
+    log Z is what :func:`log_normalizer` finds, else from :func:`ais`; of a conditional model every row has its own.
 
     Of a :class:`PersistentVI`, whose θ has draws, it is log p(v | θ) by draw, for :func:`loo` and :func:`to_arviz`.
 
-    :param log_normalizer: log Z, if it is known; or what ``ais`` returned.
+    :param log_normalizer: log Z, if it is known; or what ``ais`` or ``log_normalizer`` returned.
     :param num_draws: S; of a PersistentVI, how many draws of θ, if they are not given.
     :param theta: of a PersistentVI: draws of θ, by site, as its ``posterior`` returns them.
     :param noise: added to the rows before: None, the likelihood of the rows as they are, which papers report though a
         denoising loss learns the density of noisy ones; "loss" for the outer loss's σ; or a standard deviation.
-    :param method: "exact" or "importance", for log p̃(v); None takes the first if it can.
-    :returns: value and standard error of shape (n,), the error of log Z in it; ``method`` says "exact" or
-        "importance", and "exact", "AIS" or "given" for the normaliser. Of a PersistentVI the shape is (1, draws, n).
+    :param method: "exact", "quadrature" or "importance", for log p̃(v); None takes the first that it can.
+    :returns: value and standard error of shape (n,), the error of log Z in it; ``method`` says "exact", "quadrature" or
+        "importance", and "exact", "quadrature", "AIS" or "given" for the normaliser, in one word where they are the
+        same. Of a PersistentVI the shape is (1, draws, n).
+    :raises FloatingPointError: if a number is not finite.
     """
-    if method not in (None, "exact", "importance"):
-        raise ValueError(f"method should be 'exact', 'importance' or None, got {method!r}.")
+    if method not in (None, "exact", "quadrature", "importance"):
+        raise ValueError(f"method should be 'exact', 'quadrature', 'importance' or None, got {method!r}.")
     args, kwargs = with_noise(trained, args, kwargs, noise)
     if isinstance(trained, PersistentVI):
         _check_theta_options(log_normalizer, method)
@@ -60,9 +63,17 @@ def log_likelihood(
     if method != "importance":
         try:
             integral = Integral.of(density, x, energy.hidden)
-            found = np.asarray(evaluated(integral, density, x), float), np.zeros(energy.num_rows), "exact"
+            if method == "exact" and integral.quadrature:
+                raise ValueError(
+                    f"There is no exact sum over {named(energy.hidden)}, but quadrature over "
+                    f"{named(integral.quadrature)} is within reach: method='quadrature'."
+                )
+            found = *integral.estimate(density, x), integral.method
+            finite(found[0], "log p̃(v)", "the energy grows without bound in the latents")
+        except NoIntegral:
+            raise
         except ValueError:
-            if method == "exact" or not isinstance(trained, BiSM):
+            if method is not None or not isinstance(trained, BiSM):
                 raise
     if found is None:
         run = guide_draws(trained, *args, num_draws=num_draws, **kwargs)
@@ -72,18 +83,20 @@ def log_likelihood(
         error = relative.std(0, ddof=1) / (mean * math.sqrt(num_draws)) if num_draws > 1 else np.full(len(mean), np.nan)
         found = w.max(0) + np.log(mean), error, "importance"
     value, error, how = found
-    known = "given"
     if log_normalizer is None:
         try:
-            log_normalizer = exact_log_normalizer(trained, *args, **kwargs)
-            known = "exact"
+            log_normalizer = normalizer.log_normalizer(trained, *args, **kwargs)
+        except NoIntegral:
+            raise
         except ValueError:
             bar = progress_bar
             log_normalizer = ais(trained, *args, reverse=False, progress_bar=bar, **kwargs)
     if isinstance(log_normalizer, AIS):
         log_z, log_z_error, known = log_normalizer.log_normalizer, log_normalizer.standard_error, "AIS"
+    elif isinstance(log_normalizer, Estimate):
+        log_z, log_z_error, known = log_normalizer
     else:
-        log_z, log_z_error = float(log_normalizer), 0.0
+        log_z, log_z_error, known = np.asarray(log_normalizer, float), 0.0, "given"
     method = how if how == known else f"log p̃: {how}, log Z: {known}"
     return Estimate(value - log_z, np.hypot(error, log_z_error), method)
 

@@ -2,55 +2,87 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..energies import VISIBLE, Density, Energy, Integral, Point
-from ..kernels import called
+from ..energies import VISIBLE, Integral
+
+PRECISE = 1e-3  # nats: the error that a number without one may have
 
 
 class Estimate(NamedTuple):
     """
     :ivar value: one number, or one for every row.
-    :ivar standard_error: of the same shape; 0 where the value is exact.
+    :ivar standard_error: of the same shape: of draws, or what a quadrature leaves; 0 where the value is exact to
+        rounding. Where rounding costs more than 1e-4 nats (large sums in single precision) it is that.
     :ivar method: how it was found.
     """
 
-    value: Tensor
-    standard_error: Tensor
+    value: Any
+    standard_error: Any
     method: str
 
 
 def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
     r"""The free energy :math:`F(v) = -\log \sum_h \int e^{-E(v, h)}\, dh` of every row, shape (n,).
 
-    Exact: see :mod:`pyro_bism.energies.integrals` for what can be summed.
+    Exact, or by quadrature over at most three real variables: see :mod:`pyro_bism.energies.integrals` for what can
+    be summed. :func:`log_likelihood` says which it was, and its error.
 
     :param trained: a BiSM or a rival.
     :param args: arguments of the model, the data among them.
-    :raises ValueError: where no exact sum is within reach; it says what it would take.
+    :raises ValueError: where no sum is within reach; it says what it would take.
+    :raises FloatingPointError: if it is not finite.
     """
     energy, x = energy_of(trained, args, kwargs)
     density = energy.density(x)
     integral = Integral.of(density, x, energy.hidden)
-    return finite(-evaluated(integral, density, x), "free energy", "the energy grows without bound in the latents")
+    value, _ = integral.estimate(density, x)
+    finite(value, "free energy", "the energy grows without bound in the latents")
+    return torch.as_tensor(-value, dtype=x[VISIBLE].dtype)
 
 
-def exact_log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> float:
-    r"""log Z(θ) = log ∫ Σ_h exp(-E(v, h)) dv by sums, Gaussian integrals and quadrature, to rounding.
+def log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Estimate:
+    r"""log Z(θ) = log ∫ Σ_h exp(-E(v, h)) dv by sums, Gaussian integrals or quadrature, and how it was found.
 
-    Gaussian-Bernoulli machines of up to 20 hidden units, linear-Gaussian models of any size, anything at all with up to
-    three visible dimensions.
+    Gaussian-Bernoulli machines of up to 20 hidden units and linear-Gaussian models of any size are "exact"; up to three
+    real variables without a closed form are taken by "quadrature". :func:`ais` takes everything else.
 
-    :param args: as for :func:`free_energy`; the data say where to look for the density.
-    :raises ValueError: where it is out of reach, or a model with covariates is given more than one row.
+    :param args: as for :func:`free_energy`. The data, and the guide's draws of h at them, say where to look for mass.
+    :returns: one number; of a conditional model, whose rows have densities of their own, one a row.
+    :raises ValueError: where it is out of reach, where the integral is infinite as quadrature finds, or where its error
+        stays above 0.01.
+    :raises FloatingPointError: if Z is infinite in a closed form.
     """
     energy, x = energy_of(trained, args, kwargs)
-    x = one_row(energy, x, "exact_log_normalizer")
     density = energy.density(x)
-    integral = Integral.of(density, x, [VISIBLE, *energy.latents])
-    value = evaluated(integral, density, x)[:1]
-    return float(finite(value, "normaliser", "the energy does not grow in every direction: Z is infinite")[0])
+    rows = {name: value[:1] for name, value in x.items()} if energy.is_homogeneous else x
+    integral = Integral.of(density, rows, [VISIBLE, *energy.latents])
+    value, error = integral.estimate(density, rows, x)
+    finite(value, "normaliser", "the energy does not grow in every direction: Z is infinite")
+    if len(value) == 1:
+        value, error = value[0], error[0]
+    return Estimate(value, error, integral.method)
+
+
+def exact_log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Any:
+    r"""log Z(θ) as a number: the value of :func:`log_normalizer` where its error is at most 0.001.
+
+    It is exact to rounding where sums and Gaussian integrals do. Where only quadrature does, its error is as said;
+    :func:`log_normalizer` tells which of the two it was.
+
+    :returns: a float; of a conditional model one number a row, (n,).
+    :raises ValueError: where it is out of reach, or less precise.
+    """
+    found = log_normalizer(trained, *args, **kwargs)
+    error = float(np.max(found.standard_error))
+    if found.method == "quadrature" and error > PRECISE:
+        raise ValueError(
+            f"There is no exact log Z: quadrature gives it with an error of {error:.2g}, above {PRECISE:g}. Take "
+            "log_normalizer, which says so, or ais."
+        )
+    return float(found.value) if np.ndim(found.value) == 0 else torch.as_tensor(found.value)
 
 
 def energy_of(trained: Any, args: Any, kwargs: Any) -> Any:
@@ -58,21 +90,7 @@ def energy_of(trained: Any, args: Any, kwargs: Any) -> Any:
         return trained.energy(*args, **kwargs)
 
 
-def evaluated(integral: Integral, density: Density, x: Point) -> Tensor:
-    with torch.no_grad():
-        return integral(density, x)
-
-
-def one_row(energy: Energy, x: Point, role: str) -> Point:
-    if energy.num_rows > 1 and not energy.is_homogeneous:
-        raise ValueError(
-            f"{role}: the rows have densities of their own, {called(energy, VISIBLE)} given covariates, and a "
-            "normaliser each. Pass one row."
-        )
-    return {name: value[:1] for name, value in x.items()} if energy.resizes else x
-
-
-def finite(value: Tensor, what: str, why: str) -> Tensor:
-    if not value.isfinite().all():
-        raise FloatingPointError(f"The {what} is not finite at row {int(value.isfinite().int().argmin())}: {why}.")
-    return value
+def finite(value: np.ndarray, what: str, why: str) -> None:
+    """:raises FloatingPointError: if a number is not finite."""
+    if not np.isfinite(value).all():
+        raise FloatingPointError(f"The {what} is not finite at row {int(np.isfinite(value).argmin())}: {why}.")
