@@ -117,11 +117,9 @@ class Integral:
             rows |= unpack(points.reshape(-1, size), rows, names)
             return self.summed(density, rows).reshape(-1, m)
 
-        largest = max(1, MAX_ROWS // m)
-        chunks = sorted({max(1, largest // 16), largest})  # one program each
+        chunk = max(1, MAX_ROWS // m // (8 if size == 1 else 1))  # one size, one program
 
         def evaluate(points):
-            chunk = next((c for c in chunks if len(points) <= c), largest)
             parts = []
             for start in range(0, len(points), chunk):
                 some = points[start : start + chunk].astype(dtype)

@@ -118,7 +118,8 @@ def integrate(f: Function, points: np.ndarray, what: str, rounding: float, budge
     _check_tails(f, place, low, high, top, what)
     cells = _Cells(f, place, low, high, what)
     cells.tell(np.broadcast_to(np.arange(m), heights.shape).reshape(-1), t.reshape(-1, d), heights.reshape(-1))
-    noise = 4 * rounding * np.maximum(1.0, np.abs(highest))
+    # of f, whose terms may be larger than itself: gamma functions, say
+    noise = 4 * rounding * np.maximum(30.0, np.abs(highest))
     return cells.refined(np.maximum(TOLERANCE[d], noise), noise, budget // m)
 
 
