@@ -14,7 +14,7 @@ from numpyro.handlers import seed
 from .bism import BiSM
 from .densities import per_example, record
 from .diagnostics import _read, check_noise, guide_draws, psis_khat, to_arviz
-from .energies import VISIBLE, Energy, NoIntegral
+from .energies import VISIBLE, Energy, NoIntegral, OutOfReach
 from .evaluation import (
     AIS,
     Estimate,
@@ -414,8 +414,8 @@ def _normaliser(
             return exact.value, Verdict("normaliser", True, f"log Z = {_over_rows(exact.value, '.4f')}, {exact.method}")
     except NoIntegral as error:
         return None, Verdict("normaliser", False, str(error))
-    except ValueError:
-        pass  # out of reach
+    except OutOfReach:
+        pass
     run = ais(trained, state, *args, rng_key=rng_key, **{"progress_bar": progress_bar, **(options or {})}, **kwargs)
     num = len(run.log_weights)
     numbers = (

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .bism import BiSM
 from .densities import per_example, record
 from .diagnostics import _read, check_noise, guide_draws, psis_khat, to_arviz
-from .energies import VISIBLE, Energy, NoIntegral
+from .energies import VISIBLE, Energy, NoIntegral, OutOfReach
 from .evaluation import (
     AIS,
     Estimate,
@@ -385,8 +385,8 @@ def _normaliser(trained: Any, args: Any, kwargs: Any, options: Any, progress_bar
             return exact.value, Verdict("normaliser", True, f"log Z = {_over_rows(exact.value, '.4f')}, {exact.method}")
     except NoIntegral as error:
         return None, Verdict("normaliser", False, str(error))
-    except ValueError:
-        pass  # out of reach
+    except OutOfReach:
+        pass
     run = ais(trained, *args, **{"progress_bar": progress_bar, **(options or {})}, **kwargs)
     num = len(run.log_weights)
     numbers = (

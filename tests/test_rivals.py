@@ -663,7 +663,7 @@ def test_log_likelihood_and_loo_where_theta_has_draws(host, monkeypatch):
 
     # annealed where there is no exact sum, within its errors; too noisy for LOO, and refused
     def out_of_reach(*args, **kwargs):
-        raise ValueError("out of reach")
+        raise package.energies.OutOfReach("out of reach")
 
     two = {name: value[:2] for name, value in theta.items()}
     real = evaluation.likelihood.Integral.of

@@ -17,7 +17,7 @@ from .density import VISIBLE, Block, Density, Latent, Point, pack, random_labels
 from .energy import Energy
 from .integrals import Integral, named, repeated
 from .proof import COVARIATES, prove
-from .quadrature import NoIntegral
+from .quadrature import NoIntegral, OutOfReach
 from .structure import random_points
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Integral",
     "Latent",
     "NoIntegral",
+    "OutOfReach",
     "Point",
     "named",
     "pack",

@@ -39,6 +39,10 @@ class Cubature(NamedTuple):
     error: np.ndarray
 
 
+class OutOfReach(ValueError):
+    """There is no sum or integral to be had here with a small error; sampling may do."""
+
+
 class NoIntegral(ValueError):
     """The integral is infinite, or the density no number where it has mass: no method helps."""
 
@@ -97,7 +101,7 @@ def integrate(f: Function, points: np.ndarray, what: str, rounding: float, budge
     :param rounding: the relative precision of f.
     :param budget: how often f may be evaluated, all m at once.
     :raises NoIntegral: where f is no number where it has mass, or the integral is infinite.
-    :raises ValueError: where the error stays large.
+    :raises OutOfReach: where the error stays large.
     """
     m, d = points.shape[1:]
     value = _checked(f(points), what)
@@ -472,7 +476,7 @@ class _Cells:
         error = np.hypot(left, noise) + beyond
         if not (error <= ACCEPTED).all():
             row = int(np.where(np.isnan(error), np.inf, error).argmax())
-            raise ValueError(
+            raise OutOfReach(
                 f"Quadrature over {self.what} does not settle: after {self.num_evaluations} points a row the error of "
                 f"log ∫ is {error[row]:.2g} at row {row}; the density is too rough or its tails are too heavy. Use ais."
             )

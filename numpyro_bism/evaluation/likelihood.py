@@ -12,7 +12,7 @@ from jax import Array
 
 from ..bism import BiSM
 from ..diagnostics import guide_draws
-from ..energies import VISIBLE, Integral, NoIntegral, named
+from ..energies import VISIBLE, Integral, OutOfReach, named
 from ..rivals import PersistentVI
 from ..rivals.persistent_vi import given
 from . import normalizer
@@ -71,15 +71,13 @@ def log_likelihood(
         try:
             integral = Integral.of(density, x, energy.hidden)
             if method == "exact" and integral.quadrature:
-                raise ValueError(
+                raise OutOfReach(
                     f"There is no exact sum over {named(energy.hidden)}, but quadrature over "
                     f"{named(integral.quadrature)} is within reach: method='quadrature'."
                 )
             found = *integral.estimate(density, x), integral.method
             finite(found[0], "log p̃(v)", "the energy grows without bound in the latents")
-        except NoIntegral:
-            raise
-        except ValueError:
+        except OutOfReach:
             if method is not None or not isinstance(trained, BiSM):
                 raise
     if found is None:
@@ -93,9 +91,7 @@ def log_likelihood(
     if log_normalizer is None:
         try:
             log_normalizer = normalizer.log_normalizer(trained, state, *args, rng_key=key_energy, **kwargs)
-        except NoIntegral:
-            raise
-        except ValueError:
+        except OutOfReach:
             bar = progress_bar
             log_normalizer = ais(trained, state, *args, rng_key=key_ais, reverse=False, progress_bar=bar, **kwargs)
     if isinstance(log_normalizer, AIS):

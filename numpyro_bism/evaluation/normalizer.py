@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..energies import VISIBLE, Integral
+from ..energies import VISIBLE, Integral, OutOfReach
 
 PRECISE = 1e-3  # nats: the error that a number without one may have
 
@@ -81,7 +81,7 @@ def exact_log_normalizer(trained: Any, state: Any, *args: Any, rng_key: Array | 
     found = log_normalizer(trained, state, *args, rng_key=rng_key, **kwargs)
     error = float(np.max(found.standard_error))
     if found.method == "quadrature" and error > PRECISE:
-        raise ValueError(
+        raise OutOfReach(
             f"There is no exact log Z: quadrature gives it with an error of {error:.2g}, above {PRECISE:g}. Take "
             "log_normalizer, which says so, or ais."
         )

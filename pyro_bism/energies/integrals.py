@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .density import VISIBLE, Block, Density, Point, pack, unpack
-from .quadrature import Extended, integrate
+from .quadrature import Extended, OutOfReach, integrate
 
 MAX_CONFIGURATIONS = 2**20
 MAX_ROWS = 2**12  # configurations or grid points, times rows, that are worked on at once
@@ -50,7 +50,7 @@ class Integral:
 
     @classmethod
     def of(cls, density: Density, x: Point, over: Sequence[str]) -> "Integral":
-        """:raises ValueError: where there are too many configurations or dimensions; it says which."""
+        """:raises OutOfReach: where there are too many configurations or dimensions; it says which."""
         over = tuple(over)
         real = [b for b in density.blocks if b.kind in ("gaussian", "free") and set(b.names) & set(over)]
         gaussian = [b._replace(names=_common(b.names, over)) for b in real if b.kind == "gaussian"]
@@ -74,7 +74,7 @@ class Integral:
                 f"{_size(x, p.quadrature)} dimensions"
                 for p in plans
             )
-            raise ValueError(
+            raise OutOfReach(
                 f"There is no exact sum over {named(over)}: it takes {takes}; at most {MAX_CONFIGURATIONS:.3g} and "
                 f"{MAX_DIMS} are taken. Use ais, or importance sampling from the guide."
             )
@@ -101,7 +101,8 @@ class Integral:
         """log ∫ of every row and its error, in double precision: that of the quadrature, and of rounding if it tells.
 
         :param seen: a point of any number of rows, at which quadrature looks for the mass; None takes x.
-        :raises ValueError: where quadrature does not settle.
+        :raises OutOfReach: where quadrature does not settle.
+        :raises NoIntegral: where it is infinite, or the density no number.
         """
         if not self.quadrature:
             return self.summed(density, x).double().numpy(), self._rounding(density, x)

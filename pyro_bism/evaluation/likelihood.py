@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..bism import BiSM
 from ..diagnostics import guide_draws
-from ..energies import Integral, NoIntegral, named
+from ..energies import Integral, OutOfReach, named
 from ..rivals import PersistentVI
 from . import normalizer
 from .annealing import AIS, ais
@@ -64,15 +64,13 @@ def log_likelihood(
         try:
             integral = Integral.of(density, x, energy.hidden)
             if method == "exact" and integral.quadrature:
-                raise ValueError(
+                raise OutOfReach(
                     f"There is no exact sum over {named(energy.hidden)}, but quadrature over "
                     f"{named(integral.quadrature)} is within reach: method='quadrature'."
                 )
             found = *integral.estimate(density, x), integral.method
             finite(found[0], "log p̃(v)", "the energy grows without bound in the latents")
-        except NoIntegral:
-            raise
-        except ValueError:
+        except OutOfReach:
             if method is not None or not isinstance(trained, BiSM):
                 raise
     if found is None:
@@ -86,9 +84,7 @@ def log_likelihood(
     if log_normalizer is None:
         try:
             log_normalizer = normalizer.log_normalizer(trained, *args, **kwargs)
-        except NoIntegral:
-            raise
-        except ValueError:
+        except OutOfReach:
             bar = progress_bar
             log_normalizer = ais(trained, *args, reverse=False, progress_bar=bar, **kwargs)
     if isinstance(log_normalizer, AIS):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..energies import VISIBLE, Integral
+from ..energies import VISIBLE, Integral, OutOfReach
 
 PRECISE = 1e-3  # nats: the error that a number without one may have
 
@@ -78,7 +78,7 @@ def exact_log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Any:
     found = log_normalizer(trained, *args, **kwargs)
     error = float(np.max(found.standard_error))
     if found.method == "quadrature" and error > PRECISE:
-        raise ValueError(
+        raise OutOfReach(
             f"There is no exact log Z: quadrature gives it with an error of {error:.2g}, above {PRECISE:g}. Take "
             "log_normalizer, which says so, or ais."
         )
