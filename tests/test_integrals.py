@@ -243,7 +243,7 @@ def test_two_and_three_dimensions(host):
     with host.precision(64):
         found = host.call("log_normalizer", three, near[:2])
         assert found.value == pytest.approx(math.log(2 * math.pi) + 0.5 * math.log(math.pi), abs=1e-6)
-        assert found.standard_error < 1e-5
+        assert found.standard_error < 1e-4
         found = host.call("log_normalizer", modes, near)
         assert found.value == pytest.approx(math.log(2), abs=1e-8)
         exact = 0.5 * near[:, 0] ** 2 - 0.5 * math.log(math.pi) - math.log(2 * math.gamma(1.25))
