@@ -6,6 +6,7 @@ Every value is compared with one worked out by hand, in both packages, in float6
 import copy
 import itertools
 import pickle
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -695,3 +696,20 @@ def test_jit_sums_units_out_by_their_mean_too():
         moved.append({name: value.detach() for name, value in pyro.get_param_store().items()})
     for name, value in moved[0].items():
         torch.testing.assert_close(value, moved[1][name], rtol=1e-9, atol=1e-12)
+
+
+# README's programs
+
+
+@BOTH
+def test_the_readmes_programs_run_as_they_stand(backend):
+    """On few data and for two steps; ``to_arviz`` draws the summed-out bits."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (program,) = [
+        block.split("```")[0] for block in text.split("```python\n") if f"from {backend}_bism import *" in block
+    ]
+    host = Host(backend)
+    names = {"D": 3, "H": 2, "x": host.array(np.random.default_rng(0).normal(size=(12, 3)))}
+    exec(program.replace("10_000", "2"), names)
+    bits = names["data"].posterior["h"].values
+    assert bits.shape[2:] == (10, 2) and set(np.unique(bits)) <= {0.0, 1.0}
