@@ -550,8 +550,8 @@ def expectation(site: Site, probs: Sequence[tuple[str, Array, int]]) -> Array:
                 raise ValueError(
                     f"Site '{site.name}' depends on the summed-out site '{name}' but stands outside a plate "
                     f"(dim {d}, size {prob.shape[d]}) that '{name}' is in, so it can't be summed unit by "
-                    "unit. Put one factor a unit inside that plate, or relax the site with "
-                    "ConcreteBernoulli."
+                    "unit. Put one factor a unit inside that plate; or make the units one event, .to_event(1), if "
+                    "log p̃ is affine in each; or relax the site with ConcreteBernoulli."
                 )
         cost = (prob * cost).sum(dim, keepdims=True)
     return cost.sum()

@@ -64,9 +64,11 @@ def fisher_divergence(
         if wanted.shape != s.shape:
             raise ValueError(f"data_score has shape {wanted.shape}; {s.shape} is wanted.")
         return _mean(0.5 * ((wanted - s) ** 2).sum(-1), method)
-    loss: Any = losses.ScoreMatching(num_particles=num_draws, average="score")
+    # of one draw's score the square is too great by the score's variance over h
+    average: Any = "unbiased" if num_draws > 1 else "score"
+    loss: Any = losses.ScoreMatching(num_particles=num_draws, average=average)
     if num_projections is not None:
-        loss = losses.SlicedScoreMatching(num_projections, num_particles=num_draws, average="score")
+        loss = losses.SlicedScoreMatching(num_projections, num_particles=num_draws, average=average)
     density, x, integral = summable(trained, state, args, kwargs, key_score)
     if integral is not None:
         marginal = jax.grad(lambda v: integral(density, {**x, VISIBLE: v}).sum())
