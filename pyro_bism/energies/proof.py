@@ -293,6 +293,8 @@ class _Trace(TorchDispatchMode):
         given = call.all()
         if not given.groups or call.name in _FRESH:
             return CONSTANT
+        if torch.Tag.dynamic_output_shape in call.func.tags and call.name not in _RULES:
+            self._require_path(call, given)
         rule = _RULES.get(call.name) if call.func.namespace == "aten" else None
         value = rule(call) if rule else given.arbitrary()
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -304,11 +306,8 @@ class _Trace(TorchDispatchMode):
         read = call.read
         for x in pytree.tree_leaves(out):
             if not isinstance(x, Tensor):
-                # numbers, on which the program's path depends from here on
                 if isinstance(x, bool | int | float | complex) and call.name != "is_same_size":
-                    if value.groups - {COVARIATES}:
-                        raise _Unprovable(f"{call.func}: the program's path depends on its variables")
-                    self.reads_covariates = True
+                    self._require_path(call, value)
                 continue
             picks = call.name in _PICKS and any(self._num_row_axes(x.shape) < self._num_row_axes(y.shape) for y in read)
             if picks or (call.name in ("tril", "triu") and self._num_row_axes(x.shape[-2:])):
@@ -319,6 +318,12 @@ class _Trace(TorchDispatchMode):
             if _memory(x) in [_memory(y) for y in read if y.dtype != x.dtype]:
                 raise _Unprovable(f"{call.func}: the same memory, as another type")
         return value
+
+    def _require_path(self, call: _Call, value: Value) -> None:
+        """A number or a length is there for the program to see: its path depends on it from here on."""
+        if value.groups - {COVARIATES}:
+            raise _Unprovable(f"{call.func}: the program's path depends on its variables")
+        self.reads_covariates |= bool(value.groups)
 
     def _num_row_axes(self, shape: Sequence[int]) -> int:
         return sum(self.is_row_axis(length) for length in shape) if self.num_rows > 1 else 0
@@ -430,6 +435,17 @@ def _lerp(c: _Call) -> Value:
     return (c[0] + c[1]) * c[2] + c[0] if c[2].groups else c[0] + c[1]
 
 
+def _is_nan(c: _Call) -> Value:
+    """No polynomial of numbers is."""
+    finite = all(degree < math.inf for term in c[0].degrees.terms for _, degree in term)
+    return CONSTANT if finite else c[0].arbitrary()
+
+
+def _variance(c: _Call) -> Value:
+    squares = (c[0] ** 2).degrees
+    return Value(squares, squares.groups, squares.groups)
+
+
 def _reduced(value: Value, reduction: Any) -> Value:
     return value if reduction == 0 else value.sums()
 
@@ -529,6 +545,9 @@ _RULES: dict[str, Callable[[_Call], Value]] = {
     **dict.fromkeys(["triangular_solve", "cholesky_solve"], lambda c: c[0] @ _any(c[1])),
     **dict.fromkeys(["native_batch_norm", "_native_batch_norm_legit_no_training"], _normalized),
     **dict.fromkeys(["convolution", "linear"], lambda c: c[0] @ c[1] + c[2]),
+    "isnan": _is_nan,
+    "var": _variance,
+    "nan_to_num": lambda c: c[0] | _is_nan(c),
     "_trilinear": lambda c: (c[0] * c[1] * c[2]).sums(),
     "mul": lambda c: c.product(0, 1),
     "div": _divided,
