@@ -69,9 +69,20 @@ def prove(energy: Energy, params: Mapping[str, Any], x: Point) -> Proof:
             raise
         unknown = Degrees().arbitrary(*(Degrees.of(name) for name in (*point, COVARIATES)))
         return Proof(unknown, frozenset(), reads_position=True)
+    return _read(jaxpr, point, rows)
+
+
+def prove_function(log_prob: Callable[[Point], Array], x: Point, resizes: bool = False) -> Proof:
+    """Of a function of a point with one value a row.
+
+    :param resizes: whether the number of rows was chosen to be told from all other lengths, and from their factors.
+    """
+    return _read(jax.make_jaxpr(log_prob)(x), x, _Rows(len(next(iter(x.values()))), resizes))
+
+
+def _read(jaxpr: Any, point: Point, rows: _Rows) -> Proof:
     names = sorted(point)  # as a dictionary is flattened
-    inputs = [Value(Degrees.of(name), {name: name}) for name in names]
-    (value,) = _closed(jaxpr, inputs, rows)
+    (value,) = _closed(jaxpr, [Value(Degrees.of(name), {name: name}) for name in names], rows)
     degrees, reads_position = value.degrees, _POSITION in value.degrees.groups
     if reads_position:
         terms = [{COVARIATES if g == _POSITION else g: d for g, d in term} for term in degrees.terms]
@@ -226,12 +237,18 @@ def _picks_rows(eqn: Any, rows: _Rows) -> bool:
 def _of_constants(eqn: Any, aval: Any, inputs: list[Value], rows: _Rows) -> Value:
     """A constant, unless its rows may differ: then it has been made by an operation that counts or draws."""
     name, axes = eqn.primitive.name, [axis for axis, size in enumerate(getattr(aval, "shape", ())) if rows.has(size)]
-    if name in ("convert_element_type", "broadcast_in_dim"):
+    if name == "broadcast_in_dim" or (name == "convert_element_type" and not axes):
         return Value(number=inputs[0].number if jnp.issubdtype(aval.dtype, jnp.floating) else None)
+    if not axes:
+        return Value()
     along = {"iota": "dimension", "concatenate": "dimension", "stack": "axis"}.get(name)
-    if axes and (eqn.params[along] in axes if along else name not in _ROW_BY_ROW):
-        return Value(_row)
-    return Value()
+    if along is not None:
+        return Value(_row) if eqn.params[along] in axes else Value()
+    before = [var.aval.shape for var in eqn.invars]
+    had_rows = any(rows.has(size) for shape in before for size in shape)
+    # rows cut out of something longer are not the same ones
+    is_cut = name == "slice" and any(before[0][axis] != aval.shape[axis] for axis in axes)
+    return Value() if name in _ROW_BY_ROW and had_rows and not is_cut else Value(_row)
 
 
 def _arbitrary(inputs: Sequence[Value]) -> Value:
