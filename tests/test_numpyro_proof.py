@@ -152,6 +152,10 @@ PROGRAMS = {
     ),
     "label": (lambda p: dist.Categorical(logits=MU[0]).log_prob(p.z) + sq(p.v), 2, 0, True, False),
     "bits": (lambda p: log_density(ConcreteBernoulli(1.0, p.v @ W).to_event(1), p.h), UNKNOWN, 1, False, False),
+    "log-normal": (lambda p: dist.LogNormal(0.0, 1.0).log_prob(jnp.exp(p.v)).sum(-1), 2, 0, True, False),
+    "gamma": (lambda p: dist.Gamma(2.0, 1.0).log_prob(jnp.exp(p.v)).sum(-1), UNKNOWN, 0, False, False),
+    "logarithm of what is negative": (lambda p: jnp.log(-jnp.exp(p.v)).sum(-1), UNKNOWN, 0, False, False),
+    "logarithm of another": (lambda p: jnp.log(jnp.exp(p.v) + 1).sum(-1), UNKNOWN, 0, False, False),
     "student": (lambda p: dist.StudentT(3.0, 0.0, 100.0).log_prob(p.v).sum(-1), UNKNOWN, 0, False, False),
     # rows that are told apart
     "covariate": (lambda p: (p.h * COVARIATE).sum(-1), 0, 1, True, True),
@@ -161,6 +165,9 @@ PROGRAMS = {
     "one row of them": (lambda p: p.v.at[0].add(1.0).sum(-1), 1, 0, True, True),
     "noise": (lambda p: p.h[:, 0] * jax.random.normal(jax.random.key(0), (N,)), 0, 1, True, True),
     "noise for all": (lambda p: (p.v * jax.random.normal(jax.random.key(0), (D,))).sum(-1), 1, 0, True, False),
+    "all rows, in their order": (lambda p: sq(p.v[jnp.arange(N)]), 2, 0, True, False),
+    "all rows, counted backwards": (lambda p: sq(p.v[-jnp.arange(N)]), 2, 0, True, True),
+    "all rows, in another order": (lambda p: sq(p.v[N - 1 - jnp.arange(N)]), 2, 0, True, True),
     "which covariates are there": (
         lambda p: jnp.where(jnp.isnan(jnp.asarray(COVARIATE[:, 0])), p.h[:, 0], p.v[:, 0]), 1, 1, True, True,
     ),

@@ -34,6 +34,7 @@ COVARIATES = "(covariates)"  # no site of a program is called so
 
 _POSITION = "(position)"  # of what tells one row from another by where it stands
 _SEPARABLE = "(separable)"
+_MAX_WHOLE = 2**14
 _MAX_STEPS = 32  # of a loop that is followed to where its bounds stand still
 
 
@@ -61,7 +62,7 @@ def prove(energy: Energy, params: Mapping[str, Any], x: Point) -> Proof:
         n = rows.num
         with jax.ensure_compile_time_eval():
             energy = energy.with_rows(n)
-    point = {name: jax.ShapeDtypeStruct((n, *value.shape[1:]), value.dtype) for name, value in x.items()}
+    point: Any = {name: jax.ShapeDtypeStruct((n, *value.shape[1:]), value.dtype) for name, value in x.items()}
     try:
         jaxpr = _trace(energy, params, point)
     except Exception:  # a model that runs on a row more than it was given, but not on so many
@@ -144,12 +145,16 @@ class Value:
         token that equals another where all these are the same; :data:`_SEPARABLE` where it is a sum of such functions.
     :ivar number: its one value, if it is a known number.
     :ivar pieces: the axis and the sizes and values of the parts that were put side by side.
+    :ivar whole: all its values, of a few whole numbers that are known: rows are counted, and picked, by such ones.
+    :ivar log: of an exponential, what is known of its logarithm.
     """
 
     degrees: Degrees = field(default_factory=Degrees)
     layouts: Mapping[str, Any] = field(default_factory=dict)
     number: float | None = None
     pieces: tuple[int, tuple[tuple[int, Value], ...]] | None = None
+    whole: Any = field(default=None, compare=False)
+    log: Value | None = None
 
 
 def _prime(arrays: Sequence[Any]) -> int:
@@ -181,16 +186,18 @@ def _constant(value: Any, rows: _Rows) -> Value:
     if not jnp.shape(value):
         kind = jnp.result_type(value)
         is_real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
-        return Value(number=float(value) if is_real else None)
+        is_whole = jnp.issubdtype(kind, jnp.integer)
+        return Value(number=float(value) if is_real else None, whole=np.asarray(value) if is_whole else None)
     axes = [axis for axis, size in enumerate(jnp.shape(value)) if rows.has(size)]
     if not axes:
         return Value()
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return Value(_row)
     array = np.asarray(value)
+    whole = array if array.dtype.kind == "i" and array.size <= _MAX_WHOLE else None
     if any((array != array.take([0], axis)).any() for axis in axes):
-        return Value(Degrees.of(COVARIATES, math.inf))
-    return Value()
+        return Value(Degrees.of(COVARIATES, math.inf), whole=whole)
+    return Value(whole=whole)
 
 
 _row = Degrees.of(_POSITION, math.inf)
@@ -203,13 +210,40 @@ def _apply(eqn: Any, inputs: list[Value], rows: _Rows) -> list[Value]:
     if inside is not None:
         found = inside(params, inputs, rows)
         return found if len(found) == num else [_arbitrary(inputs)] * num
+    if (
+        name in _COUNTS
+        and all(value.whole is not None for value in inputs)
+        and math.prod(eqn.outvars[0].aval.shape) <= _MAX_WHOLE
+    ):
+        (known,) = _of_known(eqn, inputs, rows)
+        return [replace(known, whole=_COUNTS[name](eqn, [value.whole for value in inputs]))]
+    return _of_known(eqn, inputs, rows)
+
+
+def _of_known(eqn: Any, inputs: list[Value], rows: _Rows) -> list[Value]:
+    name, num = eqn.primitive.name, len(eqn.outvars)
     if all(value.degrees.is_constant for value in inputs):
         return [_of_constants(eqn, var.aval, inputs, rows) for var in eqn.outvars]
     if name not in _RULES:
         return [_arbitrary(inputs)] * num
+    if name == "gather" and _is_every_row(eqn, inputs):
+        return [inputs[0]]
     found = _RULES[name](eqn, inputs)
     each = found if isinstance(found, list) else [found] * num
     return [_product(value, Value(_row)) for value in each] if _picks_rows(eqn, rows) else each
+
+
+def _is_every_row(eqn: Any, inputs: list[Value]) -> bool:
+    """Whether a plate that takes all rows picks them: each in its own place."""
+    shape, numbers, which = eqn.invars[0].aval.shape, eqn.params["dimension_numbers"], inputs[1].whole
+    return (
+        which is not None
+        and which.shape == (shape[0], 1)
+        and (tuple(numbers.start_index_map), tuple(numbers.collapsed_slice_dims)) == ((0,), (0,))
+        and tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
+        and eqn.outvars[0].aval.shape == shape
+        and bool((which[:, 0] == np.arange(shape[0])).all())
+    )
 
 
 def _picks_rows(eqn: Any, rows: _Rows) -> bool:
@@ -363,9 +397,30 @@ def _is_finite(eqn: Any, inputs: list[Value]) -> Value:
     )
     if not asked:
         return _arbitrary(inputs)
-    terms = [term for value in inputs for term in value.degrees.terms]
-    groups = {group for term in terms for group, degree in term if degree == math.inf}
+    logs = [value.log for value in inputs if value.log is not None]
+    return _is_finite_number(_sum(logs or inputs))
+
+
+def _is_finite_number(value: Value) -> Value:
+    """Of what is a polynomial of numbers; of others it depends on what they depend on."""
+    groups = {group for term in value.degrees.terms for group, degree in term if degree == math.inf}
     return Value(Degrees(frozenset([frozenset((group, math.inf) for group in groups)])))
+
+
+def _is_above(eqn: Any, inputs: list[Value]) -> Value:
+    """A constant where it asks whether an exponential is positive."""
+    if inputs[0].log is not None and inputs[1].number == 0:
+        return _is_finite_number(inputs[0].log)
+    return _arbitrary(inputs)
+
+
+def _exponential(eqn: Any, inputs: list[Value]) -> Value:
+    return replace(_arbitrary(inputs), log=inputs[0])
+
+
+def _logarithm(eqn: Any, inputs: list[Value]) -> Value:
+    """A density of positive numbers takes the logarithm of what a transform has made of the reals."""
+    return _arbitrary(inputs) if inputs[0].log is None else inputs[0].log
 
 
 def _rearranged(eqn: Any, inputs: list[Value]) -> Value:
@@ -433,7 +488,8 @@ def _solved(eqn: Any, inputs: list[Value]) -> Value:
 
 _RULES: dict[str, Callable[[Any, list[Value]], Any]] = {
     **dict.fromkeys(("add", "sub", "add_any"), lambda eqn, inputs: _sum(inputs)),
-    **dict.fromkeys(("neg", "copy", "copy_p", "name", "sharding_constraint", "reshard"), lambda eqn, inputs: inputs[0]),
+    **dict.fromkeys(("copy", "copy_p", "name", "sharding_constraint", "reshard"), lambda eqn, inputs: inputs[0]),
+    "neg": lambda eqn, inputs: Value(inputs[0].degrees, inputs[0].layouts),
     "optimization_barrier": lambda eqn, inputs: inputs,
     "convert_element_type": _convert,
     "mul": lambda eqn, inputs: _product(*inputs),
@@ -450,6 +506,9 @@ _RULES: dict[str, Callable[[Any, list[Value]], Any]] = {
     "reduce_prod": _multiplied,
     "select_n": _selected,
     **dict.fromkeys(("is_finite", "eq", "ne"), _is_finite),
+    "gt": _is_above,
+    "exp": _exponential,
+    "log": _logarithm,
     **dict.fromkeys(("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "rev", "tile"), _rearranged),
     "slice": _sliced,
     **dict.fromkeys(("split", "unstack"), _parted),
@@ -460,6 +519,28 @@ _RULES: dict[str, Callable[[Any, list[Value]], Any]] = {
     **dict.fromkeys(("scatter", "scatter-add", "scatter-sub", "dynamic_update_slice"), _written),
 }
 
+
+# on whole numbers that are known: where they count rows, as an index does
+_COUNTS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "iota": lambda eqn, _: np.indices(eqn.params["shape"])[eqn.params["dimension"]],
+    "lt": lambda eqn, x: x[0] < x[1],
+    "add": lambda eqn, x: x[0] + x[1],
+    "mul": lambda eqn, x: x[0] * x[1],
+    "select_n": lambda eqn, x: np.where(x[0], x[2], x[1]) if len(x) == 3 else None,
+    "convert_element_type": lambda eqn, x: x[0] if jnp.issubdtype(eqn.params["new_dtype"], jnp.integer) else None,
+    "broadcast_in_dim": lambda eqn, x: np.broadcast_to(
+        np.reshape(
+            x[0],
+            [
+                dict(zip(eqn.params["broadcast_dimensions"], x[0].shape, strict=True)).get(axis, 1)
+                for axis in range(len(eqn.params["shape"]))
+            ],
+        ),
+        eqn.params["shape"],
+    ),
+    "reshape": lambda eqn, x: x[0].reshape(eqn.params["new_sizes"]),
+    "squeeze": lambda eqn, x: x[0].reshape(eqn.outvars[0].aval.shape),
+}
 
 # of constants whose rows are all the same they make such constants
 _ROW_BY_ROW = frozenset(
