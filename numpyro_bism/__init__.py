@@ -6,6 +6,7 @@ import warnings
 import jaxlib
 from jax._src.xla_bridge import backends_are_initialized  # there is no public way to ask
 
+from .autoguide import AmortizedGuide
 from .bism import BiSM, BiSMInfo, BiSMRunResult, BiSMState
 from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
@@ -41,6 +42,7 @@ __all__ = [
     "NCE",
     "VNCE",
     "Amortized",
+    "AmortizedGuide",
     "AnnealedLangevin",
     "BiSM",
     "BiSMInfo",

@@ -71,7 +71,8 @@ class BiSM(Trainer):
 
     :param model: a NumPyro program of an unnormalised density p̃(v, h; θ): any mixture of ``sample`` and
         ``factor`` statements, the visible sites observed.
-    :param guide: a NumPyro program of q(h|v; φ) with the same arguments.
+    :param guide: a NumPyro program of q(h|v; φ) with the same arguments. It is given the perturbed v and has to look
+        at it; :class:`AmortizedGuide` makes one from the model.
     :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
     :param loss: an outer loss of :mod:`numpyro_bism.losses`.
     :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. optax's schedules

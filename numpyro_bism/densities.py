@@ -13,7 +13,6 @@ state (batch-norm statistics), which is read as it stands and never written back
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
-from . import visible
+from . import guides, visible
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
 from .losses import OuterLoss
 from .params import collect, constrain, reject_shared, unconstrain
@@ -207,6 +206,7 @@ class Pair:
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     :ivar averaged: the guide's sites that are summed out by their mean.
     :ivar reads_rows: whether the programs read of a subsampled argument nothing but the plate's rows.
+    :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
     """
 
     model: Callable
@@ -223,6 +223,7 @@ class Pair:
     unreparameterised: tuple[str, ...]
     reads_rows: bool = False
     averaged: tuple[str, ...] = ()
+    change: guides.ChangeOfVariables | None = None
 
     def params(self, theta: Mapping[str, Any], phi: Mapping[str, Any], mutable: Any) -> dict[str, Any]:
         """What the programs are given, from unconstrained parameters and mutable state."""
@@ -326,10 +327,62 @@ class Pair:
             self.model(*args, **kwargs)
         total: Any = sum(expectation(site, probs) for site in run.sites.values())
         if guide:
-            with seed(rng_seed=key_guide), record(params, draw.values, keys=draw.keys) as run:
-                self.guide(*args, **kwargs)
-            total = total - sum(expectation(s, probs) for s in run.sites.values() if not s.is_observed)
+            values = self.fixed_latents(key_guide, params, batch, v, draw.values, draw.keys)
+            sites = self.guide_at(key_guide, params, batch, v, values, draw.keys)
+            total = total - sum(expectation(site, probs) for site in sites.values())
         return total
+
+    def guide_at(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        v: Array,
+        values: Mapping[str, Array],
+        keys: Sequence[Array] = (),
+        harden: bool = False,
+    ) -> dict[str, Site]:
+        """The guide's own sites at v, where some are given.
+
+        :param keys: random keys for the guide's own use, from an earlier draw.
+        """
+        args, kwargs = batch.arguments(v)
+        with seed(rng_seed=rng_key), record(params, {**batch.indices, **values}, harden=harden, keys=keys) as run:
+            self.guide(*args, **kwargs)
+        return {name: site for name, site in run.sites.items() if not site.is_observed}
+
+    def log_guide(
+        self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, latents: Mapping[str, Array]
+    ) -> Array:
+        """log q(h|v) at any h, by example, relaxed sites as discrete ones; NaN where no draws behind h are found."""
+
+        def guide_at(v: Array, values: Mapping[str, Array]) -> dict[str, Site]:
+            return self.guide_at(rng_key, params, batch, v, values, harden=True)
+
+        sites = guide_at(batch.v, latents)
+        known = jnp.zeros(len(batch.v), bool)
+        if all(name in latents or site.is_delta for name, site in sites.items()):
+            known = ~known
+        elif self.change is not None:
+            start = {**{name: site.value for name, site in guide_at(batch.v, {}).items()}, **latents}
+            sites = guide_at(batch.v, self.change.matched(guide_at, batch.v, start, guides.SEARCH_STEPS))
+            known = self.change.distance(sites, latents) < 1e-3
+        log_q: Any = sum(per_example(site, len(batch.v)) for site in sites.values())
+        return jnp.where(known, log_q, jnp.nan)
+
+    def fixed_latents(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        v: Array,
+        values: Mapping[str, Array],
+        keys: Sequence[Array],
+    ) -> Mapping[str, Array]:
+        """What the guide is given so that h stays as v moves: a draw, or one whose auxiliary sites move with v."""
+        if self.change is None:
+            return values
+        return self.change.matched(lambda u, given: self.guide_at(rng_key, params, batch, u, given, keys), v, values)
 
     def score(
         self,
@@ -466,10 +519,9 @@ class Pair:
             return joint_per_example(run.sites.values(), len(v))
 
         def log_guide(u, values, keys):
-            args, kwargs = batch.arguments(u)
-            with seed(rng_seed=key_guide), record(fixed, values, harden=True, keys=keys) as run:
-                self.guide(*args, **kwargs)
-            return sum(site.log_prob().sum() for site in run.sites.values() if not site.is_observed)
+            values = self.fixed_latents(key_guide, fixed, batch, u, values, keys)
+            sites = self.guide_at(key_guide, fixed, batch, u, values, keys, harden=True)
+            return sum(site.log_prob().sum() for site in sites.values())
 
         def one(drawn):
             values, keys = drawn
@@ -681,7 +733,10 @@ def analyse(
         batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)
         _check_guide(start, latents, batch, key_guide, strategy)
         if loss is not None:
-            _check_scores(start, batch, key_scores, loss)
+            change = _change_of_variables(start, batch, key_scores, latents, p.sites)
+            pair = replace(pair, change=change)
+            start = start._replace(pair=pair)
+            _check_scores(start, batch, key_scores, loss, [name for name in latents if name in p.sites])
             if not strategy.reparameterises:
                 _check_examples(start, batch, key_scores)
         start = start._replace(pair=replace(pair, reads_rows=_reads_rows(start, batch)))
@@ -897,12 +952,40 @@ def _check_examples(start: Analysis, batch: visible.Batch, rng_key: Array) -> No
                 )
 
 
-def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: OuterLoss) -> None:
+def _change_of_variables(
+    start: Analysis,
+    batch: visible.Batch,
+    rng_key: Array,
+    latents: Mapping[str, Site],
+    model_sites: Mapping[str, Site],
+) -> guides.ChangeOfVariables | None:
+    """:raises ValueError: where the guide's density can't be had at fixed h."""
+    pair, params = start.pair, start.pair.params(start.theta, start.phi, start.mutable)
+    deltas = [name for name, site in latents.items() if site.is_delta]
+    auxiliary = [name for name in latents if name not in model_sites and name not in deltas]
+    if not auxiliary:
+        return None
+    keys = pair.draw(rng_key, params, batch, batch.v)[0].keys  # one key for all runs: what differs is v's doing
+
+    def guide_at(v: Array, values: Mapping[str, Array]) -> dict[str, Site]:
+        return pair.guide_at(rng_key, params, batch, v, values, keys)
+
+    values = {name: site.value for name, site in guide_at(batch.v, {}).items()}
+    change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas)
+    if change is not None:
+        change.check(guide_at, batch.v, values)
+    return change
+
+
+def _check_scores(
+    start: Analysis, batch: visible.Batch, rng_key: Array, loss: OuterLoss, latents: Sequence[str]
+) -> None:
     pair = start.pair
 
     @jax.jit  # one compilation instead of one for every operation
     def scores(rng_key):
-        """The gradient in v of log p̃, of log p̃ - log q, and of the latter when the first example alone has moved."""
+        """The gradient in v of log p̃, of log p̃ - log q, and of the latter when the first example alone has moved; and
+        how the guide looks at v, at moved parameters and at the initial ones."""
         key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
         # off the initial values: at weights of zero a score may vanish though the energy reads v
         leaves, tree = jax.tree.flatten((start.theta, start.phi))
@@ -929,9 +1012,20 @@ def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: O
                 "coupling or spline flow has one)."
             ) from error
         after = jax.grad(log_weight)(v.at[0].set(v[0][::-1] + 1.0), True) if loss.needs_uncoupled_examples else score
-        return model_score, score, after
 
-    model_score, score, after = scores(rng_key)
+        def seen(phi):
+            params = pair.params(theta, phi, start.mutable)
+
+            def guide_at(u, values):
+                return pair.guide_at(key_draw, params, batch, u, values, draw.keys)
+
+            return guides.sight(guide_at, v, pair.change)
+
+        both = jax.tree.map(lambda *x: jnp.stack(x), phi, start.phi)
+        looks = jax.vmap(seen)(both) if start.phi else seen(phi)
+        return model_score, score, after, looks if latents else None
+
+    model_score, score, after, seen = scores(rng_key)
     start_column = 0
     for site in pair.sites:
         size = math.prod(site.shape[1:])
@@ -943,14 +1037,8 @@ def _check_scores(start: Analysis, batch: visible.Batch, rng_key: Array, loss: O
                 "value. Use the site's value (the argument, or what numpyro.sample returns) in the energy, and do "
                 "not stop its gradient."
             )
-    if pair.sampled and loss.average == "loss" and bool((score == model_score).all()):
-        warnings.warn(
-            "The guide does not look at the visible values, so ∇_v log q = 0 and the squared score of "
-            "single draws is biased. Let the guide depend on v, or use average='score' with several "
-            "num_particles.",
-            UserWarning,
-            stacklevel=7,
-        )
+    if seen is not None:
+        guides.require_sight(latents, seen)
     if not jnp.allclose(score[1:], after[1:], rtol=1e-4, atol=1e-6 * float(jnp.abs(score).max())):
         raise ValueError(
             "The score of one example depends on another example (batch normalisation in training "

@@ -23,8 +23,8 @@ class FisherDivergence:
     .. math:: \tfrac12\, E_{q(h|v)} \|\nabla_h \log q(h|v; φ) - \nabla_h \log \tilde p(v, h; θ)\|^2
 
     Bao et al. 2020. It needs no normaliser. h is drawn with reparameterisation; latent
-    sites must be continuous (relaxed ones are). With an autoguide the gradients are taken in its
-    unconstrained space.
+    sites must be continuous (relaxed ones are). Of a latent computed from an auxiliary draw
+    the gradients are taken in that draw.
 
     :param num_particles: draws of h a datapoint.
     """

@@ -1,5 +1,6 @@
 """Bi-level score matching for Pyro: learn energy-based latent-variable models by swapping SVI for BiSM."""
 
+from .autoguide import AmortizedGuide
 from .bism import BiSM, BiSMInfo
 from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
@@ -35,6 +36,7 @@ __all__ = [
     "NCE",
     "VNCE",
     "Amortized",
+    "AmortizedGuide",
     "AnnealedLangevin",
     "BiSM",
     "BiSMInfo",

@@ -56,7 +56,8 @@ class BiSM(Trainer):
 
     :param model: a Pyro program of an unnormalised density p̃(v, h; θ): any mixture of ``sample`` and
         ``factor`` statements, the visible sites observed.
-    :param guide: a Pyro program of q(h|v; φ) with the same arguments.
+    :param guide: a Pyro program of q(h|v; φ) with the same arguments. It is given the perturbed v and has to look
+        at it; :class:`AmortizedGuide` makes one from the model.
     :param optim: a ``pyro.optim`` optimiser, for θ.
     :param loss: an outer loss of :mod:`pyro_bism.losses`.
     :param inner_optim: an optimiser for φ; None takes ``optim``'s settings with a state of its own. If they are a

@@ -9,9 +9,8 @@ discrete site is summed out the expectation under q of the same difference is ta
 held fixed as v moves; then the score's own derivative in v stays right as well.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import params, visible
+from . import guides, params, visible
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
 from .losses import OuterLoss
 
@@ -191,6 +190,7 @@ class Pair:
     :ivar is_stated: whether the programs read φ through ``pyro.param`` statements alone.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     :ivar averaged: the guide's sites that are summed out by their mean.
+    :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
     """
 
     model: Callable
@@ -209,6 +209,7 @@ class Pair:
     is_stated: bool = False
     unreparameterised: tuple[str, ...] = ()
     averaged: tuple[str, ...] = ()
+    change: guides.ChangeOfVariables | None = None
 
     def is_current(self) -> bool:
         """Whether the programs still train these tensors: none was replaced, cleared, frozen or unfrozen since."""
@@ -277,6 +278,25 @@ class Pair:
         total: Any = sum(site.total() for site in p.sites.values()) - sum(site.total() for site in q.sites.values())
         return total
 
+    def log_guide(self, batch: visible.Batch, latents: Mapping[str, Tensor]) -> Tensor:
+        """log q(h|v) at any h, by example, relaxed sites as discrete ones; NaN where no draws behind h are found."""
+
+        def guide_at(v: Tensor, values: Mapping[str, Tensor]) -> dict[str, Site]:
+            return self.guide_at(batch, v, values, harden=True)
+
+        sites = guide_at(batch.v, latents)
+        known = torch.zeros(len(batch.v), dtype=torch.bool, device=batch.v.device)
+        if all(name in latents or site.is_delta for name, site in sites.items()):
+            known = ~known
+        elif self.change is not None:
+            start = {**{name: site.value for name, site in guide_at(batch.v, {}).items()}, **latents}
+            with torch.enable_grad():
+                values = self.change.matched(guide_at, batch.v, start, guides.SEARCH_STEPS)
+            sites = guide_at(batch.v, {name: value.detach() for name, value in values.items()})
+            known = self.change.distance(sites, latents) < 1e-3
+        log_q: Any = sum(per_example(site, len(batch.v)) for site in sites.values())
+        return torch.where(known, log_q, torch.nan)
+
     def draws(self, batch: visible.Batch, v: Tensor, num: int, joint: bool) -> Iterator[Draw]:
         """``num`` draws; with ``joint``, each once for every joint configuration of the discrete sites."""
         for _ in range(num):
@@ -334,10 +354,24 @@ class Pair:
             self.model(*args, **kwargs)
         total: Any = sum(expectation(site, draw) for site in run.sites.values())
         if guide:
-            with record(draw.values) as run:
-                self.guide(*args, **kwargs)
-            total = total - sum(expectation(s, draw) for s in run.sites.values() if not s.is_observed)
+            sites = self.guide_at(batch, v, self.fixed_latents(batch, v, draw.values))
+            total = total - sum(expectation(site, draw) for site in sites.values())
         return total
+
+    def guide_at(
+        self, batch: visible.Batch, v: Tensor, values: Mapping[str, Tensor], harden: bool = False
+    ) -> dict[str, Site]:
+        """The guide's own sites at v, where some are given."""
+        args, kwargs = batch.arguments(v)
+        with record({**batch.indices, **values}, harden=harden) as run:
+            self.guide(*args, **kwargs)
+        return {name: site for name, site in run.sites.items() if not site.is_observed}
+
+    def fixed_latents(self, batch: visible.Batch, v: Tensor, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the guide is given so that h stays as v moves: a draw, or one whose auxiliary sites move with v."""
+        if self.change is None:
+            return values
+        return self.change.matched(lambda u, given: self.guide_at(batch, u, given), v, values)
 
     def score(self, batch: visible.Batch, draws: Sequence[Draw], loss: OuterLoss) -> Callable[[Tensor], Tensor]:
         """The score function at given draws of h, averaged over them; differentiable in v, θ and φ.
@@ -425,9 +459,9 @@ class Pair:
                 self.model(*args, **kwargs)
             log_joints.append(joint_per_example(run.sites.values(), len(v)))
             scores.append(torch.autograd.grad(log_joints[-1].sum(), v, create_graph=True)[0])
-            with params.fixed(self.phi.values()), record(values, harden=True) as run:
-                self.guide(*args, **kwargs)
-            log_q: Any = sum(site.log_prob().sum() for site in run.sites.values() if not site.is_observed)
+            with params.fixed(self.phi.values()):
+                guide_sites = self.guide_at(batch, v, self.fixed_latents(batch, v, values), harden=True)
+            log_q: Any = sum(site.log_prob().sum() for site in guide_sites.values())
             (guide_score,) = _gradients(log_q, [v])
             guide_scores.append(torch.zeros_like(v) if guide_score is None else guide_score)
         model_scores, log_joint = torch.stack(scores), torch.stack(log_joints)
@@ -548,6 +582,10 @@ def _describe(
     guide = _no_guide if alone else guide
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     with pyro.poutine.block():
+        if guides.runs_model(guide):
+            with record() as p:
+                model(*args, **kwargs)
+            guide = guides.posteriors(guide, tuple(p.params))
         with record() as q:
             guide(*args, **kwargs)
         latents = {name: s for name, s in q.sites.items() if not s.is_observed}
@@ -604,7 +642,9 @@ def _describe(
     batch = visible.Batch(sites, subsamples, leaves, spec)
     if loss is not None:
         strategy.check(loss, pair)
+        pair = _with_change(pair, batch, latents, p.sites)
         _check_scores(pair, leaves, spec, subsamples, loss, strategy)
+        _check_sight(pair, batch, [name for name in latents if name in p.sites])
         if not strategy.reparameterises:
             _check_examples(pair, batch)
     return replace(pair, is_stated=_is_stated(pair, batch))
@@ -763,6 +803,48 @@ def _nodes(value: Tensor) -> Iterator[str]:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
+def _seeded(pair: Pair, batch: visible.Batch) -> guides.GuideAt:
+    """The guide's sites by v and by what is given, with the same random numbers every time."""
+    seed = int(torch.randint(2**31, ()))
+
+    def guide_at(v: Tensor, values: Mapping[str, Tensor]) -> dict[str, Site]:
+        torch.manual_seed(seed)  # what differs between two runs is v's doing
+        return pair.guide_at(batch, v, values)
+
+    return guide_at
+
+
+def _with_change(
+    pair: Pair, batch: visible.Batch, latents: Mapping[str, Site], model_sites: Mapping[str, Site]
+) -> Pair:
+    """The pair, with the sites that its guide computes from other draws and from v.
+
+    :raises ValueError: where the guide has no density at fixed h.
+    """
+    deltas = [name for name, site in latents.items() if site.is_delta]
+    auxiliary = [name for name in latents if name not in model_sites and name not in deltas]
+    if not auxiliary:
+        return pair
+    with torch.random.fork_rng(devices=[]):
+        guide_at = _seeded(pair, batch)
+        values = {name: site.value.detach() for name, site in guide_at(batch.v, {}).items()}
+        change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas)
+        if change is not None:
+            change.check(guide_at, batch.v, values)
+    return replace(pair, change=change)
+
+
+def _check_sight(pair: Pair, batch: visible.Batch, latents: Sequence[str]) -> None:
+    """:raises ValueError: where a latent of the model does not look at v, or loses its gradient in v."""
+    if not latents:
+        return
+    # jittered parameters may leave what a distribution allows
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        moved = [(p.detach() + 0.1 * torch.randn_like(p)).requires_grad_() for p in pair.phi.values()]
+        tries = (nullcontext, lambda: pair.at(moved))
+        guides.sight(_seeded(pair, batch), batch.v, latents, pair.change, tries).require()
+
+
 def _check_scores(
     pair: Pair,
     leaves: Sequence[Any],
@@ -791,9 +873,8 @@ def _check_scores(
     try:
         if loss.average == "score" and loss.num_particles > 1:
             pair.draw(batch, batch.v)  # a flow may cache its last draw's inverse, and no more
-        with record(draw.values) as run:
-            pair.guide(*args, **kwargs)
-        log_q = sum(expectation(site, draw) for site in run.sites.values() if not site.is_observed)
+        guide_sites = pair.guide_at(batch, v, pair.fixed_latents(batch, v, draw.values))
+        log_q = sum(expectation(site, draw) for site in guide_sites.values())
     except KeyError as error:
         raise ValueError(
             "The guide can't score a value of h that it has not just drawn: one of the sites "
@@ -809,15 +890,6 @@ def _check_scores(
     params.reject_shared(shared, shared)
     if strategy.differentiates_inner and pair.phi:
         _require_second_derivative(h + log_q, (*pieces, *pair.phi.values()), "guide")
-    if pair.sampled and loss.average == "loss":
-        if all(s is None for s in _gradients(log_q, pieces)):
-            warnings.warn(
-                "The guide does not look at the visible values, so ∇_v log q = 0 and the squared score of "
-                "single draws is biased. Let the guide depend on v, or use average='score' with several "
-                "num_particles.",
-                UserWarning,
-                stacklevel=6,
-            )
     if loss.needs_uncoupled_examples and len(v) > 1:
         moved = v.detach().clone()
         moved[0] = moved[0].flip(0) + 1.0

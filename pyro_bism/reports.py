@@ -56,7 +56,8 @@ class Guide(NamedTuple):
     :ivar pareto_k: k̂ of the importance weights.
     :ivar effective_sample_size: of them, as a share of the draws.
     :ivar gap: importance-weighted bound minus ELBO, in nats: KL(q‖p), if the bound is tight.
-    :ivar kl: KL(p‖q) in nats from chains of p(h|v): large where the guide leaves out a part of the posterior.
+    :ivar kl: KL(p‖q) in nats from chains of p(h|v): large where the guide leaves out a part of the posterior. NaN where
+        the guide computes h from other draws and those can't be found from h.
     """
 
     pareto_k: np.ndarray
@@ -142,7 +143,8 @@ def diagnose(
     :param trained: a BiSM, or a rival without a guide, whose guide is not spoken of then.
     :param args: arguments of model and guide, the data among them; best held-out data.
     :param num_draws: guide draws of h.
-    :param num_points: data points at which the guide is looked at, evenly spaced; all of a model of a fixed size.
+    :param num_points: data points at which the guide is looked at, evenly spaced; all where model or guide have a
+        fixed size.
     :param num_chains: chains of the model, and of p(h|v) half as many.
     :param num_samples: draws of every chain, after ``num_warmup``.
     :param kernel: what moves them; None takes :class:`Gibbs` where the energy has the conditionals, else
@@ -164,6 +166,8 @@ def diagnose(
     if posterior is None and energy.resizes:
         rows = np.linspace(0, energy.num_rows - 1, min(num_points, energy.num_rows)).round().astype(int)
     some_args, some_kwargs = _arguments(energy, rows) if energy.resizes else (args, kwargs)
+    if len(rows) < energy.num_rows and not _is_by_row(trained, energy, rows, args, kwargs):
+        rows, some_args, some_kwargs = np.arange(energy.num_rows), args, kwargs
     guide: Guide | None = None
     guide_latents: Mapping[str, np.ndarray] = {}
     chain_latents: Mapping[str, np.ndarray] = {}
@@ -295,6 +299,30 @@ def _visible(energy: Energy, chains: Any) -> np.ndarray:
     return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], -1)
 
 
+def _is_by_row(trained: Any, energy: Energy, rows: np.ndarray, args: tuple, kwargs: dict) -> bool:
+    """Whether the guide has the same density at some rows as at all: one with parameters a datapoint has not."""
+    if not (isinstance(trained, BiSM) and energy.latents):
+        return True
+
+    def log_q(args: Any, kwargs: Any, values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        pair, leaves, spec = trained._prepare(args, kwargs)
+        batch = pair.batch(leaves, spec)
+        values = values or {k: x for k, x in pair.hard_draw(batch, batch.v).items() if k not in batch.indices}
+        sites = pair.guide_at(batch, batch.v, values, harden=True)
+        total: Any = sum(per_example(site, len(batch.v)) for site in sites.values())
+        return total, values
+
+    with torch.no_grad():
+        whole, values = log_q(args, kwargs, {})
+        if any(x.shape[:1] != whole.shape for x in values.values()):
+            return False
+        try:
+            part, _ = log_q(*_arguments(energy, rows), {name: x[rows] for name, x in values.items()})
+        except Exception:  # whatever such a guide trips over at another size
+            return False
+    return torch.allclose(part, whole[rows], rtol=1e-3, atol=1e-3)
+
+
 def _weights_at(bism: BiSM, args: Any, kwargs: Any, latents: Mapping[str, np.ndarray]) -> np.ndarray:
     """log p̃(v, h) - log q(h|v) at given h, (chain, draw, n, ...), of shape (chain, draw, n)."""
     pair, leaves, spec = bism._prepare(args, kwargs)
@@ -306,14 +334,11 @@ def _weights_at(bism: BiSM, args: Any, kwargs: Any, latents: Mapping[str, np.nda
     found = []
     with torch.no_grad(), pyro.validation_enabled(False):
         for i in range(num):
-            given = {**batch.indices, **{name: x[i] for name, x in flat.items()}}
-            with record(given, harden=True) as q:
-                pair.guide(*args, **kwargs)
-            with record(given, harden=True) as p:
+            given = {name: x[i] for name, x in flat.items()}
+            with record({**batch.indices, **given}, harden=True) as p:
                 pair.model(*args, **kwargs)
-            log_q: Any = sum(per_example(site, n) for site in q.sites.values() if not site.is_observed)
             log_p: Any = sum(per_example(site, n) for site in p.sites.values())
-            found.append(log_p - log_q)
+            found.append(log_p - pair.log_guide(batch, given))
     return torch.stack(found).numpy().reshape(*first.shape[:2], n)
 
 
@@ -331,10 +356,16 @@ def _judge_guide(guide: Guide, mixed: Verdict) -> Verdict:
     n = len(guide.pareto_k)
     bad = int((guide.pareto_k > GOOD_K).sum())
     left_out = int((guide.kl > GOOD_KL).sum())
+    known = guide.kl[~np.isnan(guide.kl)]
+    kl = (
+        f"KL(p|q) above {GOOD_KL:g} nat at {left_out} (median {np.median(known):.2f})"
+        if len(known)
+        else ("KL(p|q) not known, as the guide computes its latents from other draws")
+    )
     numbers = (
-        f"k-hat above {GOOD_K} at {bad} of {n} points (worst {guide.pareto_k.max():.2f}), KL(p|q) above {GOOD_KL:g} "
-        f"nat at {left_out} (median {np.median(guide.kl):.2f}), {np.median(guide.effective_sample_size):.0%} of the "
-        f"draws effective, ELBO {np.median(guide.gap):.2f} nats below the importance-weighted bound"
+        f"k-hat above {GOOD_K} at {bad} of {n} points (worst {guide.pareto_k.max():.2f}), {kl}, "
+        f"{np.median(guide.effective_sample_size):.0%} of the draws effective, "
+        f"ELBO {np.median(guide.gap):.2f} nats below the importance-weighted bound"
     )
     reasons = []
     if bad > 0.05 * n:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_bism import (
     Amortized,
+    AmortizedGuide,
     BiSM,
     ConcreteBernoulli,
     Covariance,
@@ -245,14 +245,8 @@ def test_modules_and_their_buffers(replayed):
     assert any(b.abs().sum() > 0 for b in bism._buffers())
 
 
-def test_an_autoguide(replayed):
-    def model(x):
-        h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
-        with pyro.plate("data", len(x)):
-            pyro.factor("energy", energy(visible(x), h))
-
-    loss = DenoisingScoreMatching(0.3, num_particles=2, average="score")
-    assert_same(model, factory(lambda: AutoNormal(model)), hypergradient=Amortized(), loss=loss)
+def test_a_guide_made_from_the_model(replayed):
+    assert_same(gaussian, factory(lambda: AmortizedGuide(gaussian, hidden_dims=(3,))), hypergradient=Amortized())
 
 
 @pytest.mark.parametrize("read", [lambda x, i: x[i], lambda x, i: (x + 0.0)[i]], ids=["rows", "whole"])

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from oracles import LinearGaussian, Moments, dsm_optimum
 from pyro_bism import (
+    AmortizedGuide,
     BiSM,
     ConcreteBernoulli,
     ConcreteOneHot,
@@ -526,7 +527,7 @@ def test_local_parameters_of_subsampled_rows_alone_move(style):
         with pyro.plate("data", FULL, subsample_size=N) as rows:
             z = loc[rows] if style == "index" else pyro.subsample(loc, event_dim=1)
             seen.append(rows)
-            pyro.sample("h", dist.Normal(z, 0.5).to_event(1))
+            pyro.sample("h", dist.Normal(z + 0.1 * (x if len(x) == N else x[rows])[:, :H], 0.5).to_event(1))
 
     seen = []
     bism = BiSM(energy, local, adam(), DenoisingScoreMatching(0.3, num_particles=2, average="score"))
@@ -808,76 +809,26 @@ AUTO = {
 AVERAGED = DenoisingScoreMatching(0.3, num_particles=2, average="score")
 
 
-@pytest.mark.parametrize("inner", ["elbo", "fisher"])
-@pytest.mark.parametrize("kind", AUTO)
-def test_hypergradient_through_autoguides(kind, inner):
-    if inner == "fisher" and kind in ("AutoDelta", "AutoLaplaceApproximation"):
-        return
-    guide = AUTO[kind](model)
-    inner_loss = Trace_ELBO() if inner == "elbo" else FisherDivergence()
-    bism = BiSM(model, guide, adam(1e-3), AVERAGED, inner_loss=inner_loss, hypergradient=Unrolled(2))
-    check_hypergradient(bism, data())
-
-
-def test_hypergradient_through_a_list_of_autoguides():
-    def two(x):
-        w = pyro.param("w", lambda: 0.3 * torch.randn(D, H))
-        with pyro.plate("data", len(x)):
-            x = flat("x", x)
-            h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
-            t = pyro.sample("t", dist.LogNormal(0.0, 1.0))
-            pyro.factor("energy", -0.5 * t * (x**2).sum(-1) + ((x @ w) * h).sum(-1))
-
-    guides = auto.AutoGuideList(two)
-    guides.append(auto.AutoNormal(pyro.poutine.block(two, expose=["h"])))
-    guides.append(auto.AutoDiagonalNormal(pyro.poutine.block(two, expose=["t"])))
-    check_hypergradient(BiSM(two, guides, adam(1e-3), AVERAGED, hypergradient=Unrolled(2)), data())
-
-
-def test_an_autoguide_is_the_guide_written_by_hand():
-    """AutoNormal with its plate subsampled, against local parameters by hand: same losses, same parameters."""
-
-    def sub_model(x):
-        w, b, s = initial()[:3]
-        w, b = pyro.param("w", w), pyro.param("b", b)
-        with pyro.plate("data", FULL, subsample_size=N):
-            x = flat("x", pyro.subsample(x, event_dim=1))
-            h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
-            pyro.factor("energy", -0.5 * (((x - b) / s) ** 2).sum(-1) + ((x @ w) * h).sum(-1))
-
-    def by_hand(x):
-        with pyro.plate("data", FULL, subsample_size=N) as rows:
-            loc = pyro.param("loc", torch.zeros(FULL, H))
-            scale = pyro.param("scale", torch.full((FULL, H), 0.1), constraint=dist.constraints.softplus_positive)
-            pyro.sample("h", dist.Normal(loc[rows], scale[rows]).to_event(1))
-
-    guide = auto.AutoNormal(
-        sub_model,
-        init_loc_fn=auto.init_to_value(values={"h": torch.zeros(N, H)}),
-        create_plates=lambda x: pyro.plate("data", FULL, subsample_size=N),
-    )
-    ours = train(sub_model, guide, data(FULL), loss=AVERAGED)
-    assert_same(ours, train(sub_model, by_hand, data(FULL), loss=AVERAGED))
-
-
 def test_point_guide_gives_the_score_at_its_point():
-    """AutoDelta: no entropy, so the score is ∇_v log p̃(v, ĥ), a bilinear function here."""
+    """A point at f(v) has no entropy, so the score is ∇_v log p̃(v, h) at h = f(v) held fixed."""
+
+    def point(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Delta(torch.tanh(x @ pyro.param("a", initial()[3])), event_dim=1))
+
     x = data()
-    bism = BiSM(param_model, auto.AutoDelta(param_model), adam(), DSM)
-    ours, pair, _ = outer_loss(bism, x)
-    w, b, s = initial()[:3]
-    (h,) = pair.phi.values()
-    torch.testing.assert_close(ours, hand_loss(bism, lambda v: -(v - b) / s**2 + h.detach() @ w.T, x))
+    bism = BiSM(param_model, point, adam(), DSM)
+    ours = outer_loss(bism, x)[0]
+    w, b, s, a = initial()[:4]
+    torch.testing.assert_close(ours, hand_loss(bism, lambda v: -(v - b) / s**2 + torch.tanh(v @ a) @ w.T, x))
 
 
-@pytest.mark.parametrize("kind", ["AutoNormal", "AutoDiagonalNormal", "AutoDelta"])
-def test_blind_guides_are_warned_about(kind):
-    bism = BiSM(model, AUTO[kind](model), adam(), DSM)
-    if kind == "AutoDelta":
-        bism.step(data())  # a point has no such bias
-    else:
-        with pytest.warns(UserWarning, match=r"does not look at the visible values.*average='score'"):
-            bism.step(data())
+@pytest.mark.parametrize("loss", [DSM, AVERAGED, ScoreMatching()], ids=["one", "averaged", "exact"])
+@pytest.mark.parametrize("kind", AUTO)
+def test_autoguides_do_not_look_at_the_data(kind, loss):
+    bism = BiSM(model, AUTO[kind](model), adam(), loss)
+    with pytest.raises(ValueError, match=r"'h' does not look at the visible values.*AmortizedGuide\(model\)"):
+        bism.step(data())
 
 
 # Guides with nets
@@ -1186,7 +1137,7 @@ def test_every_outer_loss_is_minimised_at_the_truth(loss):
 
 
 def test_a_look_at_the_programs_draws_no_random_numbers():
-    """A new batch size, met early or late, leaves the trajectory alone; so does an autoguide's first run."""
+    """A new batch size, met early or late, leaves the trajectory alone; so does a guide made at its first run."""
     x = data()
 
     def run(look_first):
@@ -1199,7 +1150,7 @@ def test_a_look_at_the_programs_draws_no_random_numbers():
         return [bism.step(x), bism.step(x[:4]), bism.step(x)]
 
     assert run(True) == run(False)
-    bism = BiSM(param_model, auto.AutoNormal(param_model), adam(), AVERAGED)
+    bism = BiSM(param_model, AmortizedGuide(param_model), adam(), AVERAGED)
     pair = bism.pair(x)
     assert bism.pair(x) is pair
 
@@ -1207,8 +1158,7 @@ def test_a_look_at_the_programs_draws_no_random_numbers():
 CHECKPOINTED = """
 import pyro, torch
 import pyro.distributions as dist
-from pyro.infer.autoguide import AutoNormal
-from pyro_bism import BiSM, DenoisingScoreMatching
+from pyro_bism import AmortizedGuide, BiSM, DenoisingScoreMatching
 
 torch.set_default_dtype(torch.float64)
 x = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
@@ -1232,7 +1182,7 @@ for kind in ("by hand", "auto"):
     torch.manual_seed(9 if load else 0)
     norm = torch.nn.BatchNorm1d(3)
     optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.5})
-    guide = AutoNormal(model) if kind == "auto" else by_hand
+    guide = AmortizedGuide(model) if kind == "auto" else by_hand
     bism = BiSM(model, guide, optim, DenoisingScoreMatching(0.3, 2, "score"))
 
     def advance(times):
@@ -1256,7 +1206,7 @@ for kind in ("by hand", "auto"):
 
 
 def test_another_process_continues_bit_for_bit(tmp_path):
-    """Schedulers, batch-norm buffers, an autoguide made at its first run and a new batch size included."""
+    """Schedulers, batch-norm buffers, a guide made at its first run and a new batch size included."""
     here = {"path": tmp_path, "load": False}
     exec(CHECKPOINTED, here)
     header = f"path, load = {str(tmp_path)!r}, True\n"
@@ -1441,6 +1391,7 @@ def misuses():
     ok = with_sites()
     elsewhere, shared = data(), Shared()
     enumerated = {"infer": {"enumerate": "parallel"}}
+    points = guide_of(lambda a: dist.Delta(a))
     bits = with_sites(latent=lambda: pyro.sample("h", dist.Bernoulli(0.5).expand([H]).to_event(1)))
     cases = {
         "discrete": (
@@ -1557,7 +1508,7 @@ def misuses():
             "AdagradRMSProp can't be unrolled",
         ),
         "planar flow, two draws": (ok, planar, {"loss": AVERAGED}, r"'h'.*flow without an inverse"),
-        "fisher of points": (ok, auto.AutoDelta(ok), {"inner_loss": FisherDivergence()}, "gives points"),
+        "fisher of points": (ok, points, {"inner_loss": FisherDivergence()}, "gives points"),
         "fisher of bits": (bits_in_units, bits_guide, {"inner_loss": FisherDivergence()}, r"continuous latents.*'h'"),
         "elbo that does not enumerate": (bits_in_units, bits_guide, {}, r"'h'.*Trace_ELBO does not do"),
     }
