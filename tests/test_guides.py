@@ -623,26 +623,42 @@ def test_the_density_at_any_h_behind_other_draws(host):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*chains:UserWarning")
-def test_a_guide_of_a_fixed_size_is_diagnosed_at_all_rows(host):
-    """A parameter for every datapoint beside a look at v: on twenty of the rows such a guide can't run."""
-    x = np.random.default_rng(5).normal(size=(24, D))
+ROWS = np.random.default_rng(5).normal(size=(24, D))
+
+
+def by_datapoint(host, num):
+    """A guide with a parameter for every datapoint, or none, beside its look at v."""
 
     def guide(x):
-        loc = host.param("loc", 0.1 * np.arange(24 * H).reshape(24, H))
+        loc = host.param("loc", 0.1 * np.arange(num * H).reshape(num, H))
         with host.plate("data", len(x)):
             host.sample("h", normal(host, loc + x @ host.param("a", A)))
 
-    bism = host.make(plain_of(host), guide, host.bism.DenoisingScoreMatching(0.3))
-    state, keyed = [], {}
-    if isinstance(host, NumpyroHost):
-        state, keyed = [bism.init(jax.random.key(0), jnp.asarray(x))], {"rng_key": jax.random.key(1)}
+    return guide
+
+
+def test_whether_a_guide_has_parameters_a_datapoint(host):
+    for num, expected in ((24, False), (1, True)):
+        bism = host.make(plain_of(host), by_datapoint(host, num), host.bism.DenoisingScoreMatching(0.3))
+        x, rows = host.array(ROWS), np.arange(0, 24, 3)
+        if isinstance(host, PyroHost):
+            found = pyro_bism.reports._is_by_row(bism, bism.energy(x)[0], rows, (x,), {})
+        else:
+            state, key = bism.init(jax.random.key(0), x), jax.random.key(1)
+            energy = bism.energy(state, x, rng_key=key)[0]
+            found = numpyro_bism.reports._is_by_row(bism, state, key, energy, rows, (x,), {})
+        assert found is expected
+
+
+def test_a_guide_of_a_fixed_size_is_diagnosed_at_all_rows(torch_double):
+    """On twenty of the rows such a guide can't run. NumPyro's report decides it as Pyro's does: above."""
+    host, x = PyroHost(), torch.as_tensor(ROWS)
+    bism = host.make(plain_of(host), by_datapoint(host, 24), pyro_bism.DenoisingScoreMatching(0.3))
     few = {"num_draws": 30, "num_chains": 4, "num_samples": 8, "num_warmup": 2, "progress_bar": False}
-    found = host.bism.diagnose(bism, *state, host.array(x), **few, **keyed)
-    assert found.guide.pareto_k.shape == (24,)
-    draws = numbers(host.bism.to_arviz(bism, *state, host.array(x), num_draws=200, **keyed)["posterior"]["h"].values)
-    expected = 0.1 * np.arange(24 * H).reshape(24, H) + x @ A
-    np.testing.assert_allclose(draws[0].mean(0), expected, atol=5 * 0.5 / np.sqrt(200))
+    assert pyro_bism.diagnose(bism, x, **few).guide.pareto_k.shape == (24,)
+    draws = pyro_bism.to_arviz(bism, x, num_draws=200)["posterior"]["h"].values[0]
+    expected = 0.1 * np.arange(24 * H).reshape(24, H) + ROWS @ A
+    np.testing.assert_allclose(draws.mean(0), expected, atol=5 * 0.5 / np.sqrt(200))
 
 
 def test_a_state_goes_on_with_a_new_guide(host):
