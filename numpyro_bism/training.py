@@ -203,12 +203,21 @@ class Trainer(ABC):
 
     def _checked(self, args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
         leaves, spec = visibles.flatten(args, kwargs)
-        visibles.require_finite(leaves, spec)
+        known = self._pairs.get(structure(leaves, spec))
+        if known is not None:  # else they are looked at with the programs
+            visibles.require_finite(leaves, spec, known.sites)
         return leaves, spec
 
     def _described(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> densities.Analysis:
         """The analysis that a new state starts from; the pair is kept."""
-        start = self._analyse(leaves, spec, rng_key, init_params)
+        try:
+            start = self._analyse(leaves, spec, rng_key, init_params)
+            visibles.require_finite(leaves, spec, start.pair.sites)
+        except Exception as error:
+            reason = visibles.suspect(leaves, spec)
+            if reason is None or reason in str(error):
+                raise
+            raise ValueError(f"{reason} What failed: {error}") from error
         self._pairs[structure(leaves, spec)] = start.pair
         return start
 
@@ -218,8 +227,10 @@ class Trainer(ABC):
         if key not in self._pairs:
             like = next((pair for known, pair in self._pairs.items() if ranks(known) == ranks(key)), None)
             pair = None if like is None else densities.resized(like, leaves, spec)
-            # a key of its own: what is drawn here is only looked at
-            self._pairs[key] = pair or self._analyse(leaves, spec, jax.random.key(0), None).pair
+            if pair is None:  # a key of its own: what is drawn here is only looked at
+                return self._described(leaves, spec, jax.random.key(0), None).pair
+            visibles.require_finite(leaves, spec, pair.sites)
+            self._pairs[key] = pair
         return self._pairs[key]
 
     def _last_pair(self) -> densities.Pair:

@@ -7,7 +7,7 @@ arguments of the programs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType
 from numpyro.distributions import constraints
 
 from .distributions import base_of
@@ -248,23 +249,52 @@ def _is_real(support: Any) -> bool:
     return support is constraints.real or support == constraints.real
 
 
-def require_finite(leaves: Sequence[Any], spec: Any) -> None:
+def require_finite(leaves: Sequence[Any], spec: Any, sites: Sequence[VisibleSite]) -> None:
     """Checks concrete arrays; inside a compiled function there is nothing to look at yet.
 
-    :raises ValueError: naming the argument and the place of its first NaN or infinity.
+    What else is not finite among the arguments is the programs' business: a mask of -inf is no fault.
+
+    :raises ValueError: naming the visible argument and the place of its first NaN or infinity.
     """
+    for i in dict.fromkeys(i for site in sites for i in site.leaves):
+        leaf = leaves[i]
+        if _is_concrete(leaf) and (bad := _places(leaf, lambda x: ~np.isfinite(x))):
+            raise ValueError(
+                f"Argument {_name(i, leaves, spec)} has {len(bad)} NaN or infinite values, the first "
+                f"at index {bad[0]}. Nothing was updated. Remove or impute them first."
+            )
+
+
+def suspect(leaves: Sequence[Any], spec: Any) -> str | None:
+    """What is out of the ordinary about the arguments, should the programs fail on them; None if nothing is."""
     for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, Array):
             continue
-        with jax.ensure_compile_time_eval():  # a concrete array may meet a program being traced
-            if not jnp.issubdtype(leaf.dtype, jnp.floating) or bool(jnp.isfinite(leaf).all()):
-                continue
-        bad = np.argwhere(~np.isfinite(leaf))
-        place = tuple(bad[0].tolist())
-        raise ValueError(
-            f"Argument {_name(i, leaves, spec)} has {len(bad)} NaN or infinite values, the first "
-            f"at index {place}. Nothing was updated. Remove or impute them first."
-        )
+        name = f"Argument {_name(i, leaves, spec)}"
+        mesh = getattr(jax.typeof(leaf).sharding, "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return (
+                f"{name} lies on a mesh with explicit axes, where the sum of a gradient over the rows needs a sharding "
+                "of its own. Make the mesh with axis_types=(AxisType.Auto,)."
+            )
+        if _is_concrete(leaf) and _places(leaf, lambda x: np.isnan(x) | np.isposinf(x)):  # a mask may hold -inf
+            bad = _places(leaf, lambda x: ~np.isfinite(x))
+            return f"{name} has {len(bad)} NaN or infinite values, the first at index {bad[0]}. Remove or impute them."
+    return None
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+
+
+def _places(leaf: Array, test: Callable) -> list[tuple[int, ...]]:
+    """Where a test of NumPy's says yes."""
+    with jax.ensure_compile_time_eval():  # a concrete array may meet a program being traced
+        if bool(jnp.isfinite(leaf).all()):
+            return []
+    return [tuple(place) for place in np.argwhere(test(np.asarray(leaf))).tolist()]
 
 
 def _name(i: int, leaves: Sequence[Any], spec: Any) -> str:

@@ -10,7 +10,7 @@ import pyro
 from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
-from . import averages, densities, divergences, energies, visible
+from . import averages, densities, divergences, energies
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
@@ -144,8 +144,8 @@ class BiSM(Trainer):
         try:
             inner_loss, inner_norm = self._fit(problem, buffers, program)
             found, length = self._follow(problem, program)
-        except (FloatingPointError, ValueError):
-            visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
+        except (FloatingPointError, ValueError) as error:
+            self._annotate(error, leaves, spec, pair)
             raise
         finally:
             buffers.restore()
@@ -160,11 +160,13 @@ class BiSM(Trainer):
             outer_loss - self.loss.constant(batch.v.shape[1]),
         )
         if not (math.isfinite(self.info.outer_loss) and math.isfinite(length)):
-            raise FloatingPointError(
+            failure = FloatingPointError(
                 f"The outer loss or its gradient is not finite ({self.info}). The model was not updated. "
                 "If inner_grad_norm grows from step to step, the inner learning rate is too high: lower it in "
                 f"inner_optim. Otherwise {self.hypergradient.cure}."
             )
+            self._annotate(failure, leaves, spec, pair)
+            raise failure
         self._carried = (found.state,)
         if program is None:
             descend(self.optim, theta, found.gradient)

@@ -102,40 +102,57 @@ class Trainer(ABC):
     def _prepare(self, args: tuple, kwargs: dict) -> tuple[densities.Pair, list[Any], Any]:
         leaves, spec = visible.flatten((args, kwargs))
         before = None if self._waiting is None else random_state()
+        leaves = visible.ordinary(leaves, spec)
         # most steps see the last one's tensors again, unchanged: a data set that a plate subsamples
         seen = (spec, _modes(*self._modules), [_state(leaf) for leaf in leaves])
         if self._last is not None and self._last[0] == seen and self._last[2].is_current():
             pair = self._last[2]
         else:
-            self._require_finite(leaves, spec)
             pair = self._pair(leaves, spec)
+            self._require_finite(leaves, spec, pair.sites)
             self._last = seen, leaves, pair  # held, so that no number is given to another tensor
         if before is not None:
             self._take_up()
             set_random_state(before)  # the initial values that were drawn have been replaced
         return pair, leaves, spec
 
-    def _require_finite(self, leaves: list[Any], spec: Any) -> None:
+    def _require_finite(self, leaves: list[Any], spec: Any, sites: Sequence[visible.VisibleSite]) -> None:
         """Looks at a tensor again only when it has changed: a whole data set, subsampled, takes longer than a step."""
-        fresh = {
-            id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and self._finite.get(id(leaf)) != _state(leaf)
-        }
+        used = [leaves[i] for site in sites for i in site.leaves]
+        fresh = {id(leaf): leaf for leaf in used if self._finite.get(id(leaf)) != _state(leaf)}
         if fresh:
-            visible.require_finite([leaf if id(leaf) in fresh else None for leaf in leaves], spec)
+            visible.require_finite([leaf if id(leaf) in fresh else None for leaf in leaves], spec, sites)
         for key, leaf in fresh.items():
             if key not in self._finite:  # its number may be given to another tensor
                 weakref.finalize(leaf, self._finite.pop, key, None)
             self._finite[key] = _state(leaf)
 
+    def _annotate(self, error: Exception, leaves: list[Any], spec: Any, pair: densities.Pair) -> None:
+        """Tells a failed step's error what is wrong with the arguments, where anything is."""
+        visible.require_finite(leaves, spec, pair.sites)  # memory shared with NumPy changes without a trace
+        reason = visible.suspect(leaves, spec)
+        if reason is not None:
+            error.add_note(reason)
+
     def _pair(self, leaves: list[Any], spec: Any) -> densities.Pair:
         signature = (spec, tuple(_signature(leaf) for leaf in leaves))
         pair = self._pairs.get((*signature, _modes(*self._modules)))
         if pair is None or not pair.is_current():
-            known, before = set(pyro.get_param_store().keys()), random_state()
-            pair = self._analyse(leaves, spec)
+            store = pyro.get_param_store()
+            known, before = set(store.keys()), random_state()
+            try:
+                pair = self._analyse(leaves, spec)
+                visible.require_finite(leaves, spec, pair.sites)
+            except Exception as error:
+                for name in set(store.keys()) - known:  # made from what these arguments hold
+                    del store[name]
+                reason = visible.suspect(leaves, spec)
+                if reason is None or reason in str(error):
+                    raise
+                raise ValueError(f"{reason} What failed: {error}") from error
             # an autoguide makes its modules at its first run
             self._pairs[(*signature, _modes(*self._modules))] = pair
-            if known.issuperset(pyro.get_param_store().keys()):
+            if known.issuperset(store.keys()):
                 # nothing was initialised: a look that a resumed run takes at another time draws nothing
                 set_random_state(before)
         return pair
@@ -264,12 +281,14 @@ def _follows(*args: Any, **kwargs: Any) -> None:
 
 def _state(leaf: Any) -> Any:
     """What tells whether an argument is the very same as before."""
-    return (id(leaf), leaf.data_ptr(), leaf._version) if isinstance(leaf, Tensor) else id(leaf)
+    if not isinstance(leaf, Tensor):
+        return id(leaf)
+    return id(leaf), leaf.data_ptr() if visible.has_memory(leaf) else None, leaf._version
 
 
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
+        return None if leaf.is_nested else leaf.shape, leaf.dtype, leaf.device, leaf.layout
     # a float is no structure: one that changes from step to step would be analysed anew each time
     return leaf if isinstance(leaf, int | str | bool | None) else type(leaf)
 

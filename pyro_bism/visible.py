@@ -289,6 +289,8 @@ def _is_same(leaf: Any, value: Tensor) -> bool:
     """Whether a leaf is the value: the same tensor, or a view that shows the same memory the same way."""
     return leaf is value or (
         isinstance(leaf, Tensor)
+        and has_memory(leaf)
+        and has_memory(value)
         and leaf.dtype == value.dtype
         and leaf.shape == value.shape
         and leaf.stride() == value.stride()
@@ -297,18 +299,63 @@ def _is_same(leaf: Any, value: Tensor) -> bool:
     )
 
 
-def require_finite(leaves: Sequence[Any], spec: Any) -> None:
-    """:raises ValueError: naming the argument and the place of its first NaN or infinity."""
+def has_memory(x: Tensor) -> bool:
+    """Whether a tensor is an ordinary one, its numbers in memory: not sparse, nested, mkldnn, quantised or meta."""
+    return x.layout is torch.strided and not (x.is_nested or x.is_quantized or x.is_meta)
+
+
+def ordinary(leaves: Sequence[Any], spec: Any) -> list[Any]:
+    """The arguments as they can be differentiated: tensors of ``torch.inference_mode`` are copied.
+
+    :raises ValueError: naming a tensor that has no numbers.
+    """
+    copies: dict[int, Tensor] = {}
+    found = []
     for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            continue
-        if not torch.isfinite(leaf).all():
-            bad = ~torch.isfinite(leaf)
-            place = tuple(bad.nonzero()[0].tolist())
+        if isinstance(leaf, Tensor):
+            if leaf.is_meta:
+                raise ValueError(f"Argument {_name(i, leaves, spec)} is on the meta device: it has no numbers.")
+            if leaf.is_inference():
+                # one for each tensor, so that data passed twice are still the same
+                leaf = copies.setdefault(id(leaf), leaf.clone())
+        found.append(leaf)
+    return found
+
+
+def require_finite(leaves: Sequence[Any], spec: Any, sites: Sequence[VisibleSite]) -> None:
+    """What else is not finite among the arguments is the programs' business: a mask of -inf is no fault.
+
+    :raises ValueError: naming the visible argument and the place of its first NaN or infinity.
+    """
+    for i in dict.fromkeys(i for site in sites for i in site.leaves):
+        leaf = leaves[i]
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            bad = (~torch.isfinite(leaf)).nonzero().tolist()
             raise ValueError(
-                f"Argument {_name(i, leaves, spec)} has {int(bad.sum())} NaN or infinite values, the first "
-                f"at index {place}. Nothing was updated. Remove or impute them before step()."
+                f"Argument {_name(i, leaves, spec)} has {len(bad)} NaN or infinite values, the first "
+                f"at index {tuple(bad[0])}. Nothing was updated. Remove or impute them before step()."
             )
+
+
+def suspect(leaves: Sequence[Any], spec: Any) -> str | None:
+    """What is out of the ordinary about the arguments, should the programs fail on them; None if nothing is."""
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
+        name = f"Argument {_name(i, leaves, spec)}"
+        if leaf.is_quantized:
+            return f"{name} is quantised: pass x.dequantize()."
+        if leaf.is_nested:
+            return f"{name} is nested: pass it padded, torch.nested.to_padded_tensor(x, 0.0), and a mask beside it."
+        if leaf.layout is not torch.strided:
+            kind = str(leaf.layout).removeprefix("torch.").removeprefix("_")
+            return f"{name} has the layout {kind}: pass x.to_dense()."
+        if leaf.is_complex():
+            return f"{name} is complex: pass its parts, torch.view_as_real(x)."
+        if leaf.is_floating_point() and (leaf.isnan() | leaf.isposinf()).any():  # a mask may hold -inf
+            bad = (~leaf.isfinite()).nonzero().tolist()
+            return f"{name} has {len(bad)} NaN or infinite values, the first at index {tuple(bad[0])}. Remove or impute them."
+    return None
 
 
 def _name(i: int, leaves: Sequence[Any], spec: Any) -> str:

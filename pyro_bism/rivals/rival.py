@@ -241,8 +241,9 @@ class Rival(Trainer):
             buffers.restore()
         for n, (loss, length) in enumerate(reports):
             if not (math.isfinite(loss) and math.isfinite(length)):
-                visible.require_finite(leaves, spec)  # memory shared with NumPy changes without a trace
-                raise FloatingPointError(self._diverged(n, loss, length))
+                failure = FloatingPointError(self._diverged(n, loss, length))
+                self._annotate(failure, leaves, spec, pair)
+                raise failure
         self._carried = (carried,)
         if program is None:
             optim.descend(self.optim, task.theta, gradient)
