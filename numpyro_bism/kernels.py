@@ -34,6 +34,16 @@ class Kernel(Protocol):
         """What is returned of a point."""
 
 
+def require_kernel(kernel: Any) -> None:
+    """:raises ValueError: for what is no kernel; a class is none, nor is a kernel of the host's MCMC."""
+    methods = ("init", "__call__", "adapt", "finish")
+    if isinstance(kernel, type) or not all(callable(getattr(kernel, name, None)) for name in methods):
+        name = kernel.__name__ if isinstance(kernel, type) else repr(kernel)
+        raise ValueError(
+            f"kernel={name} is not a kernel. Pass an instance, such as Gibbs(); HMC and NUTS take a model: program(...)."
+        )
+
+
 @dataclass(frozen=True)
 class Gibbs:
     r"""Draws block after block from its conditional given all others (Geman, Geman 1984).

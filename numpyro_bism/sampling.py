@@ -23,7 +23,7 @@ from . import visible
 from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels
 from .jit import compiled
-from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin
+from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin, require_kernel
 
 __all__ = ["AnnealedLangevin", "Chains", "Gibbs", "Langevin", "program", "recorded", "run_chains"]
 
@@ -100,6 +100,7 @@ def run_chains(
     :raises ValueError: on misuse, naming the site and the cure.
     :raises FloatingPointError: if a chain's log density is not finite.
     """
+    require_kernel(kernel)
     if num_samples < 1 or thinning < 1:
         raise ValueError(f"num_samples and thinning must be at least 1, got {num_samples} and {thinning}.")
     key_energy, key_init, key_run = jax.random.split(rng_key, 3)

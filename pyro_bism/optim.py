@@ -344,7 +344,7 @@ class _AdamStep:
             self.lr = self.lr * group["lrd"]
             g = g.clamp(-group["clip_norm"], group["clip_norm"])
         if group.get("decoupled_weight_decay"):
-            value = value * (1 - self.lr * group["weight_decay"])
+            value = value * _like(1 - self.lr * group["weight_decay"], value)
         elif group["weight_decay"] != 0:
             g = g + group["weight_decay"] * value
         self.mean = torch.lerp(self.mean, g, 1 - beta1)
@@ -354,8 +354,8 @@ class _AdamStep:
         # Adam adds eps to the corrected root, ClippedAdam to the uncorrected one. The least number under the root keeps
         # its derivative finite where all gradients have been 0, which then multiply it; a mean square needs no clamp.
         root = (self.square + torch.finfo(self.square.dtype).tiny).sqrt()
-        root = root + (group["eps"] if clipped else group["eps"] * correction2)
-        length = self.lr * correction2 / correction1
+        root = root + (group["eps"] if clipped else _like(group["eps"] * correction2, value))
+        length = _like(self.lr * correction2 / correction1, value)
         if isinstance(length, Tensor):
             return value - length * (self.mean / root)
         return torch.addcdiv(value, self.mean, root, value=-length)
@@ -370,6 +370,11 @@ class _AdamStep:
         new = copy.copy(self)
         new.__dict__.update(tensors)
         return new
+
+
+def _like(factor: Any, value: Tensor) -> Any:
+    """A captured step's factor, which is float64, for a parameter without dimensions: it would make that float64 too."""
+    return factor.to(value.dtype) if isinstance(factor, Tensor) and value.dim() == 0 else factor
 
 
 class KeptAdam:

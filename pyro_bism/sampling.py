@@ -20,7 +20,7 @@ from torch import Tensor
 from . import visible
 from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels, select
-from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin
+from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin, require_kernel
 from .visible import _is_real
 
 __all__ = ["AnnealedLangevin", "Chains", "Gibbs", "Langevin", "program", "recorded", "run_chains"]
@@ -95,6 +95,7 @@ def run_chains(
     :raises ValueError: on misuse, naming the site and the cure.
     :raises FloatingPointError: if a chain's log density is not finite.
     """
+    require_kernel(kernel)
     if num_samples < 1 or thinning < 1:
         raise ValueError(f"num_samples and thinning must be at least 1, got {num_samples} and {thinning}.")
     with torch.enable_grad():  # the first look at the programs tries their gradients

@@ -354,7 +354,8 @@ def suspect(leaves: Sequence[Any], spec: Any) -> str | None:
             return f"{name} is complex: pass its parts, torch.view_as_real(x)."
         if leaf.is_floating_point() and (leaf.isnan() | leaf.isposinf()).any():  # a mask may hold -inf
             bad = (~leaf.isfinite()).nonzero().tolist()
-            return f"{name} has {len(bad)} NaN or infinite values, the first at index {tuple(bad[0])}. Remove or impute them."
+            place = tuple(bad[0])
+            return f"{name} has {len(bad)} NaN or infinite values, the first at index {place}. Remove or impute them."
     return None
 
 

@@ -11,7 +11,7 @@ from ..densities import Analysis
 from ..energies import Density, Point
 from ..hypergradients import fused
 from ..jit import num_ahead, taken_apart
-from ..kernels import Gibbs, Kernel
+from ..kernels import Gibbs, Kernel, require_kernel
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -63,8 +63,7 @@ class CD(Rival):
             raise ValueError(
                 f"num_chains={num_chains}: give a positive number, and persistent=True; other chains start at the data."
             )
-        if isinstance(kernel, type) or not callable(kernel):
-            raise ValueError(f"kernel={kernel!r} is not a kernel. Pass an instance, such as Gibbs().")
+        require_kernel(kernel)
         self.kernel = kernel
         self.num_steps = num_steps
         self.persistent = persistent

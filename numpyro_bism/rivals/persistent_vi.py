@@ -12,7 +12,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from ..densities import Analysis, Pair, Site, record
 from ..distributions import base_of
 from ..energies import Energy, Point
-from ..kernels import Kernel
+from ..kernels import Kernel, require_kernel
 from ..visible import Batch
 from .cd import advance, draw_hidden
 from .rival import Rival, Target
@@ -72,8 +72,7 @@ class PersistentVI(Rival):
         super().__init__(model, optim, visible, static_kwargs, guide)
         if num_chains < 1 or num_sweeps < 1:
             raise ValueError(f"num_chains and num_sweeps must be at least 1, got {num_chains} and {num_sweeps}.")
-        if isinstance(kernel, type) or not callable(kernel):
-            raise ValueError(f"kernel={kernel!r} is not a kernel. Pass an instance, such as Gibbs().")
+        require_kernel(kernel)
         self.kernel = kernel
         self.num_chains = num_chains
         self.num_sweeps = num_sweeps

@@ -8,7 +8,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..energies import Density, Point, select
-from ..kernels import Gibbs, Kernel
+from ..kernels import Gibbs, Kernel, require_kernel
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -60,8 +60,7 @@ class CD(Rival):
             raise ValueError(
                 f"num_chains={num_chains}: give a positive number, and persistent=True; other chains start at the data."
             )
-        if isinstance(kernel, type) or not callable(kernel):
-            raise ValueError(f"kernel={kernel!r} is not a kernel. Pass an instance, such as Gibbs().")
+        require_kernel(kernel)
         self.kernel = kernel
         self.num_steps = num_steps
         self.persistent = persistent
