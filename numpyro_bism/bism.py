@@ -10,7 +10,8 @@ from jax import Array
 from numpyro.infer import Trace_ELBO
 
 from . import averages, densities, divergences, energies
-from .hypergradients import Amortized, Bilevel, Hypergradient, fused
+from .brief import named
+from .hypergradients import Amortized, Bilevel, Hypergradient, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
 from .optim import as_optim, inner_copy, require_single_steps
@@ -104,16 +105,12 @@ class BiSM(Trainer):
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
         if not isinstance(loss, OuterLoss):
             raise ValueError(
-                f"loss={type(loss).__name__} is not an outer loss. BiSM matches scores: use "
+                f"loss={named(loss)} is not an outer loss. BiSM matches scores: use "
                 "DenoisingScoreMatching(sigma=...) or another of numpyro_bism.losses; an ELBO goes to inner_loss."
             )
         if num_inner_steps < 0:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
-        if isinstance(hypergradient, type) or not callable(hypergradient):
-            raise ValueError(
-                f"hypergradient={hypergradient!r} is not a strategy. Pass an instance, such as Amortized() or "
-                "Unrolled(5)."
-            )
+        require_hypergradient(hypergradient)
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
         self.model = model

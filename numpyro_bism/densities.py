@@ -690,7 +690,7 @@ def analyse(
         latents = {name: s for name, s in q.sites.items() if not s.is_observed}
         sites = visible.find(p.sites, leaves, names, discrete)
         if not (alone or partial_guide):
-            _check_sites(p.sites, latents)
+            _check_sites(p.sites, latents, sites[0].shape[0])
         for name, site in q.sites.items():
             if isinstance(base_of(site.fn), Unit):
                 raise ValueError(
@@ -853,14 +853,26 @@ def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSi
     return round(num)
 
 
-def _check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site]) -> None:
+def _cure_of_missing(site: Site, num_rows: int) -> str:
+    if is_enumerated(site.infer):
+        return (
+            "BiSM sums out what the guide marks for enumeration: sample it there with infer={'enumerate': 'parallel'}; or "
+            "take MarginalSM(model, optim, loss), which sums latents out and needs no guide."
+        )
+    if jnp.shape(site.value)[:1] != (num_rows,):
+        return (
+            "It stands outside the data plate, so all examples share it: is it a weight with a prior (a random "
+            "module)? Make it a parameter, or take PersistentVI, which learns a posterior over weights."
+        )
+    return "Sample it there too, or sum it out of the energy by hand."
+
+
+def _check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site], num_rows: int) -> None:
     model_latents = [name for name, s in model_sites.items() if not s.is_observed]
     for name in model_latents:
         if name not in latents:
-            raise ValueError(
-                f"The model's latent site '{name}' is missing from the guide. Sample it there too, or "
-                "sum it out of the energy by hand."
-            )
+            cure = _cure_of_missing(model_sites[name], num_rows)
+            raise ValueError(f"The model's latent site '{name}' is missing from the guide. {cure}")
     for name, site in latents.items():
         if name in model_latents or site.infer.get("is_auxiliary", False):
             continue

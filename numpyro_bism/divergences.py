@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.infer.elbo import ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
+from .brief import named
 from .densities import Draw, Pair
 from .losses import OuterLoss
 from .visible import Batch
@@ -69,7 +70,7 @@ def as_inner_loss(inner_loss: Any) -> InnerLoss:
         return inner_loss
     if not isinstance(inner_loss, ELBO):
         raise ValueError(
-            f"inner_loss={type(inner_loss).__name__} is not an ELBO. Use Trace_ELBO(), TraceMeanField_ELBO(), "
+            f"inner_loss={named(inner_loss)} is not an ELBO. Use Trace_ELBO(), TraceMeanField_ELBO(), "
             "TraceGraph_ELBO(), TraceEnum_ELBO() or FisherDivergence()."
         )
     if getattr(inner_loss, "multi_sample_guide", False) or not getattr(inner_loss, "sum_sites", True):

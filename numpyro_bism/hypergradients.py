@@ -111,6 +111,17 @@ class Hypergradient(Protocol):
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result: ...
 
 
+def require_hypergradient(strategy: Any) -> None:
+    """:raises ValueError: for what is no strategy; a class is none."""
+    wanted = [name for name in vars(Hypergradient) if not name.startswith("_")]
+    missing = [name for name in wanted if not hasattr(strategy, name)]
+    if isinstance(strategy, type) or not callable(strategy) or missing:
+        raise ValueError(
+            f"hypergradient={strategy!r} is not a strategy. Pass an instance, such as Amortized() or "
+            "Unrolled(5); one of your own derives from hypergradients.Hypergradient."
+        )
+
+
 @dataclass(frozen=True)
 class Detached(Hypergradient):
     """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0).

@@ -40,7 +40,7 @@ def require_kernel(kernel: Any) -> None:
     if isinstance(kernel, type) or not all(callable(getattr(kernel, name, None)) for name in methods):
         name = kernel.__name__ if isinstance(kernel, type) else repr(kernel)
         raise ValueError(
-            f"kernel={name} is not a kernel. Pass an instance, such as Gibbs(); HMC and NUTS take a model: program(...)."
+            f"kernel={name} is not a kernel. Pass an instance, such as Gibbs(); for HMC and NUTS see program()."
         )
 
 

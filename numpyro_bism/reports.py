@@ -12,6 +12,7 @@ from jax import Array
 from numpyro.handlers import seed
 
 from .bism import BiSM
+from .brief import brief
 from .densities import per_example, record
 from .diagnostics import _read, check_noise, guide_draws, psis_khat, to_arviz
 from .energies import VISIBLE, Energy, NoIntegral, OutOfReach
@@ -66,8 +67,11 @@ class Guide(NamedTuple):
     gap: np.ndarray
     kl: np.ndarray
 
+    def __repr__(self) -> str:
+        return brief(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """What :func:`diagnose` found. Print it; ``plot()`` it; ``data`` is for ArviZ.
 
@@ -97,16 +101,20 @@ class Diagnosis:
     def __getitem__(self, subject: str) -> Verdict:
         return next(verdict for verdict in self.verdicts if verdict.subject == subject)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # in words: its arrays would be pages of numbers
         marks = {True: "ok", False: "NOT OK", None: "-"}
         width = max(len(verdict.subject) for verdict in self.verdicts)
         return "\n".join(f"{v.subject:<{width}}  {marks[v.passed]:<6}  {v.text}" for v in self.verdicts)
 
     def plot(self) -> Any:
-        """One matplotlib figure: k̂ and KL by point, guide beside chains, chains beside data, the weights of AIS."""
-        import matplotlib.pyplot as plt
+        """One matplotlib figure: k̂ and KL by point, guide beside chains, chains beside data, the weights of AIS.
 
-        figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+        It is pyplot's no more than yours: a notebook shows what is returned, once; a script saves it with ``savefig``.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(13, 7), layout="constrained")
+        axes = figure.subplots(2, 3)
         _plot_guide(axes[0], self)
         _plot_chains(axes[1], self)
         return figure
@@ -596,6 +604,9 @@ class Calibration(NamedTuple):
 
     pit: dict[str, np.ndarray]
     p_values: dict[str, float]
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def calibration(

@@ -20,6 +20,7 @@ from jax import Array
 from numpyro.infer import HMC, NUTS
 
 from . import visible
+from .brief import brief
 from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels
 from .jit import compiled
@@ -28,7 +29,7 @@ from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin, require_kernel
 __all__ = ["AnnealedLangevin", "Chains", "Gibbs", "Langevin", "program", "recorded", "run_chains"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Chains:
     """Draws, and all that it takes to go on.
 
@@ -55,6 +56,9 @@ class Chains:
     kernel: str
     rows: Mapping[str, Array]
     v: Array
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def run_chains(

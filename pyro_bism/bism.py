@@ -11,7 +11,8 @@ from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
 from . import averages, densities, divergences, energies
-from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, slopes
+from .brief import named
+from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, require_hypergradient, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
 from .optim import descend, require_unrollable, settle
@@ -92,7 +93,7 @@ class BiSM(Trainer):
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
         if not isinstance(loss, OuterLoss):
             raise ValueError(
-                f"loss={type(loss).__name__} is not an outer loss. BiSM matches scores: use "
+                f"loss={named(loss)} is not an outer loss. BiSM matches scores: use "
                 "DenoisingScoreMatching(sigma=...) or another of pyro_bism.losses; an ELBO goes to inner_loss."
             )
         require_optim(optim, "optim")
@@ -100,11 +101,7 @@ class BiSM(Trainer):
             require_optim(inner_optim, "inner_optim")
         if num_inner_steps < 0:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
-        if isinstance(hypergradient, type) or not callable(hypergradient):
-            raise ValueError(
-                f"hypergradient={hypergradient!r} is not a strategy. Pass an instance, such as Amortized() or "
-                "Unrolled(5)."
-            )
+        require_hypergradient(hypergradient)
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
         self.model = model

@@ -149,6 +149,15 @@ def is_averaged(fn: TorchDistribution) -> bool:
     return isinstance(base_of(fn), AveragedBernoulli | AveragedOneHot)
 
 
+def plain_support(support: Any) -> Any:
+    """A mixture's support is that of its components, which ``biject_to`` knows."""
+    if isinstance(support, constraints.independent):
+        return constraints.independent(plain_support(support.base_constraint), support.reinterpreted_batch_ndims)
+    if hasattr(support, "base_constraint"):
+        return plain_support(support.base_constraint)
+    return support
+
+
 def is_flat(fn: TorchDistribution) -> bool:
     """Whether the site is declared by ``.mask(False)`` and adds no density."""
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):

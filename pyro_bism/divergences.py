@@ -9,6 +9,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from .brief import named
 from .densities import Draw, Pair, Site
 from .losses import OuterLoss
 from .visible import Batch
@@ -75,9 +76,9 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
     """
     if isinstance(inner_loss, FisherDivergence):
         return inner_loss
-    if not hasattr(inner_loss, "differentiable_loss"):
+    if isinstance(inner_loss, type) or not hasattr(inner_loss, "differentiable_loss"):
         raise ValueError(
-            f"inner_loss={type(inner_loss).__name__} has no differentiable_loss. Use Trace_ELBO(), "
+            f"inner_loss={named(inner_loss)} has no differentiable_loss. Use Trace_ELBO(), "
             "TraceMeanField_ELBO(), TraceEnum_ELBO(), TraceTMC_ELBO() or FisherDivergence()."
         )
 

@@ -373,7 +373,7 @@ class _AdamStep:
 
 
 def _like(factor: Any, value: Tensor) -> Any:
-    """A captured step's factor, which is float64, for a parameter without dimensions: it would make that float64 too."""
+    """A captured step's factor, a float64, as a parameter of no dimensions takes it: it would become float64 too."""
     return factor.to(value.dtype) if isinstance(factor, Tensor) and value.dim() == 0 else factor
 
 

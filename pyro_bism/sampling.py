@@ -18,6 +18,7 @@ from pyro.infer import HMC, NUTS
 from torch import Tensor
 
 from . import visible
+from .brief import brief
 from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels, select
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin, require_kernel
@@ -26,7 +27,7 @@ from .visible import _is_real
 __all__ = ["AnnealedLangevin", "Chains", "Gibbs", "Langevin", "program", "recorded", "run_chains"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Chains:
     """Draws, and all that it takes to go on.
 
@@ -53,6 +54,9 @@ class Chains:
     kernel: str
     rows: Mapping[str, Tensor]
     v: Tensor
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 @torch.no_grad()

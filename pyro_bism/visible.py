@@ -280,7 +280,7 @@ def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> Visi
 
 
 def _is_real(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
+    while hasattr(support, "base_constraint"):  # independent ones, and those of mixtures
         support = support.base_constraint
     return support in (constraints.real, constraints.real_vector)
 

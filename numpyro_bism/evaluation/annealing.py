@@ -11,9 +11,10 @@ import numpy as np
 import tqdm
 from jax import Array
 
+from ..brief import brief
 from ..energies import VISIBLE, Density, Energy, Point, random_labels
 from ..jit import compiled
-from ..kernels import Gibbs, Kernel, Langevin, draw_affine
+from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from .normalizer import energy_of
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
@@ -42,6 +43,9 @@ class AIS(NamedTuple):
     upper_error: Any
     log_weights: Array
     reverse_log_weights: Array | None
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def ais(
@@ -90,6 +94,7 @@ def ais(
     if kernel is None:
         free = any(block.kind == "free" for block in target.blocks)
         kernel = Langevin(num_steps=3) if free else Gibbs()
+    require_kernel(kernel)
     if isinstance(kernel, Gibbs) and kernel.conditionals:
         raise ValueError("ais: closed forms given to Gibbs are those of p̃, not of the path from the base to it.")
     x = draw(key_base, num_chains * num_rows)

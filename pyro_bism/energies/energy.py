@@ -13,7 +13,7 @@ from torch.distributions import biject_to
 
 from .. import visible
 from ..densities import Site, joint_per_example, record
-from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard
+from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, plain_support
 from .density import (
     VISIBLE,
     Block,
@@ -315,7 +315,7 @@ def _latent(site: Site, n: int) -> Latent:
         return Latent(shape[1:], "bits", fn=fn)
     if isinstance(base, dist.OneHotCategorical | ConcreteOneHot):
         return Latent(shape[1:], "onehot", fn=fn)
-    support: Any = fn.support
+    support: Any = plain_support(fn.support)
     if not support.is_discrete:
         transform = biject_to(support)
         unconstrained = tuple(transform.inverse_shape(torch.Size(shape)))[1:]

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
+from ..brief import brief
 from ..energies import VISIBLE, Density, Energy, Point, random_labels, select
-from ..kernels import Gibbs, Kernel, Langevin, draw_affine
+from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from .normalizer import energy_of
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
@@ -41,6 +42,9 @@ class AIS(NamedTuple):
     upper_error: Any
     log_weights: Tensor
     reverse_log_weights: Tensor | None
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 @torch.no_grad()
@@ -87,6 +91,7 @@ def ais(
     if kernel is None:
         free = any(block.kind == "free" for block in target.blocks)
         kernel = Langevin(num_steps=3) if free else Gibbs()
+    require_kernel(kernel)
     if isinstance(kernel, Gibbs) and kernel.conditionals:
         raise ValueError("ais: closed forms given to Gibbs are those of p̃, not of the path from the base to it.")
     x = draw(num_chains * num_rows)

@@ -11,6 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..brief import named
 from ..energies import VISIBLE
 from ..visible import Batch
 from .rival import Rival, Target
@@ -84,6 +85,10 @@ def check_noise(noise: Any, num_noise: int) -> None:
     """:raises ValueError: for settings that are none."""
     if num_noise < 1:
         raise ValueError(f"num_noise must be at least 1, got {num_noise}.")
+    if noise is not None and not isinstance(noise, torch.distributions.Distribution):
+        raise ValueError(
+            f"noise={named(noise)} is not a distribution. Use one such as dist.Normal(mean, scale).to_event(1)."
+        )
     if noise is not None and (noise.batch_shape != () or len(noise.event_shape) != 1):
         raise ValueError(
             f"noise should be a distribution of one row of visible values, of event shape (D,): found batch shape "
