@@ -856,8 +856,8 @@ def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSi
 def _cure_of_missing(site: Site, num_rows: int) -> str:
     if is_enumerated(site.infer):
         return (
-            "BiSM sums out what the guide marks for enumeration: sample it there with infer={'enumerate': 'parallel'}; or "
-            "take MarginalSM(model, optim, loss), which sums latents out and needs no guide."
+            "BiSM sums out what the guide marks: sample it there with infer={'enumerate': 'parallel'}; or take "
+            "MarginalSM(model, optim, loss), which sums latents out and needs no guide."
         )
     if jnp.shape(site.value)[:1] != (num_rows,):
         return (
@@ -936,6 +936,7 @@ def _undifferentiable(start: Analysis, name: str, batch: visible.Batch, rng_key:
     def first(phi):
         return sum(g.sum() for g in jax.tree.leaves(jax.grad(value)(phi)))
 
+    jax.eval_shape(value, start.phi)  # what fails without derivatives is the program's own fault, and told as such
     try:
         jax.eval_shape(jax.grad(first), start.phi)
     except (NotImplementedError, ValueError) as error:

@@ -168,7 +168,9 @@ class Langevin:
             return state
         # Robbins-Monro; the first steps go far
         rate = 1 / jnp.sqrt(1 + 0.1 * state.num_adapted)
-        return LangevinState(state.log_step + rate * (acceptance.mean() - 0.574), state.num_adapted + 1)
+        change = rate * (acceptance.mean() - 0.574)
+        # of the state's own type: with x64 an acceptance may be float64 where v is float32
+        return LangevinState(state.log_step + change.astype(state.log_step.dtype), state.num_adapted + 1)
 
     def finish(self, density: Density, x: Point) -> Point:
         return x

@@ -117,6 +117,8 @@ def _check_particles(num_particles: int, average: str) -> None:
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):  # under vmap and jit there is no number to look at
+            continue
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be positive and finite, got {value}.")
 

@@ -69,7 +69,7 @@ class Trainer(ABC):
         :param init_params: values for ``param`` sites by name, instead of the programs' own.
         :raises ValueError: on misuse, naming the site and the cure, or on NaN or infinity in the data.
         """
-        return self._init(rng_key, *self._checked(args, kwargs), init_params)
+        return self._init(_plain(rng_key), *self._checked(args, kwargs), init_params)
 
     def update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """One (outer) update, to be compiled with ``jax.jit`` by the caller, as SVI's.
@@ -119,7 +119,7 @@ class Trainer(ABC):
         if num_steps < 1:
             raise ValueError(f"num_steps must be a positive integer, got {num_steps}.")
         leaves, spec = self._checked(args, kwargs)
-        state = self._init(rng_key, leaves, spec, init_params) if init_state is None else init_state
+        state = self._init(_plain(rng_key), leaves, spec, init_params) if init_state is None else init_state
         loop, arrays = self._loop(leaves, spec, stable_update)
         # copied: the loop works in place, and init_state stays the caller's
         state = jax.tree.map(jnp.copy, state)
@@ -239,6 +239,17 @@ class Trainer(ABC):
                 "The constraints are not known yet. Call init(rng_key, *args) once; the state stays yours."
             )
         return next(reversed(self._pairs.values()))
+
+
+def _plain(rng_key: Array) -> Array:
+    """A key as numbers, the same key: what serialises arrays (flax, equinox) knows no typed ones.
+
+    One of another generator than JAX's default stays typed, as the numbers alone do not tell which.
+    """
+    if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
+        return rng_key
+    is_default = str(jax.random.key_impl(rng_key)) == jax.config.jax_default_prng_impl
+    return jax.random.key_data(rng_key) if is_default else rng_key
 
 
 def structure(leaves: Sequence[Any], spec: Any) -> tuple:

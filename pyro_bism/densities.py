@@ -705,8 +705,8 @@ def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSi
 def _cure_of_missing(site: Site, num_rows: int) -> str:
     if is_enumerated(site.infer):
         return (
-            "BiSM sums out what the guide marks for enumeration: sample it there with infer={'enumerate': 'parallel'}; or "
-            "take MarginalSM(model, optim, loss), which sums latents out and needs no guide."
+            "BiSM sums out what the guide marks: sample it there with infer={'enumerate': 'parallel'}; or take "
+            "MarginalSM(model, optim, loss), which sums latents out and needs no guide."
         )
     if tuple(site.value.shape)[:1] != (num_rows,):
         return (

@@ -11,6 +11,8 @@ latents out (``infer={"enumerate": "parallel"}`` and ``TraceEnum_ELBO``) is exac
 afforded.
 """
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
