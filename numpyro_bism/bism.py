@@ -16,6 +16,7 @@ from .jit import taken_apart
 from .losses import OuterLoss
 from .optim import as_optim, inner_copy, require_single_steps
 from .training import BiSMRunResult, Trainer, norm, require_guide
+from .modes import in_own_modes
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
 
@@ -155,6 +156,7 @@ class BiSM(Trainer):
         theta, phi = self._unpack(pair, state)
         return pair.params(theta, phi, None)
 
+    @in_own_modes
     def evaluate(self, state: BiSMState, *args: Any, **kwargs: Any) -> Array:
         """The outer loss at the state's parameters, with fresh noise; nothing is updated."""
         leaves, spec = self._checked(args, kwargs)
@@ -261,6 +263,7 @@ class BiSM(Trainer):
         divergences.check(self.inner_loss, start.pair)
         return start
 
+    @in_own_modes
     def energy(
         self, state: BiSMState, *args: Any, rng_key: Array, **kwargs: Any
     ) -> tuple[energies.Energy, dict[str, Any], energies.Point]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import visible
 from .bism import BiSM, BiSMState
 from .densities import Pair, Site, per_example, record
+from .modes import in_own_modes
 from .rivals import PersistentVI
 from .sampling import Chains
 
@@ -108,6 +109,7 @@ def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:
     return array_stats.psislw(-log_weight, axis=-1)[1]
 
 
+@in_own_modes
 def to_arviz(
     bism: BiSM | PersistentVI,
     state: Any,
@@ -357,6 +359,7 @@ class GuideDraws(NamedTuple):
     log_q: np.ndarray
 
 
+@in_own_modes
 def guide_draws(bism: BiSM, state: BiSMState, *args: Any, rng_key: Array, num_draws: int, **kwargs: Any) -> GuideDraws:
     """h ~ q(h|v; φ) at these data, relaxed sites drawn as discrete ones, with the log densities of model and guide."""
     leaves, spec = bism._checked(args, kwargs)

@@ -271,7 +271,8 @@ class MultiscaleDenoisingScoreMatching:
     def __post_init__(self):
         _check_particles(self.num_particles, self.average)
         _check_positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max, sigma0=self.sigma0)
-        if self.sigma_min > self.sigma_max:
+        ordered = not isinstance(self.sigma_min, jax.core.Tracer) and not isinstance(self.sigma_max, jax.core.Tracer)
+        if ordered and self.sigma_min > self.sigma_max:
             raise ValueError(f"sigma_min ({self.sigma_min}) is above sigma_max ({self.sigma_max}).")
         if self.spacing not in ("geometric", "linear"):
             raise ValueError(f"spacing must be 'geometric' or 'linear', got {self.spacing!r}.")

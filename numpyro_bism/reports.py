@@ -28,6 +28,7 @@ from .evaluation import (
 )
 from .evaluation.noise import noise_scale
 from .kernels import Kernel
+from .modes import in_own_modes
 from .sampling import Chains, default_kernel, run_chains
 
 __all__ = ["Calibration", "Diagnosis", "Verdict", "calibration", "diagnose", "loo"]
@@ -120,6 +121,7 @@ class Diagnosis:
         return figure
 
 
+@in_own_modes
 def diagnose(
     trained: Any,
     state: Any,
@@ -609,6 +611,7 @@ class Calibration(NamedTuple):
         return brief(self)
 
 
+@in_own_modes
 def calibration(
     trained: BiSM,
     state: Any,
@@ -675,6 +678,7 @@ def _kolmogorov(u: np.ndarray) -> float:
     return float(np.clip(2 * ((-1.0) ** (k - 1) * np.exp(-2 * k**2 * scaled**2)).sum(), 0.0, 1.0))
 
 
+@in_own_modes
 def loo(estimate: Estimate) -> Any:
     """Leave-one-out cross-validation of log p(v | θ) over draws of θ, by ArviZ, where the normaliser allows it.
 

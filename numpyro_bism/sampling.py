@@ -25,6 +25,7 @@ from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels
 from .jit import compiled
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin, require_kernel
+from .modes import in_own_modes
 
 __all__ = ["AnnealedLangevin", "Chains", "Gibbs", "Langevin", "program", "recorded", "run_chains"]
 
@@ -61,6 +62,7 @@ class Chains:
         return brief(self)
 
 
+@in_own_modes
 def run_chains(
     trained: Any,
     state: Any,

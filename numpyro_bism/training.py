@@ -13,6 +13,7 @@ from jax import Array
 from . import densities
 from . import visible as visibles
 from .jit import compiled, num_ahead, taken_apart
+from .modes import in_own_modes
 
 __all__ = ["BiSMRunResult", "Trainer", "norm"]
 
@@ -61,6 +62,7 @@ class Trainer(ABC):
     def _cure(self) -> str:
         """What to try where a loss is not finite."""
 
+    @in_own_modes
     def init(self, rng_key: Array, *args: Any, init_params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """The initial state; the programs run once, and misuse is found here.
 
@@ -71,6 +73,7 @@ class Trainer(ABC):
         """
         return self._init(_plain(rng_key), *self._checked(args, kwargs), init_params)
 
+    @in_own_modes
     def update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """One (outer) update, to be compiled with ``jax.jit`` by the caller, as SVI's.
 
@@ -80,6 +83,7 @@ class Trainer(ABC):
         state, loss, _ = self._update(state, *self._checked(args, kwargs))
         return state, loss
 
+    @in_own_modes
     def stable_update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """:meth:`update`, but if the data, a loss or a gradient is not finite, nothing changes but the random key.
 
@@ -95,6 +99,7 @@ class Trainer(ABC):
         kept = jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, old)
         return kept, jnp.where(finite, loss, jnp.nan)
 
+    @in_own_modes
     def run(
         self,
         rng_key: Array,
@@ -248,7 +253,7 @@ def _plain(rng_key: Array) -> Array:
     """
     if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
         return rng_key
-    is_default = str(jax.random.key_impl(rng_key)) == jax.config.jax_default_prng_impl
+    is_default = str(jax.random.key_impl(rng_key)) == jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
     return jax.random.key_data(rng_key) if is_default else rng_key
 
 

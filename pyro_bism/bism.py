@@ -15,6 +15,7 @@ from .brief import named
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, require_hypergradient, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
+from .modes import in_own_modes
 from .optim import descend, require_unrollable, settle
 from .params import random_state
 from .training import Buffers, Trainer, require_guide, require_optim, same_settings
@@ -119,6 +120,7 @@ class BiSM(Trainer):
         # what the hypergradient carries from step to step, in a tuple; None before the first
         self._carried: tuple[Any] | None = None
 
+    @in_own_modes
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One outer update.
 
@@ -220,6 +222,7 @@ class BiSM(Trainer):
                 descend(self.inner_optim, problem.phi, gradient)
         return loss, length
 
+    @in_own_modes
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The outer loss at the present parameters, with fresh noise; nothing is updated."""
         pair, leaves, spec = self._prepare(args, kwargs)
@@ -261,6 +264,7 @@ class BiSM(Trainer):
             )
         self._carried = carried
 
+    @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> tuple[energies.Energy, energies.Point]:
         """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
         pair, leaves, spec = self._prepare(args, kwargs)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import visible
 from .bism import BiSM
 from .densities import Pair, Site, per_example, record
+from .modes import in_own_modes
 from .rivals import PersistentVI
 from .sampling import Chains
 
@@ -108,6 +109,7 @@ def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:
     return array_stats.psislw(-log_weight, axis=-1)[1]
 
 
+@in_own_modes
 def to_arviz(
     bism: BiSM | PersistentVI,
     *args: Any,
@@ -345,6 +347,7 @@ class GuideDraws(NamedTuple):
     log_q: Tensor
 
 
+@in_own_modes
 def guide_draws(bism: BiSM, *args: Any, num_draws: int, **kwargs: Any) -> GuideDraws:
     """h ~ q(h|v; φ) at these data, relaxed sites drawn as discrete ones, with the log densities of model and guide."""
     pair, leaves, spec = bism._prepare(args, kwargs)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .kernels import Kernel
+from .modes import in_own_modes
 from .sampling import default_kernel, run_chains
 
 GOOD_RHAT = 1.1  # of chains too short to be held to a diagnosis's 1.05
@@ -70,6 +71,7 @@ class Predictive:
             "progress_bar": progress_bar,
         }
 
+    @in_own_modes
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The draws by site, of shape (num_samples, n, ...); draws of one row follow one another in its chain.
 

@@ -22,6 +22,7 @@ from .brief import brief
 from .distributions import base_of
 from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels, select
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin, require_kernel
+from .modes import in_own_modes
 from .visible import _is_real
 
 __all__ = ["AnnealedLangevin", "Chains", "Gibbs", "Langevin", "program", "recorded", "run_chains"]
@@ -59,6 +60,7 @@ class Chains:
         return brief(self)
 
 
+@in_own_modes
 @torch.no_grad()
 def run_chains(
     trained: Any,

@@ -16,6 +16,7 @@ from ..energies import VISIBLE, Density, Energy, Point, random_labels
 from ..jit import compiled
 from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from .normalizer import energy_of
+from ..modes import in_own_modes
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
@@ -48,6 +49,7 @@ class AIS(NamedTuple):
         return brief(self)
 
 
+@in_own_modes
 def ais(
     trained: Any,
     state: Any,

@@ -10,6 +10,7 @@ from jax import Array
 
 from .. import losses
 from ..energies import VISIBLE
+from ..modes import in_own_modes
 from .noise import with_noise
 from .normalizer import Estimate
 from .scores import guide_score, score_at, summable
@@ -25,6 +26,7 @@ class FitTest(NamedTuple):
     p_value: float
 
 
+@in_own_modes
 def fisher_divergence(
     trained: Any,
     state: Any,
@@ -89,6 +91,7 @@ def _mean(values: Array, method: str) -> Estimate:
     return Estimate(values.mean(), error, method)
 
 
+@in_own_modes
 def kernel_stein_discrepancy(
     trained: Any,
     state: Any,

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from ..energies import VISIBLE, Integral, OutOfReach
+from ..modes import in_own_modes
 
 PRECISE = 1e-3  # nats: the error that a number without one may have
 
@@ -25,6 +26,7 @@ class Estimate(NamedTuple):
     method: str
 
 
+@in_own_modes
 def free_energy(trained: Any, state: Any, *args: Any, rng_key: Array | None = None, **kwargs: Any) -> Array:
     r"""The free energy :math:`F(v) = -\log \sum_h \int e^{-E(v, h)}\, dh` of every row, shape (n,).
 
@@ -46,6 +48,7 @@ def free_energy(trained: Any, state: Any, *args: Any, rng_key: Array | None = No
     return jnp.asarray(-value, x[VISIBLE].dtype)
 
 
+@in_own_modes
 def log_normalizer(trained: Any, state: Any, *args: Any, rng_key: Array | None = None, **kwargs: Any) -> Estimate:
     r"""log Z(θ) = log ∫ Σ_h exp(-E(v, h)) dv by sums, Gaussian integrals or quadrature, and how it was found.
 
@@ -69,6 +72,7 @@ def log_normalizer(trained: Any, state: Any, *args: Any, rng_key: Array | None =
     return Estimate(value, error, integral.method)
 
 
+@in_own_modes
 def exact_log_normalizer(trained: Any, state: Any, *args: Any, rng_key: Array | None = None, **kwargs: Any) -> Any:
     r"""log Z(θ) as a number: the value of :func:`log_normalizer` where its error is at most 0.001.
 

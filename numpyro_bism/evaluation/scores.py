@@ -10,10 +10,12 @@ from jax import Array
 from .. import losses
 from ..bism import BiSM
 from ..energies import VISIBLE, Density, Integral, Point
+from ..modes import in_own_modes
 from .noise import noise_scale
 from .normalizer import energy_of
 
 
+@in_own_modes
 def score(trained: Any, state: Any, *args: Any, rng_key: Array, num_draws: int = 100, **kwargs: Any) -> Any:
     r"""The score :math:`\nabla_v \log p(v)` of every row, of the shape of the visible site's value.
 
@@ -33,6 +35,7 @@ def score(trained: Any, state: Any, *args: Any, rng_key: Array, num_draws: int =
     return _by_site(found.sites, found.score)
 
 
+@in_own_modes
 def denoise(
     trained: Any,
     state: Any,

@@ -13,6 +13,7 @@ from ..densities import Analysis, Pair, Site, record
 from ..distributions import base_of
 from ..energies import Energy, Point
 from ..kernels import Kernel, require_kernel
+from ..modes import in_own_modes
 from ..visible import Batch
 from .cd import advance, draw_hidden
 from .rival import Rival, Target
@@ -134,6 +135,7 @@ class PersistentVI(Rival):
         """
         return AtTheta(self, {name: jnp.asarray(value) for name, value in theta.items()})
 
+    @in_own_modes
     def energy(self, state: Any, *args: Any, rng_key: Any = None, **kwargs: Any) -> Any:
         """
         :raises ValueError: there is one energy for each θ: see :meth:`at`.
@@ -221,6 +223,7 @@ class AtTheta:
     trained: PersistentVI
     theta: Mapping[str, Array]
 
+    @in_own_modes
     def energy(self, state: Any, *args: Any, rng_key: Array, **kwargs: Any) -> tuple[Energy, dict[str, Any], Point]:
         """log p̃(v, h) on these arguments, its parameters, and a point: the data and a draw of h.
 

@@ -16,6 +16,7 @@ from jax import Array
 from .. import densities, energies, visible
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached
+from ..modes import in_own_modes
 from ..optim import as_optim, require_single_steps
 from ..training import Trainer, norm, ranks, structure
 
@@ -191,6 +192,7 @@ class Rival(Trainer):
         own = {name: value for name, value in theta.items() if name not in {**pair.theta, **phi}}
         return {**pair.params({name: theta[name] for name in pair.theta}, phi, None), **own}
 
+    @in_own_modes
     def evaluate(self, state: RivalState, *args: Any, **kwargs: Any) -> Array:
         """The loss at the state's parameters, with fresh noise; nothing is updated."""
         leaves, spec = self._checked(args, kwargs)
@@ -202,6 +204,7 @@ class Rival(Trainer):
         theta = self._theta(target.pair, state)
         return self._loss(key_loss, theta, state.carried, target, state.mutable_state, batch)[0]
 
+    @in_own_modes
     def energy(
         self, state: RivalState, *args: Any, rng_key: Array, **kwargs: Any
     ) -> tuple[Energy, dict[str, Any], Point]:

@@ -15,6 +15,7 @@ from ..brief import brief
 from ..energies import VISIBLE, Density, Energy, Point, random_labels, select
 from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from .normalizer import energy_of
+from ..modes import in_own_modes
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
@@ -47,6 +48,7 @@ class AIS(NamedTuple):
         return brief(self)
 
 
+@in_own_modes
 @torch.no_grad()
 def ais(
     trained: Any,

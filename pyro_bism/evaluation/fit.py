@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import losses
 from ..energies import VISIBLE
+from ..modes import in_own_modes
 from .noise import with_noise
 from .normalizer import Estimate
 from .scores import gradient, guide_score, score_at, summable
@@ -24,6 +25,7 @@ class FitTest(NamedTuple):
     p_value: float
 
 
+@in_own_modes
 def fisher_divergence(
     trained: Any,
     *args: Any,
@@ -80,6 +82,7 @@ def _mean(values: Tensor, method: str) -> Estimate:
     return Estimate(values.mean(), error, method)
 
 
+@in_own_modes
 def kernel_stein_discrepancy(
     trained: Any,
     *args: Any,

@@ -15,8 +15,10 @@ from . import normalizer
 from .annealing import AIS, ais
 from .noise import with_noise
 from .normalizer import Estimate, energy_of, finite
+from ..modes import in_own_modes
 
 
+@in_own_modes
 def log_likelihood(
     trained: Any,
     *args: Any,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..energies import VISIBLE, Integral, OutOfReach
+from ..modes import in_own_modes
 
 PRECISE = 1e-3  # nats: the error that a number without one may have
 
@@ -24,6 +25,7 @@ class Estimate(NamedTuple):
     method: str
 
 
+@in_own_modes
 def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
     r"""The free energy :math:`F(v) = -\log \sum_h \int e^{-E(v, h)}\, dh` of every row, shape (n,).
 
@@ -43,6 +45,7 @@ def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
     return torch.as_tensor(-value, dtype=x[VISIBLE].dtype)
 
 
+@in_own_modes
 def log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Estimate:
     r"""log Z(θ) = log ∫ Σ_h exp(-E(v, h)) dv by sums, Gaussian integrals or quadrature, and how it was found.
 
@@ -66,6 +69,7 @@ def log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Estimate:
     return Estimate(value, error, integral.method)
 
 
+@in_own_modes
 def exact_log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Any:
     r"""log Z(θ) as a number: the value of :func:`log_normalizer` where its error is at most 0.001.
 

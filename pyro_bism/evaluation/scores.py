@@ -10,10 +10,12 @@ from torch import Tensor
 from .. import losses
 from ..bism import BiSM
 from ..energies import VISIBLE, Density, Integral, Point
+from ..modes import in_own_modes
 from .noise import noise_scale
 from .normalizer import energy_of
 
 
+@in_own_modes
 def score(trained: Any, *args: Any, num_draws: int = 100, **kwargs: Any) -> Any:
     r"""The score :math:`\nabla_v \log p(v)` of every row, of the shape of the visible site's value.
 
@@ -31,6 +33,7 @@ def score(trained: Any, *args: Any, num_draws: int = 100, **kwargs: Any) -> Any:
     return _by_site(found.sites, found.score)
 
 
+@in_own_modes
 def denoise(trained: Any, *args: Any, noise: float | str = "loss", num_draws: int = 100, **kwargs: Any) -> Any:
     r"""The posterior mean of clean data given noisy ones: Tweedie's formula, :math:`v + \sigma^2 \nabla_v \log p(v)`.
 

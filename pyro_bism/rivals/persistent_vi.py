@@ -13,6 +13,7 @@ from ..densities import Pair, Site, record, replay
 from ..distributions import base_of
 from ..energies import Energy, Point, select
 from ..kernels import Kernel, require_kernel
+from ..modes import in_own_modes
 from ..visible import Batch
 from .cd import advance, draw_hidden
 from .rival import Rival, Target
@@ -129,6 +130,7 @@ class PersistentVI(Rival):
         """
         return AtTheta(self, {name: torch.as_tensor(value) for name, value in theta.items()})
 
+    @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> Any:
         """
         :raises ValueError: there is one energy for each θ: see :meth:`at`.
@@ -207,6 +209,7 @@ class AtTheta:
     trained: PersistentVI
     theta: Mapping[str, Tensor]
 
+    @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> tuple[Energy, Point]:
         """log p̃(v, h) on these arguments, and a point: the data and a draw of h.
 

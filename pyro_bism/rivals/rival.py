@@ -20,6 +20,7 @@ from .. import densities, energies, optim, params, visible
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached, Gradient, norm
 from ..jit import Program, left, told
+from ..modes import in_own_modes
 from ..training import Buffers, Trainer, require_optim
 
 __all__ = ["Rival", "RivalInfo"]
@@ -221,6 +222,7 @@ class Rival(Trainer):
         """
         return target
 
+    @in_own_modes
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One update.
 
@@ -305,6 +307,7 @@ class Rival(Trainer):
         inner_optim = self._optims.get("inner_optim", self.optim)
         return Program(pair, self._task, self._theta(pair), self._inner_leaves(pair), self.optim, inner_optim)
 
+    @in_own_modes
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the present parameters, with fresh noise; nothing is updated."""
         target, _, _, batch = self._ready(args, kwargs)
@@ -315,6 +318,7 @@ class Rival(Trainer):
         finally:
             buffers.restore()
 
+    @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> tuple[Energy, Point]:
         """The trained log p̃(v, h) on these arguments, and a point: the data and a draw of h.
 
