@@ -46,6 +46,9 @@ class BiSMInfo(NamedTuple):
 class BiSMState(NamedTuple):
     """All that training changes; a pytree of arrays, to be saved and restored by any checkpointer.
 
+    (flax's ``to_bytes`` takes it where the optimiser is optax's: NumPyro's own keep a tree definition, which it can't
+    write, in SVI's state as in this one.)
+
     :ivar optim_state: θ and the state of its optimiser.
     :ivar inner_optim_state: φ and the state of its optimiser.
     :ivar mutable_state: mutable sites (batch-norm statistics), or None.

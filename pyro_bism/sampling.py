@@ -97,7 +97,7 @@ def run_chains(
     :param init: "data"; "noise" (v normal with the data's mean and twice their spread, latents anywhere); or a mapping
         from site names to values, the rest as for "data".
     :param chains: go on from these, made by the same call; at the same rows of the data, if a plate subsamples them.
-    :returns: the draws, which go to ``to_arviz(..., chains=...)``.
+    :returns: the draws, which go to ``to_arviz`` as ``posterior``, ``posterior_predictive`` or ``model_samples``.
     :raises ValueError: on misuse, naming the site and the cure.
     :raises FloatingPointError: if a chain's log density is not finite.
     """

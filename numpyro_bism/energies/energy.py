@@ -87,12 +87,12 @@ class Energy:
         drawn = {name: site for name, site in run.sites.items() if not site.is_observed}
         latents = {name: _latent(site, n) for name, site in drawn.items()}
         observed = {site.name: _latent(run.sites[site.name], n) for site in sites if site.is_discrete}
-        x = {VISIBLE: batch.v}
+        x = {VISIBLE: _widened(batch.v)}
         for name, latent in latents.items():
             value = drawn[name].value
             if latent.kind == "real":
                 value = latent.transform.inv(value)
-            x[name] = value.astype(batch.v.dtype) if latent.kind in ("bits", "onehot") else value
+            x[name] = value.astype(x[VISIBLE].dtype) if latent.kind != "labels" else value
         if like is not None:
             return like.at(batch), {**x, **like.seen(batch.v)}
         energy = cls(model, sites, batch, latents, n)
@@ -182,6 +182,7 @@ class Energy:
 
     def seen(self, v: Array) -> Point:
         """The visible part of a point, from all visible values side by side as a batch has them."""
+        v = _widened(v)
         sizes = [self.size(name) for name in self.observed]
         start = v.shape[1] - sum(sizes)
         x = {VISIBLE: v[:, :start]}
@@ -325,6 +326,11 @@ def _declared(energy: Energy, sites: Mapping[str, Site]) -> dict[str, str]:
             )
         found[VISIBLE if name in visible_sites else name] = structure
     return found
+
+
+def _widened(v: Array) -> Array:
+    """In the type that JAX prefers: with x64, float32 data meet float64 parameters and draws."""
+    return v.astype(jnp.promote_types(v.dtype, jnp.result_type(float)))
 
 
 def _latent(site: Site, n: int) -> Latent:
