@@ -14,9 +14,9 @@ from .brief import named
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
+from .modes import in_own_modes
 from .optim import as_optim, inner_copy, require_single_steps
 from .training import BiSMRunResult, Trainer, norm, require_guide
-from .modes import in_own_modes
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
 

@@ -15,8 +15,8 @@ from ..brief import brief
 from ..energies import VISIBLE, Density, Energy, Point, random_labels
 from ..jit import compiled
 from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
-from .normalizer import energy_of
 from ..modes import in_own_modes
+from .normalizer import energy_of
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 

@@ -13,13 +13,13 @@ from jax import Array
 from ..bism import BiSM
 from ..diagnostics import guide_draws
 from ..energies import VISIBLE, Integral, OutOfReach, named
+from ..modes import in_own_modes
 from ..rivals import PersistentVI
 from ..rivals.persistent_vi import given
 from . import normalizer
 from .annealing import AIS, ais
 from .noise import with_noise
 from .normalizer import Estimate, energy_of, finite
-from ..modes import in_own_modes
 
 
 @in_own_modes

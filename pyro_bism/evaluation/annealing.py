@@ -14,8 +14,8 @@ from tqdm import tqdm
 from ..brief import brief
 from ..energies import VISIBLE, Density, Energy, Point, random_labels, select
 from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
-from .normalizer import energy_of
 from ..modes import in_own_modes
+from .normalizer import energy_of
 
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
