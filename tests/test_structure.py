@@ -4,6 +4,7 @@ Each energy is a function of arrays that all backends understand, NumPy among th
 program, and the right values are sums and integrals of it on a grid, in NumPy and in float64.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -79,6 +80,13 @@ class Torch(Numbers):
         return x
 
     @staticmethod
+    @contextlib.contextmanager
+    def single():
+        torch.set_default_dtype(torch.float32)
+        yield
+        torch.set_default_dtype(torch.float64)
+
+    @staticmethod
     def lying(x):
         """x², but the gradient is 1."""
 
@@ -140,6 +148,10 @@ class Jax(Numbers):
     @staticmethod
     def sums(step, start, each):
         return jax.lax.scan(lambda carry, x: (step(carry, x), None), start, jnp.stack(each))[0]
+
+    @staticmethod
+    def single():
+        return jax.enable_x64(False)
 
     @staticmethod
     def lying(x):
@@ -606,7 +618,24 @@ def right(energy):
     return Right(free, np.array(each))
 
 
-@pytest.mark.parametrize("name", ENERGIES)
+# what others of these say as well
+FULL = {
+    "float power",
+    "quartic",
+    "rounded",
+    "written square",
+    "powers in a loop",
+    "long loop",
+    "two sites in pairs",
+    "square of bits",
+    "vector",
+    "precision by bits",
+    "penalty as a product",
+    "covariate of no row",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in ENERGIES])
 def test_structure_and_values(backend, name):
     energy = ENERGIES[name]
     trained = Untrained(backend, energy.model(backend))
@@ -635,6 +664,19 @@ def test_structure_and_values(backend, name):
         value = attempt(lambda: backend.call("exact_log_normalizer", trained, *one), is_free)  # noqa: B023
         if value is not None:
             assert float(value) == pytest.approx(expected.log_normalizer[row], rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", ["linear", "mixture given its label"])
+def test_values_in_single_precision(backend, name):
+    energy = ENERGIES[name]
+    expected = right(energy)
+    with backend.single():
+        trained, x = Untrained(backend, energy.model(backend)), backend.array(X[:, :1])
+        value = np.asarray(backend.call("free_energy", trained, x))
+        log_z = float(backend.call("exact_log_normalizer", trained, x))
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, expected.free_energy, rtol=1e-5, atol=1e-5)
+    assert log_z == pytest.approx(expected.log_normalizer[0], rel=1e-5)
 
 
 def attempt(call, may_refuse):
