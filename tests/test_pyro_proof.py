@@ -30,6 +30,7 @@ W, P, MU, COVARIATE = normal(D, H), normal(D, D), normal(K, D), normal(N, 1)
 KEEP, FIRST = torch.tensor([True, False, True]), torch.arange(D) % 2
 CONV, NORM = torch.nn.Conv1d(1, 2, 2).double(), torch.nn.BatchNorm1d(D).double().eval()
 BUFFER = torch.zeros(N, D, dtype=torch.double)
+SUMS, ROW = torch.zeros(N, H, dtype=torch.double), torch.arange(N)[:, None]
 SPARSE = P.to_sparse()
 
 
@@ -165,6 +166,12 @@ CASES = {
     "index_add": (lambda p: torch.zeros(N, 2, dtype=torch.double).index_add(1, FIRST, p.v).pow(2).sum(-1), 2, 0),
     "out=": (out, UNKNOWN, 0),
     "cat, stack": (lambda p: torch.cat([p.v, p.h], -1).sum(-1) + torch.stack([p.v[:, 0], p.h[:, 0]]).sum(0), 1, 1),
+    "put, added up": (
+        lambda p: SUMS.index_put((ROW, FIRST), p.v, accumulate=True).pow(2).mul(1 + p.h).sum(-1),
+        2,
+        1,
+        True,
+    ),
     "baddbmm": (lambda p: torch.baddbmm(p.h[:, :1, None], p.v[:, None], P.expand(N, D, D)).sum((1, 2)), 1, 1),
     "addmm": (lambda p: torch.addmm(p.h[:, :1], p.v, W).pow(2).sum(-1), 2, 2),
     "linear": (lambda p: (linear(p.v, W.T) * p.h).sum(-1), 1, 1),
@@ -243,14 +250,16 @@ def test_no_degree_is_too_low(name):
             assert (signs @ values).abs().max() <= 1e-10 * values.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("name", ["squares", "matrix", "machine", "given its label", "variance of bits", "written to"])
+@pytest.mark.parametrize(
+    "name", ["squares", "matrix", "machine", "given its label", "variance of bits", "written to", "put, added up"]
+)
 def test_separable_is_what_has_a_diagonal_hessian(name):
     f, x = CASES[name][0], point(1)
     first = {k: u[:1].repeat(N, *[1] * (u.ndim - 1)) for k, u in x.items()}
     hessian = torch.autograd.functional.hessian(lambda v: f(SimpleNamespace(**{**first, "v": v})).sum(), first["v"])
     own = torch.stack([hessian[i, :, i] for i in range(N)])
     is_diagonal = torch.equal(own, own.diagonal(dim1=1, dim2=2).diag_embed())
-    assert is_diagonal == ("v" in proved(f).separable) == (name != "matrix")
+    assert is_diagonal == ("v" in proved(f).separable) == (name not in ("matrix", "put, added up"))
 
 
 # The host's distributions, scored as an energy scores them

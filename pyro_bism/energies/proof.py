@@ -498,7 +498,7 @@ def _picked(c: _Call) -> Value:
 
 
 def _put(c: _Call) -> Value:
-    return _any(c[1]) * (c[0] + c[2] if c.arg(3) else c[0] | c[2])
+    return _any(c[1]) * ((c[0] + c[2]).sums() if c.arg(3) else c[0] | c[2])
 
 
 def _normalized(c: _Call) -> Value:
