@@ -6,6 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -368,6 +369,23 @@ def test_a_program_that_counts_its_rows_has_a_fixed_number_of_them():
     assert not energy.resizes or energy.is_homogeneous
     energy = energy_of(model, torch.randn(18, D))
     assert not energy.resizes and not energy.is_homogeneous
+
+
+@pytest.mark.parametrize("array", [torch.tensor, np.array], ids=["torch", "numpy"])
+def test_rows_of_a_longer_array(array):
+    """They differ where a look at a few rows does not come to."""
+    covariate = array([[0.0]] * 30 + [[1.0]] * 70)
+
+    def model(v):
+        slope = pyro.param("b", lambda: torch.ones(D))
+        with pyro.plate("data", len(v)):
+            v = flat("v", [D], v)
+            own = torch.as_tensor(covariate[: len(v)], dtype=v.dtype)
+            pyro.factor("energy", -0.5 * (v**2).sum(-1) + (own * slope * v).sum(-1))
+
+    energy = energy_of(model, torch.randn(40, D))
+    assert not energy.resizes and not energy.is_homogeneous
+    assert kinds(energy) == {VISIBLE: ("gaussian", True, True)}
 
 
 @pytest.mark.parametrize("zero_diagonal", [True, False])

@@ -97,7 +97,9 @@ class Energy:
             x |= seen
         energy = replace(energy, resizes=energy._can_resize(x))
         proof = prove(energy, x)
-        if proof.reads_position:  # a row that comes again is not the same row
+        # arrays from outside of torch may be of as many rows as there are, and differ where none was looked at
+        if proof.reads_position or (COVARIATES not in proof.degrees.groups and not energy._has_equal_rows(x)):
+            # a row that comes again is not the same row
             energy = replace(energy, resizes=False)
             proof = prove(energy, x)
         energy = replace(energy, is_homogeneous=COVARIATES not in proof.degrees.groups)
@@ -253,6 +255,12 @@ class Energy:
         sites = tuple(replace(site, shape=(len(rows), *site.shape[1:])) for site in self.sites)
         # the programs are given v in the visible leaves' place, so these need no more than their type
         return replace(self.batch, sites=sites, leaves=leaves)
+
+    def _has_equal_rows(self, x: Point) -> bool:
+        """Whether the same point has one density in all rows."""
+        with torch.no_grad():
+            log_joint = self.log_joint({name: a[:1].expand(a.shape) for name, a in x.items()})
+        return close(log_joint, log_joint[:1])
 
     def _can_resize(self, x: Point) -> bool:
         """Tried, at one row more: plates of a fixed size and subsampled ones say no."""

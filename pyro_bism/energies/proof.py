@@ -273,6 +273,8 @@ class _Trace(TorchDispatchMode):
         def wrapped(x: Any) -> Any:
             if id(x) in returned or not isinstance(x, Tensor):
                 return returned.get(id(x), x)
+            if not value.groups and call.name in _PICKS and self._is_cut_from_rows(x, call):
+                return self.wrap(x.clone(), _Cell(Value.of(COVARIATES)))
             owner = owners.get(_memory(x))
             if x.layout is not torch.strided or (owner is not None and not isinstance(owner, _Traced)):
                 if value.groups - {COVARIATES}:
@@ -283,6 +285,14 @@ class _Trace(TorchDispatchMode):
             return self.wrap(x, owner.cell, owner.is_cut or call.name == "detach" or not torch.is_grad_enabled())
 
         return pytree.tree_map(wrapped, out)
+
+    def _is_cut_from_rows(self, x: Tensor, call: _Call) -> bool:
+        """Whether it is as many entries as there are rows, of more that are not all the same."""
+        for y in map(_inner, call.tensors):
+            for axis, (length, whole) in enumerate(zip(x.shape, y.shape, strict=False)):
+                if x.ndim == y.ndim and self.is_row_axis(length) and whole > length > 1:
+                    return bool((y != y.narrow(axis, 0, 1)).any())
+        return False
 
     def _result(self, call: _Call) -> Value:
         for x in call.tensors:
