@@ -99,7 +99,8 @@ def _by_changes(log_prob: Callable[[Point], Tensor], seen: Point, name: str, lat
         others = {other: x.repeat(len(which), *[1] * (x.ndim - 1)) for other, x in seen.items() if other != name}
         return log_prob({**others, name: torch.cat(rows)})
 
-    which = torch.arange(num_units * len(support)).split(max(1, MAX_ROWS // n))
+    total, size = num_units * len(support), max(1, MAX_ROWS // n)
+    which = [range(start, min(start + size, total)) for start in range(0, total, size)]
     # what a change computes is computed again on the way back: there are thousands of them
-    each = torch.cat([checkpoint(changed, part.tolist(), use_reentrant=False) for part in which])
+    each = torch.cat([checkpoint(changed, part, use_reentrant=False) for part in which])
     return num_units * log_prob(seen) - each.reshape(num_units, len(support), n).logsumexp(1).sum(0)
