@@ -318,18 +318,18 @@ def _is_by_row(trained: Any, energy: Energy, rows: np.ndarray, args: tuple, kwar
         pair, leaves, spec = trained._prepare(args, kwargs)
         batch = pair.batch(leaves, spec)
         values = values or {k: x for k, x in pair.hard_draw(batch, batch.v).items() if k not in batch.indices}
-        sites = pair.guide_at(batch, batch.v, values, harden=True)
-        total: Any = sum(per_example(site, len(batch.v)) for site in sites.values())
+        with torch.no_grad():
+            sites = pair.guide_at(batch, batch.v, values, harden=True)
+            total: Any = sum(per_example(site, len(batch.v)) for site in sites.values())
         return total, values
 
-    with torch.no_grad():
-        whole, values = log_q(args, kwargs, {})
-        if any(x.shape[:1] != whole.shape for x in values.values()):
-            return False
-        try:
-            part, _ = log_q(*_arguments(energy, rows), {name: x[rows] for name, x in values.items()})
-        except Exception:  # whatever such a guide trips over at another size
-            return False
+    whole, values = log_q(args, kwargs, {})
+    if any(x.shape[:1] != whole.shape for x in values.values()):
+        return False
+    try:
+        part, _ = log_q(*_arguments(energy, rows), {name: x[rows] for name, x in values.items()})
+    except Exception:  # whatever such a guide trips over at another size
+        return False
     return torch.allclose(part, whole[rows], rtol=1e-3, atol=1e-3)
 
 
