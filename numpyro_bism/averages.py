@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend import core
 from numpyro.distributions.discrete import BernoulliLogits, BernoulliProbs, MultinomialLogits, MultinomialProbs
@@ -44,7 +45,8 @@ def _is_product(fn: Any) -> bool:
     """Whether its support is a product over units that it calls one event, which can't be enumerated."""
     base = base_of(fn)
     if isinstance(base, MultinomialLogits | MultinomialProbs):  # NumPyro's one-hot distribution, of one unit or more
-        return not isinstance(base.total_count, jax.core.Tracer) and bool((jnp.asarray(base.total_count) == 1).all())
+        # inside a compiled function it may have no value; the first look at the programs, outside, has seen it
+        return isinstance(base.total_count, jax.core.Tracer) or bool((np.asarray(base.total_count) == 1).all())
     return isinstance(base, BernoulliLogits | BernoulliProbs) and fn.event_dim > 0
 
 
