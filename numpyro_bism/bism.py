@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.infer import Trace_ELBO
 
-from . import averages, densities, divergences, energies
+from . import averages, densities, divergences, energies, runaways
+from .all_rows import require_no_local
 from .brief import named
+from .coupling import check_rows, jittered
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
@@ -32,6 +34,7 @@ class BiSMInfo(NamedTuple):
     :ivar curvature: the least curvature of G that its solver met; at or below 0 φ is at no minimum. Infinite if it
         looks at none.
     :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
+    :ivar verdict: 0 as long as training has not run away, else a number; ``in_words`` says it in a sentence.
     """
 
     outer_loss: Array
@@ -41,6 +44,18 @@ class BiSMInfo(NamedTuple):
     residual: Array
     curvature: Array
     varying_loss: Array
+    verdict: Array
+
+    @property
+    def in_words(self) -> str:
+        """The verdict as a sentence."""
+        return runaways.in_words(self.verdict)
+
+    def __str__(self) -> str:
+        if any(isinstance(x, jax.core.Tracer) for x in self):
+            return repr(self)
+        numbers = ", ".join(f"{name} {float(x):.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
+        return f"{numbers}; {self.in_words}"
 
 
 class BiSMState(NamedTuple):
@@ -53,6 +68,7 @@ class BiSMState(NamedTuple):
     :ivar inner_optim_state: φ and the state of its optimiser.
     :ivar mutable_state: mutable sites (batch-norm statistics), or None.
     :ivar hypergradient_state: what the hypergradient strategy carries from step to step, or None.
+    :ivar watch: what the verdict rests on.
     """
 
     optim_state: Any
@@ -61,6 +77,7 @@ class BiSMState(NamedTuple):
     hypergradient_state: Any
     rng_key: Array
     info: BiSMInfo
+    watch: runaways.Watch
 
 
 class BiSM(Trainer):
@@ -147,7 +164,8 @@ class BiSM(Trainer):
             start.mutable or None,
             self.hypergradient.init(self.inner_optim, inner_state),
             rng_key,
-            BiSMInfo(*[unknown] * len(BiSMInfo._fields)),
+            BiSMInfo._make([*[unknown] * 7, jnp.zeros((), int)]),
+            runaways.begin(),
         )
 
     def get_params(self, state: BiSMState) -> dict[str, Any]:
@@ -212,10 +230,15 @@ class BiSM(Trainer):
             mutable = pair.moved(key_moved, pair.params(theta, phi, mutable), batch, v)
         varying_loss = loss - self.loss.constant(batch.v.shape[1])
         seen = (loss, inner_losses[-1], inner_norms[-1], length, found.residual, found.curvature, varying_loss)
-        info = BiSMInfo(*[jnp.asarray(x, jnp.result_type(float)) for x in seen])
+        watch = runaways.watched(state.watch, loss, length, found.curvature)
+        info = BiSMInfo._make([*[jnp.asarray(x, jnp.result_type(float)) for x in seen], watch.verdict])
         finite = jnp.isfinite(loss) & jnp.isfinite(length) & jnp.isfinite(inner_norms).all()
         optim_state = self.optim.update(gradient, state.optim_state, value=loss)
-        return BiSMState(optim_state, inner_state, mutable, found.state, rng_key, info), info.outer_loss, finite
+        new = BiSMState(optim_state, inner_state, mutable, found.state, rng_key, info, watch)
+        return new, info.outer_loss, finite
+
+    def _warn(self, before: BiSMState, after: BiSMState) -> bool:
+        return runaways.warn(before.watch, after.watch)
 
     def _next_key(self, rng_key: Array) -> Array:
         return _keys(rng_key)[0]
@@ -249,6 +272,12 @@ class BiSM(Trainer):
     def _analyse(self, leaves, spec, rng_key, init_params) -> densities.Analysis:
         def look(start, batch, rng_key):
             averages.check(start, batch, rng_key, self.loss, self.inner_loss)
+            key_theta, key_phi, key_rows = jax.random.split(rng_key, 3)
+            theta, phi = jittered(key_theta, start.theta), jittered(key_phi, start.phi)
+            # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
+            normalises = bool(start.mutable) and not self.loss.needs_uncoupled_examples
+            params = start.pair.params(theta, phi, start.mutable)
+            check_rows(key_rows, start.pair, params, batch, normalises_batch=normalises)
 
         start = densities.analyse(
             self.model,
@@ -275,7 +304,7 @@ class BiSM(Trainer):
         :param rng_key: a JAX random key, for that draw and for a subsampling plate's rows.
         """
         leaves, spec = self._checked(args, kwargs)
-        pair = self.pair(leaves, spec)
+        pair = self.evaluated_pair(leaves, spec)
         params = pair.params(*self._unpack(pair, state), state.mutable_state)
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = pair.batch(key_batch, leaves, spec)
@@ -293,6 +322,7 @@ class BiSM(Trainer):
     def _unpack(self, pair: densities.Pair, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:
         theta = self.optim.get_params(state.optim_state)
         phi = self.inner_optim.get_params(state.inner_optim_state)
+        require_no_local(pair, phi)
         for role, found, wanted in (("model", theta, pair.theta), ("guide", phi, pair.phi)):
             if set(found) != set(wanted):
                 raise ValueError(

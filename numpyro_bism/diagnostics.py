@@ -205,7 +205,7 @@ def to_arviz(
     if not isinstance(bism, BiSM):
         raise ValueError(f"to_arviz reads a BiSM or a PersistentVI, got {type(bism).__name__}.")
     leaves, spec = bism._checked(args, kwargs)
-    pair = bism.pair(leaves, spec)
+    pair = bism.evaluated_pair(leaves, spec)
     key_batch, key_draws = jax.random.split(rng_key)
     params = pair.params(*bism._unpack(pair, state), state.mutable_state)
     batch = pair.batch(key_batch, leaves, spec)
@@ -363,7 +363,7 @@ class GuideDraws(NamedTuple):
 def guide_draws(bism: BiSM, state: BiSMState, *args: Any, rng_key: Array, num_draws: int, **kwargs: Any) -> GuideDraws:
     """h ~ q(h|v; φ) at these data, relaxed sites drawn as discrete ones, with the log densities of model and guide."""
     leaves, spec = bism._checked(args, kwargs)
-    pair = bism.pair(leaves, spec)
+    pair = bism.evaluated_pair(leaves, spec)
     key_batch, key_draws = jax.random.split(rng_key)
     batch = pair.batch(key_batch, leaves, spec)
     return _run(key_draws, pair, pair.params(*bism._unpack(pair, state), state.mutable_state), batch, num_draws)

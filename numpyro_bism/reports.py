@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from numpyro.handlers import seed
 
+from . import runaways
 from .bism import BiSM
 from .brief import brief
 from .densities import per_example, record
@@ -143,6 +144,7 @@ def diagnose(
 ) -> Diagnosis:
     """Everything that fits the model: is the guide to be trusted, have the chains mixed, is log Z known, does it fit?
 
+    - **training**: spoken of where it has run away.
     - **guide**: draws h ~ q(h|v) at some data points, k̂ at most 0.7 at 95 % of them, and chains of p(h|v), started all
       over, at which log p̃ - log q says what the guide leaves out: KL(p‖q) at most 1 nat.
     - **posterior chains** and **model chains**: R̂ (rank-normalised, split) at most 1.05 and an effective sample size
@@ -174,7 +176,7 @@ def diagnose(
     """
     keys = jax.random.split(rng_key, 9)
     energy, _, x = trained.energy(state, *args, rng_key=keys[0], **kwargs)
-    verdicts: list[Verdict] = []
+    verdicts = _training(int(getattr(getattr(state, "info", None), "verdict", runaways.STEADY)))
     options: dict[str, Any] = {"num_samples": num_samples, "num_warmup": num_warmup, "progress_bar": progress_bar}
     moves = kernel or default_kernel(energy)
 
@@ -305,6 +307,11 @@ def diagnose(
     )
 
 
+def _training(code: int) -> list[Verdict]:
+    """Of a run that ran away guide, chains and normaliser may all be right, and the model is not."""
+    return [] if code == runaways.STEADY else [Verdict("training", False, runaways.in_words(code))]
+
+
 def _arguments(energy: Energy, rows: np.ndarray) -> tuple[tuple, dict]:
     """The arguments with some of the data's rows."""
     leaves = [
@@ -365,7 +372,7 @@ def _weights_at(
 ) -> np.ndarray:
     """log p̃(v, h) - log q(h|v) at given h, (chain, draw, n, ...), of shape (chain, draw, n)."""
     leaves, spec = bism._checked(args, kwargs)
-    pair = bism.pair(leaves, spec)
+    pair = bism.evaluated_pair(leaves, spec)
     params = pair.params(*bism._unpack(pair, state), state.mutable_state)
     key_batch, key_guide = jax.random.split(rng_key)
     batch = pair.batch(key_batch, leaves, spec)

@@ -12,6 +12,7 @@ from jax import Array
 
 from . import densities
 from . import visible as visibles
+from .all_rows import drawn, with_all_rows
 from .jit import compiled, num_ahead, taken_apart
 from .modes import in_own_modes
 
@@ -80,8 +81,9 @@ class Trainer(ABC):
         :returns: the new state and the loss, a mean over the batch.
         :raises ValueError: on misuse, and on NaN or infinity in the data where it is not compiled.
         """
-        state, loss, _ = self._update(state, *self._checked(args, kwargs))
-        return state, loss
+        new, loss, _ = self._update(state, *self._checked(args, kwargs))
+        self._warn(state, new)
+        return new, loss
 
     @in_own_modes
     def stable_update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
@@ -90,7 +92,13 @@ class Trainer(ABC):
         The loss returned is NaN then.
         """
         leaves, spec = visibles.flatten(args, kwargs)
-        return self._stable_update(state, leaves, spec)
+        new, loss = self._stable_update(state, leaves, spec)
+        self._warn(state, new)
+        return new, loss
+
+    def _warn(self, before: Any, after: Any) -> bool:
+        """Say what the new state knows of a runaway, if it is news."""
+        return False
 
     def _stable_update(self, state: Any, leaves: Sequence[Any], spec: Any) -> tuple[Any, Array]:
         new, loss, finite = self._update(state, leaves, spec)
@@ -127,12 +135,12 @@ class Trainer(ABC):
         state = self._init(_plain(rng_key), leaves, spec, init_params) if init_state is None else init_state
         loop, arrays = self._loop(leaves, spec, stable_update)
         # copied: the loop works in place, and init_state stays the caller's
-        state = jax.tree.map(jnp.copy, state)
+        began_at, state = state, jax.tree.map(jnp.copy, state)
         losses = jnp.full(num_steps, jnp.inf, jnp.result_type(float))
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, arrays))):
             state, losses, _ = loop(state, losses, 0, num_steps, arrays)
             return BiSMRunResult(self.get_params(state), state, losses)
-        done, chunk = 0, 1 if progress_bar else num_steps
+        done, chunk, warned = 0, 1 if progress_bar else num_steps, False
         with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
             while done < num_steps:
                 stop, began = min(done + chunk, num_steps), time.perf_counter()
@@ -144,6 +152,7 @@ class Trainer(ABC):
                         f"({jax.tree.map(float, state.info)}). {self._cure}. "
                         "stable_update=True skips such steps."
                     )
+                warned = warned or self._warn(began_at, state)
                 bar.update(stop - done)
                 bar.set_postfix_str(f"avg loss [{done + 1}-{stop}]: {mean:.4f}")
                 # the first chunk is a single step, with the compilation in it; then half a second each
@@ -237,6 +246,14 @@ class Trainer(ABC):
             visibles.require_finite(leaves, spec, pair.sites)
             self._pairs[key] = pair
         return self._pairs[key]
+
+    def evaluated_pair(self, leaves: Sequence[Any], spec: Any) -> densities.Pair:
+        """The same for an evaluation, which takes all rows given: plates draw none."""
+        key = structure(leaves, spec)
+        like = next((pair for known, pair in self._pairs.items() if ranks(known) == ranks(key)), None)
+        if like is None or not drawn(like):
+            like = self.pair(leaves, spec)
+        return with_all_rows(like, leaves)
 
     def _last_pair(self) -> densities.Pair:
         if not self._pairs:

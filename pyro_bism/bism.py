@@ -10,8 +10,9 @@ import pyro
 from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
-from . import averages, densities, divergences, energies
+from . import averages, densities, divergences, energies, runaways
 from .brief import named
+from .coupling import check_rows, jittered
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, require_hypergradient, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
@@ -34,6 +35,7 @@ class BiSMInfo(NamedTuple):
     :ivar curvature: the least curvature of G that its solver met; at or below 0 φ is at no minimum. Infinite if it
         looks at none.
     :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
+    :ivar verdict: 0 as long as training has not run away, else a number; ``in_words`` says it in a sentence.
     """
 
     outer_loss: float
@@ -43,6 +45,16 @@ class BiSMInfo(NamedTuple):
     residual: float
     curvature: float
     varying_loss: float
+    verdict: int
+
+    @property
+    def in_words(self) -> str:
+        """The verdict as a sentence."""
+        return runaways.in_words(self.verdict)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {x:.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
+        return f"{numbers}; {self.in_words}"
 
 
 class BiSM(Trainer):
@@ -119,6 +131,7 @@ class BiSM(Trainer):
         self._inner = divergences.as_inner_loss(inner_loss)
         # what the hypergradient carries from step to step, in a tuple; None before the first
         self._carried: tuple[Any] | None = None
+        self._watch = runaways.begin()
 
     @in_own_modes
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -157,6 +170,7 @@ class BiSM(Trainer):
             float(found.residual),
             float(found.curvature),
             outer_loss - self.loss.constant(batch.v.shape[1]),
+            self._watch.verdict,
         )
         if not (math.isfinite(self.info.outer_loss) and math.isfinite(length)):
             failure = FloatingPointError(
@@ -169,6 +183,10 @@ class BiSM(Trainer):
         self._carried = (found.state,)
         if program is None:
             descend(self.optim, theta, found.gradient)
+        before = self._watch
+        self._watch = runaways.watched(before, self.info.outer_loss, length, self.info.curvature)
+        self.info = self.info._replace(verdict=self._watch.verdict)
+        runaways.warn(before, self._watch)
         return self.info.outer_loss
 
     def _follow(self, problem: Bilevel, program: BilevelProgram | None) -> tuple[Result, float]:
@@ -240,6 +258,9 @@ class BiSM(Trainer):
         else:
             pair = replace(pair, guide=self.guide)
         divergences.check(self.inner_loss, pair)
+        with jittered(pair):
+            # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
+            check_rows(pair, pair.batch(leaves, spec), normalises_batch=not self.loss.needs_uncoupled_examples)
         phi = list(pair.phi.values())
         settle(self.optim, list(pair.theta.values()))
         settle(self.inner_optim, phi)
@@ -252,7 +273,7 @@ class BiSM(Trainer):
         return {"optim": self.optim, "inner_optim": self.inner_optim}
 
     def _kept(self) -> dict[str, Any]:
-        return {"hypergradient": self._carried}
+        return {"hypergradient": self._carried, "watch": self._watch}
 
     def _keep(self, kept: Mapping[str, Any]) -> None:
         carried = kept["hypergradient"]
@@ -263,11 +284,12 @@ class BiSM(Trainer):
                 "what that one carries from step to step, or has more."
             )
         self._carried = carried
+        self._watch = runaways.Watch(*kept["watch"])
 
     @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> tuple[energies.Energy, energies.Point]:
         """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
-        pair, leaves, spec = self._prepare(args, kwargs)
+        pair, leaves, spec = self._prepare_evaluation(args, kwargs)
         batch = pair.batch(leaves, spec, cut=True)
         buffers = Buffers(pair.buffers)
         try:

@@ -902,18 +902,6 @@ def _check_scores(
     params.reject_shared(shared, shared)
     if strategy.differentiates_inner and pair.phi:
         _require_second_derivative(h + log_q, (*pieces, *pair.phi.values()), "guide")
-    if loss.needs_uncoupled_examples and len(v) > 1:
-        moved = v.detach().clone()
-        moved[0] = moved[0].flip(0) + 1.0
-        score = pair.score(batch, [draw], loss)
-        before, after = score(v)[1:].detach(), score(moved)[1:].detach()
-        if not torch.allclose(before, after, rtol=1e-4, atol=1e-6 * float(before.abs().max())):
-            raise ValueError(
-                "The score of one example depends on another example (batch normalisation in training "
-                "mode, or an interaction along the batch). ScoreMatching() takes the trace example by "
-                "example and would be wrong. Uncouple them (module.eval()), or use "
-                "SlicedScoreMatching or DenoisingScoreMatching."
-            )
 
 
 def _check_examples(pair: Pair, batch: visible.Batch) -> None:

@@ -199,7 +199,7 @@ def to_arviz(
         raise ValueError("log_likelihood goes with draws of θ, and this θ is one point: see that of held-out data.")
     if not isinstance(bism, BiSM):
         raise ValueError(f"to_arviz reads a BiSM or a PersistentVI, got {type(bism).__name__}.")
-    pair, leaves, spec = bism._prepare(args, kwargs)
+    pair, leaves, spec = bism._prepare_evaluation(args, kwargs)
     batch = pair.batch(leaves, spec)
     run = _run(pair, batch, num_draws if posterior is None else 1)
     n = len(batch.v)
@@ -350,7 +350,7 @@ class GuideDraws(NamedTuple):
 @in_own_modes
 def guide_draws(bism: BiSM, *args: Any, num_draws: int, **kwargs: Any) -> GuideDraws:
     """h ~ q(h|v; φ) at these data, relaxed sites drawn as discrete ones, with the log densities of model and guide."""
-    pair, leaves, spec = bism._prepare(args, kwargs)
+    pair, leaves, spec = bism._prepare_evaluation(args, kwargs)
     return _run(pair, pair.batch(leaves, spec), num_draws)
 
 

@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch.utils import _pytree as pytree
 
+from . import runaways
 from .bism import BiSM
 from .brief import brief
 from .densities import per_example, record
@@ -140,6 +141,7 @@ def diagnose(
 ) -> Diagnosis:
     """Everything that fits the model: is the guide to be trusted, have the chains mixed, is log Z known, does it fit?
 
+    - **training**: spoken of where it has run away.
     - **guide**: draws h ~ q(h|v) at some data points, k̂ at most 0.7 at 95 % of them, and chains of p(h|v), started all
       over, at which log p̃ - log q says what the guide leaves out: KL(p‖q) at most 1 nat.
     - **posterior chains** and **model chains**: R̂ (rank-normalised, split) at most 1.05 and an effective sample size
@@ -168,7 +170,7 @@ def diagnose(
     :raises ValueError: on misuse.
     """
     energy, x = trained.energy(*args, **kwargs)
-    verdicts: list[Verdict] = []
+    verdicts = _training(getattr(trained, "_watch", runaways.begin()).verdict)
     options: dict[str, Any] = {"num_samples": num_samples, "num_warmup": num_warmup, "progress_bar": progress_bar}
     moves = kernel or default_kernel(energy)
 
@@ -283,6 +285,11 @@ def diagnose(
     )
 
 
+def _training(code: int) -> list[Verdict]:
+    """Of a run that ran away guide, chains and normaliser may all be right, and the model is not."""
+    return [] if code == runaways.STEADY else [Verdict("training", False, runaways.in_words(code))]
+
+
 def _arguments(energy: Energy, rows: np.ndarray) -> tuple[tuple, dict]:
     """The arguments with some of the data's rows."""
     leaves = [
@@ -335,7 +342,7 @@ def _is_by_row(trained: Any, energy: Energy, rows: np.ndarray, args: tuple, kwar
 
 def _weights_at(bism: BiSM, args: Any, kwargs: Any, latents: Mapping[str, np.ndarray]) -> np.ndarray:
     """log p̃(v, h) - log q(h|v) at given h, (chain, draw, n, ...), of shape (chain, draw, n)."""
-    pair, leaves, spec = bism._prepare(args, kwargs)
+    pair, leaves, spec = bism._prepare_evaluation(args, kwargs)
     batch = pair.batch(leaves, spec)
     args, kwargs = batch.arguments(batch.v)
     first = next(iter(latents.values()))

@@ -14,6 +14,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from . import densities, visible
+from .all_rows import drawn, with_all_rows
 from .jit import MAX_CAPTURES, Program
 from .optim import Leading, torch_optimizer
 from .params import random_state, set_random_state
@@ -115,6 +116,16 @@ class Trainer(ABC):
             self._take_up()
             set_random_state(before)  # the initial values that were drawn have been replaced
         return pair, leaves, spec
+
+    def _prepare_evaluation(self, args: tuple, kwargs: dict) -> tuple[densities.Pair, list[Any], Any]:
+        """The same for an evaluation, which takes all rows given: plates draw none."""
+        leaves, spec = visible.flatten((args, kwargs))
+        like = next((p for key, p in self._pairs.items() if key[0] == spec and drawn(p) and p.is_current()), None)
+        if like is None:
+            like, leaves, spec = self._prepare(args, kwargs)
+        else:
+            self._require_finite(leaves, spec, like.sites)
+        return with_all_rows(like, leaves), leaves, spec
 
     def _require_finite(self, leaves: list[Any], spec: Any, sites: Sequence[visible.VisibleSite]) -> None:
         """Looks at a tensor again only when it has changed: a whole data set, subsampled, takes longer than a step."""

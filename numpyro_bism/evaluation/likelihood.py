@@ -127,7 +127,7 @@ def _over_theta(
     except ValueError:
         exact = False
     if exact:  # where the energy's structure is known it is the same at all θ: one program for all of them
-        model = trained.pair(*trained._checked(args, kwargs)).model
+        model = trained.evaluated_pair(*trained._checked(args, kwargs)).model
 
         @jax.jit
         def value_at(values):

@@ -41,7 +41,7 @@ def with_noise(
         return args, kwargs
     trainer = getattr(trained, "trained", trained)  # of a PersistentVI at one θ
     leaves, spec = trainer._checked(args, kwargs)
-    sites = trainer.pair(leaves, spec).sites
+    sites = trainer.evaluated_pair(leaves, spec).sites
     leaves = list(leaves)
     for key, site in zip(jax.random.split(rng_key, len(sites)), sites, strict=True):
         if not site.is_discrete:

@@ -134,7 +134,7 @@ def guide_score(
 ) -> tuple[Any, Callable, Callable]:
     """The batch; a draw of the guide by key; and the score function given draws, ``num_draws`` of them stacked."""
     leaves, spec = trained._checked(args, kwargs)
-    pair = trained.pair(leaves, spec)
+    pair = trained.evaluated_pair(leaves, spec)
     params = pair.params(*trained._unpack(pair, state), state.mutable_state)
     key_batch, key_score = jax.random.split(rng_key)
     batch = pair.batch(key_batch, leaves, spec)

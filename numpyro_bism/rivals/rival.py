@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import densities, energies, visible
+from ..coupling import check_rows, jittered
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached
 from ..modes import in_own_modes
@@ -220,7 +221,8 @@ class Rival(Trainer):
         self, state: Any, args: Any, kwargs: Any, rng_key: Array, program_of: Callable
     ) -> tuple[Energy, dict[str, Any], Point]:
         leaves, spec = self._checked(args, kwargs)
-        target = self.target(leaves, spec)
+        pair = self.evaluated_pair(leaves, spec)
+        target = replace(self._targets[ranks(structure(leaves, spec))], pair=pair)
         theta = self._theta(target.pair, state)
         params = target.params(theta, state.mutable_state, self._phi(target.pair, theta, state.carried))
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
@@ -296,10 +298,11 @@ class Rival(Trainer):
 
     def _find(self, start: densities.Analysis, batch: visible.Batch, rng_key: Array) -> Target:
         """The energy, tried out, and how its latents are summed out."""
-        key_params, key_phi, key_program, key_energy, key_check, key_method = jax.random.split(rng_key, 6)
-        pair, phi = start.pair, _moved(key_phi, start.phi)
-        params = pair.params(_moved(key_params, start.theta), phi, start.mutable)
+        key_params, key_phi, key_program, key_energy, key_check, key_rows, key_method = jax.random.split(rng_key, 7)
+        pair, phi = start.pair, jittered(key_phi, start.phi)
+        params = pair.params(jittered(key_params, start.theta), phi, start.mutable)
         program = self._program(key_program, pair, params, batch)
+        check_rows(key_rows, pair, params, batch, model=program)
         energy, x = Energy.of(program, pair.sites, batch, params, key_energy, moves_visible=self.moves_visible)
         _check_reads(energy, params, x, key_check)
         hidden = {name: (x[name].shape[1:], x[name].dtype) for name in energy.hidden}
@@ -331,24 +334,12 @@ def _keys(rng_key: Array) -> Array:
     return jax.random.split(rng_key, 4)
 
 
-@jax.jit  # one compilation instead of one for every operation
-def _moved(rng_key: Array, theta: Mapping[str, Any]) -> Any:
-    """Parameters off these: at weights of zero what is not read, or is linear, can't be told from what is."""
-    leaves, tree = jax.tree.flatten(theta)
-    keys = jax.random.split(rng_key, max(len(leaves), 1))
-    moved = [
-        x + 0.1 * jax.random.normal(key, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for key, x in zip(keys, leaves, strict=False)
-    ]
-    return jax.tree.unflatten(tree, moved)
-
-
 def _check_reads(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array) -> None:
-    """:raises ValueError: for a visible site that the energy never reads, and for examples that are not independent."""
+    """:raises ValueError: for a visible site that the energy never reads."""
 
     @jax.jit  # one compilation instead of one for every operation
     def moves():
-        """log p̃ as it is, with each site in turn at other values, and with the first example at other ones."""
+        """log p̃ as it is, and with each site in turn at other values."""
         moved = energies.random_points(rng_key, x, energy.latents, jnp.ones(()))
         found, start = [x], 0
         for site in energy.sites:
@@ -358,19 +349,12 @@ def _check_reads(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: A
                 columns = slice(start, start + visible.size(site))
                 found.append({**x, VISIBLE: x[VISIBLE].at[:, columns].set(moved[VISIBLE][:, columns])})
                 start = columns.stop
-        found.append({**x, **{name: x[name].at[0].set(moved[name][0]) for name in (VISIBLE, *energy.observed)}})
         return [energy.log_joint(params, point) for point in found]
 
-    before, *others, after = moves()
+    before, *others = moves()
     for site, log_prob in zip(energy.sites, others, strict=True):
         if bool((log_prob == before).all()):
             raise ValueError(
                 f"The energy never reads the value of visible site '{site.name}'. Use the site's value (the argument, "
                 "or what numpyro.sample returns) in it."
             )
-    if not jnp.allclose(before[1:], after[1:], rtol=1e-4, atol=1e-6 * float(jnp.abs(before).max())):
-        raise ValueError(
-            "The log density of one example depends on another example (batch normalisation in training mode, or an "
-            "interaction along the batch), but this method needs it example by example. Uncouple them "
-            "(use_running_average=True)."
-        )

@@ -38,7 +38,7 @@ def with_noise(trained: Any, args: tuple, kwargs: dict, noise: float | str | Non
     if not sigma:
         return args, kwargs
     trainer = getattr(trained, "trained", trained)  # of a PersistentVI at one θ
-    pair, leaves, spec = trainer._prepare(args, kwargs)
+    pair, leaves, spec = trainer._prepare_evaluation(args, kwargs)
     leaves = list(leaves)
     for site in pair.sites:
         if not site.is_discrete:

@@ -125,6 +125,6 @@ def summable(trained: Any, args: Any, kwargs: Any) -> tuple[Density, Point, Any]
 
 def guide_score(trained: BiSM, args: Any, kwargs: Any, loss: Any) -> tuple[Any, Callable, Callable]:
     """The batch; a draw of the guide; and the score function given several of them."""
-    pair, leaves, spec = trained._prepare(args, kwargs)
+    pair, leaves, spec = trained._prepare_evaluation(args, kwargs)
     batch = pair.batch(leaves, spec)
     return batch, lambda: pair.draw(batch, batch.v)[0], lambda draws: pair.score(batch, draws, loss)
