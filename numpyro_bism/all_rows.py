@@ -23,17 +23,21 @@ def with_all_rows(pair: Pair, leaves: Sequence[Any]) -> Pair:
     first = next(site for site in pair.sites if site.plate in names)
     n = leaves[first.leaves[0]].shape[first.axis]
     places = {site.plate: (site.leaves[0], site.axis) for site in pair.sites if site.plate in names}
-    sites = [replace(s, plate=None, shape=(n, *s.shape[1:])) if s.plate in names else s for s in pair.sites]
+    sites = [replace(s, shape=(n, *s.shape[1:])) if s.plate in names else s for s in pair.sites]
     return replace(
         pair,
         model=_taking_all(pair.model, places),
         guide=_taking_all(pair.guide, places),
         sites=tuple(sites),
-        subsampled={name: plate for name, plate in pair.subsampled.items() if name not in names},
+        subsampled={**pair.subsampled, **{name: _whole(pair.subsampled[name], n) for name in names}},
         num_data=n,
-        reads_rows=False,
         trained_rows=pair.num_data,
     )
+
+
+def _whole(plate: Any, n: int) -> Any:
+    """A plate of which all rows are drawn: in order."""
+    return (n, n) if isinstance(plate, tuple) else replace(plate, full_size=n, size=n)
 
 
 def drawn(pair: Pair) -> set[str]:

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pyro.poutine.subsample_messenger import SubsampleMessenger
+from torch import Tensor
 
 from .densities import Pair
 from .visible import flatten
@@ -24,17 +26,31 @@ def with_all_rows(pair: Pair, leaves: Sequence[Any]) -> Pair:
     first = next(site for site in pair.sites if site.plate in names)
     n = leaves[first.leaves[0]].shape[first.axis]
     places = {site.plate: (site.leaves[0], site.axis) for site in pair.sites if site.plate in names}
-    sites = [replace(s, plate=None, shape=(n, *s.shape[1:])) if s.plate in names else s for s in pair.sites]
+    sites = [replace(s, shape=(n, *s.shape[1:])) if s.plate in names else s for s in pair.sites]
+    rows = torch.arange(n, device=leaves[first.leaves[0]].device)
     found = replace(
         pair,
         model=_taking_all(pair.model, places),
         guide=_taking_all(pair.guide, places),
         sites=tuple(sites),
-        subsamples={name: plate for name, plate in pair.subsamples.items() if name not in names},
+        subsamples={**pair.subsamples, **{name: _InOrder(rows) for name in names}},
         num_data=n,
     )
     _require_no_local(found, pair.num_data)
     return found
+
+
+class _InOrder:
+    """Stands for a plate's draw of its rows: all of them. They are no plate's own, so they are told to it (``all``)."""
+
+    all = None
+    is_handed = False
+
+    def __init__(self, rows: Tensor):
+        self._rows = rows
+
+    def __call__(self) -> Tensor:
+        return self._rows
 
 
 def drawn(pair: Pair) -> set[str]:
