@@ -239,7 +239,9 @@ class Trainer(ABC):
         """Model and guide as they run on arguments of this structure; analysed once for each structure."""
         key = structure(leaves, spec)
         if key not in self._pairs:
-            like = next((pair for known, pair in self._pairs.items() if ranks(known) == ranks(key)), None)
+            # one row does not show whether rows read each other
+            known = [pair for k, pair in self._pairs.items() if ranks(k) == ranks(key) and pair.sites[0].shape[0] > 1]
+            like = known[0] if known else None
             pair = None if like is None else densities.resized(like, leaves, spec)
             if pair is None:  # a key of its own: what is drawn here is only looked at
                 return self._described(leaves, spec, jax.random.key(0), None).pair
