@@ -154,8 +154,9 @@ def to_arviz(
     The guide gives one chain, of independent draws, so R̂ and the effective sample size say nothing about it;
     ``pareto_k`` does. The last three groups of draws are there if they are given: chains of
     :func:`numpyro_bism.run_chains`, or an ``MCMC`` that has run :func:`numpyro_bism.program`. The user's ``scale``
-    and ``mask`` are part of the densities, a subsampling plate's N/B is not; where such a plate picks the rows, the
-    coordinates of ``obs`` are their numbers. If a site is itself called ``obs``, the dimension is called ``obs_id``.
+    and ``mask`` are part of the densities, a subsampling plate's N/B is not; all rows are taken, in order, whatever
+    such a plate draws while training, but where the program hands it rows the coordinates of ``obs`` are their numbers.
+    If a site is itself called ``obs``, the dimension is called ``obs_id``.
     A ``/`` in a site's name becomes a dot. p̃ is not normalised: ``lp`` and ``log_weight`` are known up to a
     constant, and there is no ``log_likelihood`` for ``az.loo`` to read.
 

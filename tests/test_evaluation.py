@@ -450,13 +450,10 @@ def test_free_energy_of_a_linear_gaussian_model(backend, options):
         np.testing.assert_allclose(backend.free_energy(POSTERIOR, X, guided=True), exact, rtol=1e-9, atol=1e-9)
 
 
-def test_free_energy_of_the_rows_that_a_plate_picks(backend):
-    """Each by itself: N/B is left out."""
+def test_free_energy_of_all_rows_though_a_plate_picks_some_in_training(backend):
+    """N/B is left out."""
     x = np.concatenate([X, 1 - X])
-    found, exact = backend.free_energy(LINEAR_MODEL, x, rows=6), LINEAR.free_energy(x)
-    rows = abs(found[:, None] - exact).argmin(1)
-    np.testing.assert_allclose(found, exact[rows], rtol=1e-9)
-    assert len(set(rows)) == 6
+    np.testing.assert_allclose(backend.free_energy(LINEAR_MODEL, x, rows=6), LINEAR.free_energy(x), rtol=1e-9)
 
 
 def test_free_energy_of_bits_with_a_normalised_prior(backend):
