@@ -999,8 +999,7 @@ def _check_scores(
 
     @jax.jit  # one compilation instead of one for every operation
     def scores(rng_key):
-        """The gradient in v of log p̃, and of log p̃ - log q; and how the guide looks at v, at moved parameters and at
-        the initial ones."""
+        """The gradient in v of log p̃; and how the guide looks at v, at moved parameters and at the initial ones."""
         key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
         # off the initial values: at weights of zero a score may vanish though the energy reads v
         leaves, tree = jax.tree.flatten((start.theta, start.phi))
@@ -1019,7 +1018,7 @@ def _check_scores(
 
         model_score = jax.grad(log_weight)(v, False)
         try:
-            score = jax.grad(log_weight)(v, True)
+            jax.grad(log_weight)(v, True)
         except NotImplementedError as error:
             raise ValueError(
                 "The guide can't score a value of h that it has not just drawn: one of the sites "
@@ -1037,9 +1036,9 @@ def _check_scores(
 
         both = jax.tree.map(lambda *x: jnp.stack(x), phi, start.phi)
         looks = jax.vmap(seen)(both) if start.phi else seen(phi)
-        return model_score, score, looks if latents else None
+        return model_score, looks if latents else None
 
-    model_score, score, seen = scores(rng_key)
+    model_score, seen = scores(rng_key)
     start_column = 0
     for site in pair.sites:
         size = math.prod(site.shape[1:])

@@ -761,7 +761,7 @@ def test_chains_go_on_at_their_own_rows(backend):
     drive = np.concatenate([np.zeros((2 * N, D)), DRIVES[rows]], -1) @ inv(LINEAR.joint_precision)
     agree_gaussian(z - LINEAR.joint_mean - drive, np.zeros(D + K), inv(LINEAR.joint_precision))
     for other in (x + 1, x[:N]):
-        with pytest.raises(ValueError, match="chains (belong to other data|were made by another call)"):
+        with pytest.raises(ValueError, match=r"chains (belong to other data|were made by another call)"):
             backend.run(bism, other, sites=["h"], num_samples=1, chains=chains, **options)
 
 
