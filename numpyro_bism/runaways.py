@@ -99,5 +99,5 @@ def warn(before: Any, after: Any) -> bool:
         return False
     was, now = (jnp.exp(x)[code - 1].item() for x in (after.reference, after.level))
     text = f"By step {int(after.num_steps)} {in_words(code)}. It was about {was:.2g} and is now about {now:.2g}."
-    warnings.warn(text, UserWarning, stacklevel=4)  # the caller of run or update
+    warnings.warn(text, UserWarning, stacklevel=5)  # the caller of run or update
     return True

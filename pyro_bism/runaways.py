@@ -94,5 +94,5 @@ def warn(before: Watch, after: Watch) -> bool:
         return False
     was, now = (math.exp(x[code - 1]) for x in (after.reference, after.level))
     text = f"By step {after.num_steps} {in_words(code)}. It was about {was:.2g} and is now about {now:.2g}."
-    warnings.warn(text, UserWarning, stacklevel=3)  # the caller of step
+    warnings.warn(text, UserWarning, stacklevel=4)  # the caller of step
     return True

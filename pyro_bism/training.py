@@ -120,8 +120,9 @@ class Trainer(ABC):
     def _prepare_evaluation(self, args: tuple, kwargs: dict) -> tuple[densities.Pair, list[Any], Any]:
         """The same for an evaluation, which takes all rows given: plates draw none."""
         leaves, spec = visible.flatten((args, kwargs))
+        leaves = visible.ordinary(leaves, spec)
         like = next((p for key, p in self._pairs.items() if key[0] == spec and drawn(p) and p.is_current()), None)
-        if like is None:
+        if like is None or self._waiting is not None:
             like, leaves, spec = self._prepare(args, kwargs)
         else:
             self._require_finite(leaves, spec, like.sites)
