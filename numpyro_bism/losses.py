@@ -210,7 +210,8 @@ class DenoisingScoreMatching:
     Nearly all of its value may be the constant D/(2σ²) (:meth:`constant`). Progress shows in ``BiSMInfo.varying_loss``,
     where it is taken off: that falls to -½ E‖∇ log p_σ‖², p_σ the density of the noisy data.
 
-    :param sigma: standard deviation of the noise, in the units of v.
+    :param sigma: standard deviation of the noise, in the units of v. The density learnt is that of v with this noise:
+        see ``noise`` of :func:`numpyro_bism.kernel_stein_discrepancy`, and :func:`numpyro_bism.denoise`.
     :param num_particles: as in :class:`ScoreMatching`.
     :param average: as in :class:`ScoreMatching`.
     """
@@ -252,7 +253,7 @@ class MultiscaleDenoisingScoreMatching:
 
     :param sigma_min: the least noise level, in the units of v.
     :param sigma_max: the greatest noise level.
-    :param sigma0: the scale that the energy is scored at.
+    :param sigma0: the scale that the energy is scored at: the density learnt is that of v with noise of this scale.
     :param spacing: ``"geometric"`` or ``"linear"``.
     :param num_particles: as in :class:`ScoreMatching`.
     :param average: as in :class:`ScoreMatching`.

@@ -887,7 +887,7 @@ def stein_kernel(x, y, s_x, s_y, M):
     """s(x)·s(y) k + s(x)·∇_y k + s(y)·∇_x k + tr ∇_x ∇_y k, by finite differences of k."""
 
     def k(x, y):
-        return (1 + (x - y) @ M @ (x - y)) ** -0.5
+        return ((1 + (x - y) @ M @ (x - y)) / 3) ** (-math.sqrt(len(x)) / 2)
 
     def along(i, f):
         return central_difference(lambda t: f(t * np.eye(len(x))[i]), 1e-2)

@@ -283,6 +283,22 @@ def test_predictive_draws_from_the_energy(backend):
         backend.package.Predictive(*[trained.model, None][: 2 if backend.package is numpyro_bism else 1])
 
 
+def test_an_improper_visible_site_can_not_be_drawn_by_the_hosts():
+    """What docs/evaluation.md says of it: loud, where a flat one is silent."""
+
+    def model():
+        pyro.sample("v", dist.ImproperUniform(dist.constraints.real, (), (2,)))
+
+    with pytest.raises(NotImplementedError):
+        pyro.infer.Predictive(model, num_samples=2)()
+
+    def theirs():
+        numpyro.sample("v", ndist.ImproperUniform(ndist.constraints.real, (), (2,)))
+
+    with pytest.raises(NotImplementedError):
+        numpyro.infer.Predictive(theirs, num_samples=2)(jax.random.key(0))
+
+
 def test_predictive_says_when_chains_have_not_mixed(backend):
     """Two wells 16 standard deviations apart: each chain stays where it started."""
     x = np.array([-2.0, 2.0, 2.0, -2.0])
@@ -411,6 +427,9 @@ def test_stein_test_is_calibrated_from_50_rows_to_1000_and_from_1_dimension_to_7
 def test_stein_test_has_power_in_many_dimensions_and_for_a_constant_column(backend):
     rng = np.random.default_rng(14)
     v = rng.normal(size=(300, 50))
+    assert backend.stein_test(1.2 * v, -1.2 * v, 200, seed=0).p_value < 0.02  # wider than the model
+    mixed = np.sqrt(0.9) * v + np.sqrt(0.1) * rng.normal(size=(300, 1))
+    assert backend.stein_test(mixed, -mixed, 200, seed=0).p_value < 0.02  # its columns go together, a little
     assert backend.stein_test(v + 0.1, -(v + 0.1), 200, seed=0).p_value < 0.02
     v[:, 0] = 2.0  # a column that the rows do not move: the score says what that is worth
     score = -v

@@ -73,6 +73,9 @@ def test_what_is_numpy_alone_is_the_same_to_the_letter():
     for name in names:
         ours, theirs = (inspect.getsource(getattr(p.diagnostics, name)) for p in (pyro_bism, numpyro_bism))
         assert ours == theirs, name
+    for name in ("_stein_matrix", "_variances", "_squared_distances"):
+        ours, theirs = (inspect.getsource(getattr(p.evaluation.fit, name)) for p in (pyro_bism, numpyro_bism))
+        assert ours == theirs, name
     for name in ("place", "coordinates"):
         ours, theirs = (inspect.getsource(getattr(p.diagnostics._Layout, name)) for p in (pyro_bism, numpyro_bism))
         assert ours == theirs, name
