@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .distributions import is_averaged
+
 NEWTON_STEPS = 2  # the error is of order 2, then 4: two derivatives in v are exact
 SEARCH_STEPS = 20  # for h that the guide has not drawn
 
@@ -187,6 +189,11 @@ def _same(x: Any, y: Any) -> Array:
     return jnp.array_equal(x, y, equal_nan=True)
 
 
+def _off_mean(site: Any) -> Array:
+    """A draw; of a site that is summed out, whose draw is its mean, another value: there its density has no slope."""
+    return jnp.square(site.value) if is_averaged(site.fn) else site.value
+
+
 class Sight(NamedTuple):
     """How the guide's latents look at v, by name; booleans.
 
@@ -209,7 +216,7 @@ def sight(guide_at: GuideAt, v: Array, change: ChangeOfVariables | None) -> Sigh
     base = guide_at(v, {})
     drawn = {name: site.value for name, site in base.items()}
     hidden = change.computed if change else ()
-    given = {name: value for name, value in drawn.items() if name not in hidden}
+    given = {name: _off_mean(base[name]) for name in drawn if name not in hidden}
 
     def log_probs(u):
         sites = guide_at(u, given)

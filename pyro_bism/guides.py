@@ -24,6 +24,8 @@ import torch
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
+from .distributions import is_averaged
+
 NEWTON_STEPS = 2  # the error is of order 2, then 4: two derivatives in v are exact
 SEARCH_STEPS = 20  # for h that the guide has not drawn
 
@@ -210,6 +212,12 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
+def _off_mean(site: Any) -> Tensor:
+    """A draw; of a site that is summed out, whose draw is its mean, another value: there its density has no slope."""
+    value: Tensor = site.value.detach()
+    return value.square() if is_averaged(site.fn) else value
+
+
 class Sight(NamedTuple):
     """How the guide's latents look at v.
 
@@ -257,7 +265,7 @@ def sight(
         with parameters():
             base = guide_at(v, {})
             hidden = change.computed if change else ()
-            given = {name: site.value.detach() for name, site in base.items() if name not in hidden}
+            given = {name: _off_mean(site) for name, site in base.items() if name not in hidden}
             seen, changed = _changes(guide_at, v, base, given, set(latents))
             seeing |= seen | changed
             changing |= changed
