@@ -329,6 +329,13 @@ class BiSM(Trainer):
                     f"The state has parameters {sorted(found)}, but the {role} has {sorted(wanted)}. Was the state "
                     "made with another model, or by init() on arguments of another structure?"
                 )
+            for name, value in found.items():
+                shape = jax.tree.map(jnp.shape, value)
+                if name in pair.shapes and shape != pair.shapes[name]:
+                    raise ValueError(
+                        f"The state's parameter '{name}' has shape {shape}, but that of the {role} here has "
+                        f"{pair.shapes[name]}. Was the state made with a model of another size?"
+                    )
         return theta, phi
 
 

@@ -14,7 +14,7 @@ state (batch-norm statistics), which is read as it stands and never written back
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -208,6 +208,7 @@ class Pair:
     :ivar reads_rows: whether the programs read of a subsampled argument nothing but the plate's rows.
     :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
     :ivar trained_rows: of a pair that takes all rows: how many there were while training.
+    :ivar shapes: of the unconstrained parameters, by name, where they are known.
     """
 
     model: Callable
@@ -223,6 +224,7 @@ class Pair:
     num_plate_dims: int
     unreparameterised: tuple[str, ...]
     reads_rows: bool = False
+    shapes: Mapping[str, Any] = field(default_factory=dict)
     averaged: tuple[str, ...] = ()
     change: guides.ChangeOfVariables | None = None
     trained_rows: int | None = None
@@ -732,6 +734,9 @@ def analyse(
         if loss is not None:
             strategy.check(loss, pair)
         start = _start(pair, p, q)
+        shapes = {name: jax.tree.map(jnp.shape, value) for name, value in {**start.theta, **start.phi}.items()}
+        pair = replace(pair, shapes=shapes)
+        start = start._replace(pair=pair)
         batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)
         _check_guide(start, latents, batch, key_guide, strategy)
         if loss is not None:
@@ -800,7 +805,8 @@ def resized(pair: Pair, leaves: Sequence[Any], spec: Any) -> Pair | None:
     if not same:
         return None
     sites = tuple(replace(site, shape=jnp.shape(p.sites[site.name].value)) for site in pair.sites)
-    return replace(pair, sites=sites, subsampled=subsampled, num_data=_num_data(p.sites, sites))
+    num_data = _num_data(p.sites, sites)
+    return replace(pair, sites=sites, subsampled=subsampled, num_data=num_data, shapes={})
 
 
 def _first_run(

@@ -154,7 +154,7 @@ class Trainer(ABC):
             known, before = set(store.keys()), random_state()
             try:
                 pair = self._analyse(leaves, spec)
-                visible.require_finite(leaves, spec, pair.sites)
+                self._require_finite(leaves, spec, pair.sites)
             except Exception as error:
                 for name in set(store.keys()) - known:  # made from what these arguments hold
                     del store[name]
@@ -208,6 +208,14 @@ class Trainer(ABC):
                 f"The state has parameters {missing}, which model and guide have not created. Was it saved from "
                 "another model?"
             )
+        here = {**{name: store._params[name] for name in state["params"]}, **_numbered(self._buffers())}
+        for name, value in {**state["params"], **_numbered(state["buffers"])}.items():
+            if name not in here or here[name].shape != value.shape:
+                found = tuple(here[name].shape) if name in here else "none"
+                raise ValueError(
+                    f"The state's '{name}' has shape {tuple(value.shape)}, but that of model and guide here has "
+                    f"{found}. Was it saved from a model of another size?"
+                )
         self._keep(state)
         self._waiting = None
         with torch.no_grad():
@@ -224,6 +232,10 @@ class Trainer(ABC):
                     obj.load_state_dict(values["scheduler"])
                 else:
                     obj.load_state_dict(values)
+
+
+def _numbered(buffers: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"buffer {i}": buffer for i, buffer in enumerate(buffers)}
 
 
 def _raise_heap_limit() -> None:

@@ -361,3 +361,32 @@ def test_docstrings_promise_no_arguments_that_do_not_exist(backend):
                     if key not in parameters and key not in ("rng_key", "state", "jit")
                 }
     assert not wrong
+
+
+@BOTH
+def test_a_state_of_another_size(backend, tmp_path):
+    """It is refused by name before anything of it is taken up; also where the programs have not run yet."""
+    from functools import partial
+
+    small, wide = (
+        {"model": partial(backend.model, width=w), "guide": partial(backend.guide, width=w)} for w in (H, H + 2)
+    )
+    x = backend.data
+    bism = backend.bism(**small)
+    if isinstance(backend, NumPyro):
+        state = bism.init(jax.random.key(0), x)
+        other = backend.bism(**wide)
+        other.init(jax.random.key(0), x)
+        for call in (other.update, other.evaluate):
+            with pytest.raises(ValueError, match=r"W' has shape \(3, 2\).*has \(3, 4\)"):
+                call(state, x)
+        return
+    bism.step(x)
+    bism.save(tmp_path / "state")
+    for has_run in (True, False):
+        other = backend.bism(**wide)
+        if has_run:
+            other.step(x)
+        with pytest.raises(ValueError, match=r"W' has shape \(3, 2\).*has \(3, 4\)"):
+            other.load(tmp_path / "state")
+            other.step(x)
