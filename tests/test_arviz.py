@@ -122,7 +122,7 @@ class PyroBackend:
         def guide(x):
             log_rate = pyro.param("log_rate", torch.zeros(()))
             with pyro.plate("data", len(x)):
-                pyro.sample("h", dist.Exponential(log_rate.exp() + 0.0 * x[:, 0]))
+                pyro.sample("h", dist.Exponential(log_rate.exp() + 1e-3 * x[:, 0]))
 
         return self.bism(model, guide)
 
@@ -264,7 +264,7 @@ class NumpyroBackend:
         def guide(x):
             log_rate = numpyro.param("log_rate", jnp.zeros(()))
             with numpyro.plate("data", len(x)):
-                numpyro.sample("h", ndist.Exponential(jnp.exp(log_rate) + 1e-9 * x[:, 0]))
+                numpyro.sample("h", ndist.Exponential(jnp.exp(log_rate) + 1e-3 * x[:, 0]))
 
         return self.bism(model, guide)
 
