@@ -309,7 +309,7 @@ def branches(x):
     with pyro.plate("data", len(x)):
         x = visible(x)
         h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
-        if h.sum() > 0:
+        if pyro.param("turn", torch.ones(())) > 0:
             h = -h
         pyro.factor("energy", energy(x, h))
 
@@ -318,10 +318,11 @@ def leaves_torch(x):
     with pyro.plate("data", len(x)):
         x = visible(x)
         h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([H]).to_event(1))
-        pyro.factor("energy", energy(x, h) * float(h.detach().numpy().mean()))
+        turn = pyro.param("turn", torch.ones(()))
+        pyro.factor("energy", energy(x, h) * float(turn.detach().numpy()))
 
 
-@pytest.mark.parametrize(("model", "line"), [(branches, "if h.sum"), (leaves_torch, "h.detach")])
+@pytest.mark.parametrize(("model", "line"), [(branches, "if pyro.param"), (leaves_torch, "turn.detach")])
 def test_what_looks_at_values_is_refused_by_site_and_line(replayed, model, line):
     bism = BiSM(model, gaussian_guide, adam(), DenoisingScoreMatching(0.3), jit=True)
     with pytest.raises(RuntimeError, match=rf"can't be captured[\s\S]*'h'[\s\S]*{line}"):
