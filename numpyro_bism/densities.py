@@ -13,7 +13,8 @@ state (batch-norm statistics), which is read as it stands and never written back
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
-from . import guides, visible
+from . import guides, rows, visible
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
 from .losses import OuterLoss
 from .params import collect, constrain, reject_shared, unconstrain
@@ -53,6 +54,7 @@ class Site:
     infer: Mapping[str, Any]
     plates: Mapping[str, tuple[int, int]]
     subsamples: Mapping[str, Array]
+    handed: Collection[str] = ()
 
     @property
     def is_data(self) -> bool:
@@ -80,9 +82,13 @@ class Site:
 class record(Messenger):
     """Runs a program with its parameters and some of its sites given, and keeps its sample statements.
 
-    A value in ``values`` stands in for a latent site's draw or a plate's rows; a site in ``softened`` is scored as
-    its relaxation. Sites marked for enumeration get their whole support, in a dimension of their own left
-    of all plates, when ``enumerate_from`` says how many dimensions the plates take.
+    A value in ``values`` stands in for a latent site's draw, or for a plate's rows, however it comes by them: all
+    passes of a step are about the same. A site in ``softened`` is scored as its relaxation. Sites marked for
+    enumeration get their whole support, in a dimension of their own left of all plates, when ``enumerate_from`` says
+    how many dimensions the plates take.
+
+    :ivar subsamples: the rows of the plates that take not all, or take them in another order; ``handed`` names those
+        that were handed theirs by the program.
     """
 
     def __init__(
@@ -93,8 +99,18 @@ class record(Messenger):
         enumerate_from: int | None = None,
         harden: bool = False,
         keys: Sequence[Array] = (),
+        offered: Mapping[str, Array] | None = None,
+        sought: Collection[str] = (),
     ):
+        """
+        :param offered: rows for plates that would draw them by themselves, or take all.
+        :param sought: plates; the program is left as soon as the rows of all are known.
+        """
         super().__init__()
+        self.offered = offered or {}
+        self.sought = set(sought)
+        self.handed: set[str] = set()
+        self._drawn: set[str] = set()
         self.given = params
         self.values = values or {}
         self.softened = softened
@@ -125,8 +141,8 @@ class record(Messenger):
         elif kind == "mutable" and name in self.given:
             # rebuilt at every level, for modules write their new state into it
             msg["value"] = jax.tree.map(lambda x: x, self.given[name])
-        elif kind == "plate" and name in self.values:
-            msg["value"] = self.values[name]
+        elif kind == "plate":
+            self._rows(name, msg)
         elif kind == "subsample" and isinstance(msg["value"], visible.Rows):
             # picked already: the plate has nothing left to take
             msg["value"], msg["kwargs"]["event_dim"] = msg["value"].values, None
@@ -134,6 +150,33 @@ class record(Messenger):
             msg["value"] = next(self.given_keys, None)
         elif kind == "sample":
             self._sample(name, msg)
+
+    def _rows(self, name, msg):
+        if name in self.values:
+            msg["value"] = self.values[name]
+        elif name in self.offered and (msg["value"] is None or rows.are_all(msg["value"], msg["args"][0])):
+            msg["value"] = self.offered[name]
+            self._drawn.add(name)
+        elif msg["value"] is None:
+            draw = msg["fn"]
+
+            def drawn(*args, **kwargs):  # unless a handler further out hands rows over
+                self._drawn.add(name)
+                return draw(*args, **kwargs)
+
+            msg["fn"] = drawn
+
+    def _keep_rows(self, name, msg):
+        size, taken = msg["args"][0], len(msg["value"])
+        self.plates[name] = size, taken
+        own = name in self._drawn or name in self.values
+        if not own and not rows.are_all(msg["value"], size):
+            rows.require_indices(name, size, msg["value"])
+            self.handed.add(name)
+        if taken != size or name in self.handed or name in self.offered:
+            self.subsamples[name] = msg["value"]
+        if self.sought and self.sought <= self.plates.keys():
+            raise rows.Found
 
     def _sample(self, name, msg):
         if name in self.softened:
@@ -154,10 +197,7 @@ class record(Messenger):
     def postprocess_message(self, msg):
         kind, name = msg["type"], msg.get("name")
         if kind == "plate":
-            size, subsample_size = msg["args"]
-            self.plates[name] = (size, size if subsample_size is None else subsample_size)
-            if self.plates[name][1] != size:
-                self.subsamples[name] = msg["value"]
+            self._keep_rows(name, msg)
         elif kind == "param" and msg["value"] is not None:  # flax_module asks for its value first
             self.params[name] = {"kwargs": msg["kwargs"], "value": msg["value"]}
         elif kind == "prng_key" and msg["value"] is not None:
@@ -175,6 +215,7 @@ class record(Messenger):
                 msg["infer"],
                 self.plates,
                 self.subsamples,
+                self.handed,
             )
 
 
@@ -201,7 +242,7 @@ class Pair:
 
     :ivar theta: transforms of the model's parameters, by name.
     :ivar phi: the guide's.
-    :ivar subsampled: (full size, size) of each subsampling plate.
+    :ivar subsampled: the plates that take not all rows, or are handed them.
     :ivar num_plate_dims: how many dimensions the plates take.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     :ivar averaged: the guide's sites that are summed out by their mean.
@@ -219,7 +260,7 @@ class Pair:
     softened: frozenset[str]
     enumerated: tuple[str, ...]
     sampled: tuple[str, ...]
-    subsampled: Mapping[str, tuple[int, int]]
+    subsampled: Mapping[str, rows.Plate]
     num_data: int
     num_plate_dims: int
     unreparameterised: tuple[str, ...]
@@ -234,12 +275,38 @@ class Pair:
         return {**constrain(self.theta, theta), **constrain(self.phi, phi), **(mutable or {})}
 
     def batch(self, rng_key: Array, leaves: Sequence[Any], spec: Any) -> visible.Batch:
-        """The step's batch: subsampling plates draw their rows here, once."""
+        """The step's batch: subsampling plates draw their rows here, once, or are handed them by the programs."""
         keys = jax.random.split(rng_key, len(self.subsampled)) if self.subsampled else ()
+        handed = self._handed(rng_key, leaves, spec)
         indices = {
-            name: _subsample(key, *sizes) for key, (name, sizes) in zip(keys, self.subsampled.items(), strict=True)
+            name: handed[name] if plate.is_handed else _subsample(key, plate.full_size, plate.size)
+            for key, (name, plate) in zip(keys, self.subsampled.items(), strict=True)
         }
-        return visible.batch(self.sites, indices, leaves, spec, self.reads_rows)
+        return visible.batch(self.sites, indices, leaves, spec, self.reads_rows, frozenset(handed))
+
+    def _handed(self, rng_key: Array, leaves: Sequence[Any], spec: Any) -> dict[str, Array]:
+        """The rows that the programs hand to their plates on these arguments.
+
+        Rows that are an argument are read off; for others the programs run as far as the plates.
+        """
+        plates = [plate for plate in self.subsampled.values() if plate.is_handed]
+        found = {plate.name: leaves[plate.argument] for plate in plates if plate.argument is not None}
+        unknown = [plate for plate in plates if plate.argument is None]
+        if unknown:
+            args, kwargs = jax.tree.unflatten(spec, leaves)
+            key_guide, key_model = jax.random.split(rng_key)
+            by_guide, by_model = ({p.name for p in unknown if role in p.handed_by} for role in ("guide", "model"))
+            # to its end where the model needs its draws
+            sought = () if by_model else by_guide
+            q = _run_until(self.guide, key_guide, args, kwargs, {}, sought) if by_guide else record({})
+            values = {name: site.value for name, site in q.sites.items() if not site.is_observed}
+            p = _run_until(self.model, key_model, args, kwargs, values, by_model) if by_model else record({})
+            for run, names in ((q, by_guide), (p, by_model)):
+                for name in names & run.subsamples.keys():
+                    rows.agree(name, found.setdefault(name, run.subsamples[name]), run.subsamples[name])
+        for plate in plates:
+            rows.require(plate, found.get(plate.name))
+        return found
 
     def programs(self, params: Mapping[str, Any], batch: visible.Batch) -> tuple[Callable, Callable]:
         """Model and guide for a host ELBO: parameters and rows given, discrete sites softened where the guide's are."""
@@ -568,6 +635,18 @@ def _slope(log_weight: Callable[[Array, Any], Array], draws: Any, loss: OuterLos
     return jax.grad(lambda v: jax.vmap(lambda draw: log_weight(v, draw))(draws).mean())
 
 
+def _run_until(
+    program: Callable, rng_key: Array, args: Any, kwargs: Any, values: Mapping[str, Any], sought: Collection[str]
+) -> record:
+    """Run a program until the rows of the plates ``sought`` are known; to its end if there are none."""
+    with seed(rng_seed=rng_key), record({}, values, sought=sought) as run:
+        try:
+            program(*args, **kwargs)
+        except rows.Found:
+            pass
+    return run
+
+
 def _subsample(rng_key: Array, full_size: int, size: int) -> Array:
     """Rows without replacement, every set of them as likely; in order.
 
@@ -691,8 +770,22 @@ def analyse(
         given = {k: jax.tree.map(lambda x: _stand_in(x, key_stand_in), v) for k, v in (init_params or {}).items()}
         model, guide = (partial(p, **static_kwargs) if static_kwargs else p for p in (model, guide))
         p, q, soft = _first_run(model, guide, rng_key, given, leaves, spec)
+        plates = rows.plates(q, p, leaves)
+        # an example that stands twice can't be moved on its own in every program: a look is taken at rows that don't
+        twice = {
+            plate.argument: jnp.arange(plate.size, dtype=leaves[plate.argument].dtype) % plate.full_size
+            for plate in plates.values()
+            if plate.argument is not None and not rows.are_distinct(leaves[plate.argument])
+        }
+        if twice:
+            leaves = [twice.get(i, leaf) for i, leaf in enumerate(leaves)]
+            p, q, soft = _first_run(model, guide, rng_key, given, leaves, spec)
+        p.handed.update(name for name in q.handed if name in p.subsamples)
+        _check_plates((*p.sites.values(), *q.sites.values()))
         latents = {name: s for name, s in q.sites.items() if not s.is_observed}
         sites = visible.find(p.sites, leaves, names, discrete)
+        for found in sites:
+            _warn_scaled(p.sites[found.name])
         if not (alone or partial_guide):
             _check_sites(p.sites, latents, sites[0].shape[0])
         for name, site in q.sites.items():
@@ -725,7 +818,7 @@ def analyse(
             soft,
             enumerated,
             sampled,
-            {name: sizes for name, sizes in {**q.plates, **p.plates}.items() if sizes[0] != sizes[1]},
+            plates,
             _num_data(p.sites, sites),
             max(dims),
             tuple(name for name in sampled if not latents[name].fn.has_rsample),
@@ -737,7 +830,8 @@ def analyse(
         shapes = {name: jax.tree.map(jnp.shape, value) for name, value in {**start.theta, **start.phi}.items()}
         pair = replace(pair, shapes=shapes)
         start = start._replace(pair=pair)
-        batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec)
+        handed = frozenset(name for name, plate in plates.items() if plate.is_handed)
+        batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec, handed=handed)
         _check_guide(start, latents, batch, key_guide, strategy)
         if loss is not None:
             change = _change_of_variables(start, batch, key_scores, latents, p.sites)
@@ -749,7 +843,7 @@ def analyse(
         start = start._replace(pair=replace(pair, reads_rows=_reads_rows(start, batch)))
         if look is not None:
             look(start, batch, key_scores)
-    if traced:  # initial values may depend on the key and on the data: these come from the ones asked for
+    if traced or twice:  # initial values may depend on the key and on the data: these come from the ones asked for
         rng_key, leaves, init_params = asked
         p, q, _ = _first_run(model, guide, rng_key, init_params or {}, leaves, spec)
         start = _start(start.pair, p, q)
@@ -794,10 +888,18 @@ def resized(pair: Pair, leaves: Sequence[Any], spec: Any) -> Pair | None:
     seen: list[record] = []
     jax.eval_shape(run, [leaf for leaf in leaves if isinstance(leaf, Array)])
     p, q = seen
-    subsampled = {name: sizes for name, sizes in {**q.plates, **p.plates}.items() if sizes[0] != sizes[1]}
+    known = {**q.plates, **p.plates}
+    handed = {name for name, plate in pair.subsampled.items() if plate.is_handed}
+    subsampled = {
+        name: replace(pair.subsampled[name], full_size=sizes[0], size=sizes[1])
+        for name, sizes in known.items()
+        if name in pair.subsampled and (sizes[0] != sizes[1] or name in handed)
+    }
+    others = {name for name, sizes in known.items() if sizes[0] != sizes[1] and name not in subsampled}
     latents = [name for name, s in q.sites.items() if not (s.is_observed or s.is_delta)]
     same = (
-        set(subsampled) == set(pair.subsampled)
+        not others
+        and set(subsampled) == set(pair.subsampled)
         and set(latents) == {*pair.enumerated, *pair.sampled}
         and (set(p.params), set(q.params)) == (set(pair.theta), set(pair.phi))
         and all(site.name in p.sites for site in pair.sites)
@@ -821,10 +923,10 @@ def _first_run(
     soft = frozenset(
         name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
     )
-    # rows first: the model has to pick the guide's
     values = {name: s.value for name, s in latents.items()}
     try:
-        with seed(rng_seed=key_model), record(given, {**values, **q.subsamples}, soft) as p:
+        # a plate that would draw rows has to take the guide's
+        with seed(rng_seed=key_model), record(given, values, soft, offered=q.subsamples) as p:
             model(*args, **kwargs)
     except ValueError as error:
         if "relaxed guide site" in str(error):
@@ -859,6 +961,35 @@ def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSi
         full_size, size = first.plates[frame.name]
         num *= full_size / size
     return round(num)
+
+
+def _warn_scaled(site: Site) -> None:
+    """A scale around the whole model is often meant as a weight of the minibatch: here it is another density."""
+    scale = np.asarray(1.0 if site.scale is None else site.scale, float)
+    for frame in site.frames:
+        full_size, size = site.plates[frame.name]
+        scale = scale * (size / full_size)
+    if not np.allclose(scale, 1.0):
+        shown = f"{scale.item():.4g}" if scale.ndim == 0 else f"{scale.min():.4g} to {scale.max():.4g}"
+        warnings.warn(
+            f"A scale of {shown} covers visible site '{site.name}': it multiplies log p̃, so that the model is the "
+            "density to that power and its score as many times as large. The losses are means over the batch already: "
+            "if the scale should only weigh a minibatch (N/B), drop it, in the guide too.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _check_plates(sites: Iterable[Site]) -> None:
+    """:raises ValueError: for a plate whose rows are drawn out of sight: every pass would be about others."""
+    for site in sites:
+        for frame in site.frames:
+            if frame.name not in site.plates:
+                raise ValueError(
+                    f"Plate '{frame.name}' around site '{site.name}' is hidden by a handler (block), and so is which "
+                    "rows it takes: model and guide would be about others at every pass. Leave the plate in sight, "
+                    f"hide=[...] without '{frame.name}'."
+                )
 
 
 def _cure_of_missing(site: Site, num_rows: int) -> str:

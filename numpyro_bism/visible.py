@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import AxisType
 from numpyro.distributions import constraints
 
+from . import rows
 from .distributions import base_of
 
 
@@ -29,6 +30,7 @@ class VisibleSite:
     :ivar plate: the subsampling plate whose indices pick the value's rows out of the leaf, or None.
     :ivar axis: the leaf's axis that the plate subsamples, counted from the right.
     :ivar shape: the value's shape, the batch first.
+    :ivar labels: the plate whose rows the batch is, whether it picks them or they came in picked; None if it is all.
     :ivar is_discrete: whether its support is; a method that needs scores takes no such site.
     :ivar is_soft: whether the programs take real numbers in its stead, so that it keeps no integer type.
     """
@@ -40,6 +42,7 @@ class VisibleSite:
     shape: tuple[int, ...]
     is_discrete: bool = False
     is_soft: bool = False
+    labels: str | None = None
 
 
 def size(site: VisibleSite) -> int:
@@ -52,8 +55,9 @@ class Batch:
     """One call's arguments as a function of the visible values.
 
     :ivar v: the clean visible values, all sites side by side, of shape (n, D).
-    :ivar indices: the rows picked by each subsampling plate, drawn once a step.
+    :ivar indices: the rows of each plate that takes not all, the same for a whole step.
     :ivar reads_rows: whether the programs read of a subsampled argument nothing but the plate's rows.
+    :ivar handed: the plates that the programs hand their rows.
     """
 
     v: Array
@@ -62,6 +66,7 @@ class Batch:
     leaves: Sequence[Any]
     spec: Any
     reads_rows: bool = False
+    handed: frozenset[str] = frozenset()
 
     def arguments(self, v: Array) -> tuple[tuple, dict]:
         """The programs' ``(args, kwargs)`` with v, of shape (n, D), in place of the visible values."""
@@ -79,9 +84,27 @@ class Batch:
                 elif self.reads_rows:
                     leaves[i] = Rows(leaves[i], self.indices[site.plate], own)
                 else:  # a copy of all the data
-                    rows = (..., self.indices[site.plate]) + (slice(None),) * (-site.axis - 1)
-                    leaves[i] = leaves[i].astype(own.dtype).at[rows].set(own)
+                    taken = self.indices[site.plate]
+                    if site.plate in self.handed:
+                        own = _only_distinct(site, taken, own)
+                    place = (..., taken) + (slice(None),) * (-site.axis - 1)
+                    leaves[i] = leaves[i].astype(own.dtype).at[place].set(own)
         return jax.tree.unflatten(self.spec, leaves)
+
+
+def _only_distinct(site: VisibleSite, taken: Array, values: Array) -> Array:
+    """The values, or NaN at rows that stand twice: a copy of the data has one value a row, and each has its own noise.
+
+    :raises ValueError: for these, where the rows have numbers.
+    """
+    if not rows.are_distinct(taken):
+        raise ValueError(
+            f"Plate '{site.plate}' is handed a row twice, and model or guide read more of the data of site "
+            f"'{site.name}' than the rows of the plate: the two copies have noise of their own there. Hand it "
+            "distinct rows, or read the data by the plate's rows alone: with plate as rows: x[rows]."
+        )
+    twice = rows.repeated(taken).reshape((-1,) + (1,) * (-site.axis - 1))
+    return values * jnp.where(twice, jnp.nan, 1.0)  # a factor: the gradient has to be NaN as well
 
 
 class Rows:
@@ -116,6 +139,7 @@ def batch(
     leaves: Sequence[Any],
     spec: Any,
     reads_rows: bool = False,
+    handed: frozenset[str] = frozenset(),
 ) -> Batch:
     """Read the visible values out of the arguments' leaves."""
     columns = []
@@ -126,7 +150,7 @@ def batch(
         value = value.reshape(site.shape[0], -1)
         columns.append(value.astype(float) if site.is_discrete else value)
     v = columns[0] if len(columns) == 1 else jnp.concatenate(columns, -1)
-    return Batch(v, sites, indices, leaves, spec, reads_rows)
+    return Batch(v, sites, indices, leaves, spec, reads_rows, handed)
 
 
 def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
@@ -213,14 +237,17 @@ def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> Visi
             f"Visible site '{name}' has a value of shape {shape} where the model declares {declared}. Pass data of "
             "the declared shape, the leading dimension the batch: data are not broadcast."
         )
+    # a plate that takes all rows by itself takes them in order
+    picking = [f.name for f in site.frames if site.plates[f.name][0] != site.plates[f.name][1] or f.name in site.handed]
     same = tuple(i for i, leaf in enumerate(leaves) if leaf is value)
     if same:
-        return VisibleSite(name, same, None, 0, shape, is_discrete)
+        leading = [f.name for f in site.frames if f.name in picking and f.dim - site.fn.event_dim == -value.ndim]
+        return VisibleSite(name, same, None, 0, shape, is_discrete, labels=leading[0] if leading else None)
     for frame in site.frames:
         axis = frame.dim - site.fn.event_dim
         full_size, size = site.plates[frame.name]
         picked = site.subsamples.get(frame.name, np.arange(size))
-        rows = tuple(
+        found = tuple(
             i
             for i, leaf in enumerate(leaves)
             if isinstance(leaf, Array)
@@ -229,10 +256,9 @@ def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> Visi
             and leaf.shape[axis] == full_size
             and np.array_equal(jnp.take(leaf, picked, axis), value)
         )
-        if rows:
-            # a plate that takes all rows takes them in order
-            plate = frame.name if size != full_size else None
-            return VisibleSite(name, rows, plate, axis, shape, is_discrete)
+        if found:
+            plate = frame.name if frame.name in picking else None
+            return VisibleSite(name, found, plate, axis, shape, is_discrete, labels=plate)
     raise ValueError(
         f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments, "
         "nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "

@@ -212,6 +212,7 @@ class BiSM(Trainer):
             phi=phi,
             at=pair.at,
             optim=self.inner_optim,
+            placed=pair.placed if pair.astray else None,
         )
 
     def _fit(self, problem: Bilevel, buffers: Buffers, program: BilevelProgram | None) -> tuple[float, float]:

@@ -26,9 +26,8 @@ def jittered(pair: Pair) -> Iterator[None]:
     leaves = [*pair.theta.values(), *pair.phi.values()]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        # as trained as they are: pyro.module warns of a weight that is not
-        moved = {leaf: (leaf.detach() + 0.1 * torch.randn_like(leaf)).requires_grad_() for leaf in leaves}
-        with params.swapped(moved):
+        moved = [leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in leaves]
+        with params.placed(leaves, moved):
             yield
 
 

@@ -9,7 +9,8 @@ discrete site is summed out the expectation under q of the same difference is ta
 held fixed as v moves; then the score's own derivative in v stays right as well.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import guides, params, visible
+from . import guides, params, rows, visible
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
 from .losses import OuterLoss
 
@@ -43,6 +44,7 @@ class Site:
     is_observed: bool
     infer: Mapping[str, Any]
     subsamples: Mapping[str, Tensor]
+    handed: Collection[str] = ()
 
     @property
     def is_data(self) -> bool:
@@ -77,8 +79,8 @@ class Site:
 class replay(Messenger):
     """Runs a program with some of its sites given.
 
-    A value in ``values`` stands in for a latent site's draw; a site in ``softened`` is scored as its
-    relaxation.
+    A value in ``values`` stands in for a latent site's draw, or for a plate's rows, however it comes by them: all
+    passes of a step are about the same. A site in ``softened`` is scored as its relaxation.
     """
 
     def __init__(self, values: Mapping[str, Tensor], softened: frozenset[str] = frozenset()):
@@ -88,6 +90,10 @@ class replay(Messenger):
 
     def _pyro_sample(self, msg):
         name = msg["name"]
+        if isinstance(msg["fn"], _Subsample):
+            if name in self.values:
+                msg["value"], msg["done"], msg["is_observed"] = self.values[name], True, False
+            return
         if name in self.softened:
             msg["fn"] = relaxed(msg["fn"])
         if name in self.values and not (msg["is_observed"] or msg["done"]):
@@ -100,6 +106,7 @@ class record(replay):
     Sites marked for enumeration get their whole support, in a dimension of their own left of all plates,
     when ``enumerate_from`` says how many dimensions the plates take.
 
+    :ivar subsamples: the rows of every plate; ``handed`` names the plates that were handed theirs by the program.
     :cvar last: the name of the statement that ran last, in whichever run: an energy hides its own from outer handlers.
     """
 
@@ -111,10 +118,21 @@ class record(replay):
         softened: frozenset[str] = frozenset(),
         enumerate_from: int | None = None,
         harden: bool = False,
+        offered: Mapping[str, Tensor] | None = None,
+        sought: Collection[str] = (),
     ):
+        """
+        :param offered: rows for plates that would draw them by themselves.
+        :param sought: plates; the program is left as soon as the rows of all are known.
+        """
         super().__init__(values or {}, softened)
         self.enumerate_from = enumerate_from
         self.harden = harden
+        self.offered = offered or {}
+        self.sought = sought
+        self.full_sizes: dict[str, int] = {}
+        self.handed: set[str] = set()
+        self._drawn: set[str] = set()
         self.sites: dict[str, Site] = {}
         self.params: dict[str, Any] = {}
         self.subsamples: dict[str, Tensor] = {}
@@ -122,6 +140,13 @@ class record(replay):
 
     def _pyro_sample(self, msg):
         super()._pyro_sample(msg)
+        if isinstance(msg["fn"], _Subsample):
+            if msg["value"] is None:
+                msg["value"] = self.offered.get(msg["name"])
+                msg["fn"] = rows.watched(msg["fn"], msg["name"], self._drawn)
+                if msg["value"] is not None:
+                    self._drawn.add(msg["name"])
+            return
         record.last = msg["name"]
         if self.harden:
             msg["fn"] = hard(msg["fn"])
@@ -137,7 +162,7 @@ class record(replay):
 
     def _pyro_post_sample(self, msg):
         if isinstance(msg["fn"], _Subsample):
-            self.subsamples[msg["name"]] = msg["value"]
+            self._keep_rows(msg)
             return
         self.sites[msg["name"]] = Site(
             msg["name"],
@@ -149,7 +174,19 @@ class record(replay):
             msg["is_observed"],
             msg["infer"],
             self.subsamples,
+            self.handed,
         )
+
+    def _keep_rows(self, msg):
+        name = msg["name"]
+        if not isinstance(msg["value"], Tensor):  # a list
+            msg["value"] = torch.as_tensor(msg["value"])
+        self.subsamples[name], self.full_sizes[name] = msg["value"], msg["fn"].size
+        if name not in self.values and name not in self._drawn:
+            rows.require_indices(name, msg["fn"].size, msg["value"])
+            self.handed.add(name)
+        if self.sought and set(self.sought) <= self.subsamples.keys():
+            raise rows.Found
 
     def _pyro_post_param(self, msg):
         self.params[msg["name"]] = msg["value"]
@@ -183,7 +220,7 @@ class Pair:
 
     :ivar theta: the model's unconstrained parameter tensors, by name.
     :ivar phi: the guide's.
-    :ivar subsamples: the distribution over indices of each subsampling plate.
+    :ivar subsamples: the plates that have rows.
     :ivar num_plate_dims: how many dimensions the plates take.
     :ivar buffers: module buffers that a pass changes (batch-norm statistics).
     :ivar frozen: parameters met that do not require grad.
@@ -191,6 +228,7 @@ class Pair:
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     :ivar averaged: the guide's sites that are summed out by their mean.
     :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
+    :ivar astray: the parameters of φ that stand-ins do not take the place of; looked for where steps are unrolled.
     """
 
     model: Callable
@@ -201,7 +239,7 @@ class Pair:
     softened: frozenset[str]
     enumerated: tuple[str, ...]
     sampled: tuple[str, ...]
-    subsamples: Mapping[str, Any]
+    subsamples: Mapping[str, rows.Plate]
     num_data: int
     num_plate_dims: int
     buffers: tuple[Tensor, ...] = field(default=())
@@ -210,6 +248,7 @@ class Pair:
     unreparameterised: tuple[str, ...] = ()
     averaged: tuple[str, ...] = ()
     change: guides.ChangeOfVariables | None = None
+    astray: tuple[str, ...] = ()
 
     def is_current(self) -> bool:
         """Whether the programs still train these tensors: none was replaced, cleared, frozen or unfrozen since."""
@@ -221,12 +260,43 @@ class Pair:
         return not any([leaf.requires_grad for leaf in self.frozen])
 
     def batch(self, leaves: Sequence[Any], spec: Any, cut: bool = False) -> visible.Batch:
-        """The step's batch: subsampling plates draw their rows here, once.
+        """The step's batch: subsampling plates draw their rows here, once, or are handed them by the programs.
 
         :param cut: leave plates that take all rows to themselves: such a plate takes any number of them.
         """
-        indices = {name: fn() for name, fn in self.subsamples.items() if not (cut and fn.all is not None)}
-        return visible.Batch(self.sites, indices, leaves, spec)
+        handed = self._handed(leaves, spec)
+        indices = {
+            name: handed[name] if plate.is_handed else _draw(plate)
+            for name, plate in self.subsamples.items()
+            if not (cut and plate.takes_all)
+        }
+        return visible.Batch(self.sites, indices, leaves, spec, frozenset(handed))
+
+    def _handed(self, leaves: Sequence[Any], spec: Any) -> dict[str, Tensor]:
+        """The rows that the programs hand to their plates on these arguments.
+
+        Rows that are an argument are read off; for others the programs run as far as the plates.
+        """
+        plates = [plate for plate in self.subsamples.values() if plate.is_handed]
+        found = {plate.name: leaves[plate.argument] for plate in plates if plate.argument is not None}
+        unknown = [plate for plate in plates if plate.argument is None]
+        if unknown:
+            kept = [b.clone() for b in self.buffers]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            by_guide, by_model = ({p.name for p in unknown if role in p.handed_by} for role in ("guide", "model"))
+            with torch.no_grad(), pyro.validation_enabled(False), _hidden():
+                # to its end where the model needs its draws
+                q = _run_until(self.guide, args, kwargs, {}, () if by_model else by_guide) if by_guide else record()
+                values = {name: site.value for name, site in q.sites.items() if not site.is_observed}
+                p = _run_until(self.model, args, kwargs, values, by_model) if by_model else record()
+            for run, names in ((q, by_guide), (p, by_model)):
+                for name in names & run.subsamples.keys():
+                    rows.agree(name, found.setdefault(name, run.subsamples[name]), run.subsamples[name])
+            for buffer, value in zip(self.buffers, kept, strict=True):
+                buffer.copy_(value)
+        for plate in plates:
+            rows.require(plate, found.get(plate.name))
+        return found
 
     def programs(self, batch: visible.Batch) -> tuple[Callable, Callable]:
         """Model and guide for a host ELBO: rows fixed, discrete sites softened where the guide's are."""
@@ -245,6 +315,26 @@ class Pair:
         if self.is_stated:
             return params.given(dict(zip(self.phi, phi, strict=True)))
         return params.swapped(dict(zip(self.phi.values(), phi, strict=True)))
+
+    def placed(self, phi: Sequence[Tensor]) -> AbstractContextManager:
+        """The context in which φ has these values itself: see :func:`params.placed`."""
+        return params.placed(self.phi.values(), phi)
+
+    def out_of_sight(self, batch: visible.Batch) -> list[str]:
+        """The parameters that the programs read where no other tensors can be put in their place."""
+        kept = [b.clone() for b in self.buffers]
+        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), _hidden():
+            found = params.out_of_sight(lambda: self._look(batch), {**self.theta, **self.phi})
+        with torch.no_grad():
+            for buffer, value in zip(self.buffers, kept, strict=True):
+                buffer.copy_(value)
+        return found
+
+    def _look(self, batch: visible.Batch) -> Tensor:
+        """log p̃ - log q at a draw of the guide's, with a path to all that is trained."""
+        draw, _ = self.draw(batch, batch.v)
+        drawn: Any = sum(x.sum() for x in draw.values.values() if x.is_floating_point())
+        return self.log_weight(batch, batch.v, draw) + drawn
 
     def draw(
         self, batch: visible.Batch, v: Tensor, given: Mapping[str, Tensor] | None = None, moves: bool = False
@@ -432,7 +522,8 @@ class Pair:
                     value = self.score(batch, still, loss)(u)
                 return value.detach() + varying - varying.detach()
             # numbers in θ, but functions of u
-            with params.swapped({leaf: leaf.detach() for leaf in self.theta.values()}):
+            # that require grad still: pyro.module takes a weight that does not for one that is not trained, and says so
+            with params.swapped({leaf: leaf.detach().requires_grad_() for leaf in self.theta.values()}):
                 value = self.score(batch, still, loss)(u)
                 same = slope()
             # the difference is 0; its derivative in θ is the score's
@@ -581,7 +672,7 @@ def _describe(
     alone = guide is None
     guide = _no_guide if alone else guide
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    with pyro.poutine.block():
+    with _hidden():
         if guides.runs_model(guide):
             with record() as p:
                 model(*args, **kwargs)
@@ -592,16 +683,21 @@ def _describe(
         soft = frozenset(
             name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
         )
-        # rows first: the model has to pick the guide's
         values = {name: s.value for name, s in latents.items()}
         try:
-            with record({**values, **q.subsamples}, soft) as p:
+            # a plate that would draw rows has to take the guide's
+            with record(values, soft, offered=q.subsamples) as p:
                 model(*args, **kwargs)
         except ValueError as error:
             if "relaxed guide site" in str(error):
                 raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
             raise
+    plates = rows.plates(q, p, leaves)
+    p.handed.update(name for name in q.handed if name in p.subsamples)
+    _check_plates((*p.sites.values(), *q.sites.values()))
     sites = visible.find(p.sites, leaves, names, discrete)
+    for found in sites:
+        _warn_scaled(p.sites[found.name])
     if not (alone or partial_guide):
         _check_sites(p.sites, latents, sites[0].shape[0])
     for name, site in q.sites.items():
@@ -630,7 +726,7 @@ def _describe(
         soft,
         enumerated,
         sampled,
-        {name: _Resample(p.sites, name) for name in p.subsamples},
+        plates,
         _num_data(p.sites, sites),
         max(dims),
         tuple({id(b): b for m in ran for b in m.buffers()}.values()),
@@ -639,15 +735,21 @@ def _describe(
         averaged=averaged,
     )
     subsamples = {**q.subsamples, **p.subsamples}
-    batch = visible.Batch(sites, subsamples, leaves, spec)
+    handed = frozenset(name for name, plate in plates.items() if plate.is_handed)
+    batch = visible.Batch(sites, subsamples, leaves, spec, handed)
     if loss is not None:
         strategy.check(loss, pair)
         pair = _with_change(pair, batch, latents, p.sites)
-        _check_scores(pair, leaves, spec, subsamples, loss, strategy)
+        _check_scores(pair, batch, loss, strategy)
         _check_sight(pair, batch, [name for name in latents if name in p.sites])
         if not strategy.reparameterises:
             _check_examples(pair, batch)
-    return replace(pair, is_stated=_is_stated(pair, batch))
+    pair = replace(pair, is_stated=_is_stated(pair, batch))
+    if strategy.unrolls and pair.phi:
+        pair = replace(pair, astray=_astray(pair, batch))
+    if loss is not None and strategy.holds_theta and loss.differentiates_score:
+        _check_held(pair, batch)
+    return pair
 
 
 def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
@@ -664,19 +766,86 @@ def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
     return all(g is None for g in _gradients(log_weight, list(pair.phi.values())))
 
 
-class _Resample:
-    """Draws a subsampling plate's rows anew."""
+def _astray(pair: Pair, batch: visible.Batch) -> tuple[str, ...]:
+    """The parameters of φ that unrolled steps would not see move."""
+    buffers = [(b, b.clone()) for b in pair.buffers]
 
-    def __init__(self, sites: Mapping[str, Site], name: str):
-        frame = next(f for s in sites.values() for f in s.frames if f.name == name)
-        self.full_size, self.size = frame.full_size, frame.size
-        self.device = next(s for s in sites.values()).subsamples[name].device
-        self.all = torch.arange(self.size, device=self.device) if self.size == self.full_size else None
+    def look():
+        for buffer, value in buffers:
+            with torch.no_grad():
+                buffer.copy_(value)
+        return pair._look(batch)
 
-    def __call__(self) -> Tensor:
-        if self.all is not None:
-            return self.all
-        return _subsample(self.full_size, self.size, self.device)
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        return tuple(params.astray(look, pair.phi, pair.theta, pair.at))
+
+
+def _check_held(pair: Pair, batch: visible.Batch) -> None:
+    """:raises ValueError: where the score can't be had as a function of v in which θ is a number."""
+    v = batch.v.detach().requires_grad_()
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        draw = pair.draw(batch, v)[0].detached()
+        with params.swapped({leaf: leaf.detach().requires_grad_() for leaf in pair.theta.values()}):
+            value = pair.log_weight(batch, v, draw, guide=False)
+        (score,) = torch.autograd.grad(value, v, create_graph=True)
+        reached = _gradients(score.square().sum(), list(pair.theta.values()))
+    names = [name for name, g in zip(pair.theta, reached, strict=True) if g is not None]
+    if names:
+        raise ValueError(
+            f"The model's parameters {names} are read where Exact() can't hold them fixed (by an autograd.Function, a "
+            "scripted or a checkpointed module), as a loss that differentiates the score asks for. Use "
+            "DenoisingScoreMatching, or another hypergradient, such as Implicit()."
+        )
+
+
+def _hidden() -> Any:
+    """The context in which a look at the programs is hidden from all outside, but for who hands rows to a plate."""
+    return pyro.poutine.block(hide_fn=lambda msg: not isinstance(msg.get("fn"), _Subsample))
+
+
+def _run_until(program: Callable, args: Any, kwargs: Any, values: Mapping[str, Any], sought: Collection[str]) -> record:
+    """Run a program until the rows of the plates ``sought`` are known; to its end if there are none."""
+    with record(values, sought=sought) as run:
+        try:
+            program(*args, **kwargs)
+        except rows.Found:
+            pass
+    return run
+
+
+def _draw(plate: rows.Plate) -> Tensor:
+    """The rows of a step, where a plate draws them."""
+    if plate.takes_all:
+        return torch.arange(plate.size, device=plate.device)
+    return _subsample(plate.full_size, plate.size, plate.device)
+
+
+def _warn_scaled(site: Site) -> None:
+    """A scale around the whole model is often meant as a weight of the minibatch: here it is another density."""
+    scale = torch.as_tensor(site.scale, dtype=torch.double)
+    for frame in site.frames:
+        scale = scale * (frame.size / frame.full_size)
+    if not torch.allclose(scale, torch.ones_like(scale)):
+        shown = f"{scale.item():.4g}" if scale.dim() == 0 else f"{scale.min().item():.4g} to {scale.max().item():.4g}"
+        warnings.warn(
+            f"A scale of {shown} covers visible site '{site.name}': it multiplies log p̃, so that the model is the "
+            "density to that power and its score as many times as large. The losses are means over the batch already: "
+            "if the scale should only weigh a minibatch (N/B), drop it, in the guide too.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _check_plates(sites: Iterable[Site]) -> None:
+    """:raises ValueError: for a plate whose rows are drawn out of sight: every pass would be about others."""
+    for site in sites:
+        for frame in site.frames:
+            if frame.size != frame.full_size and frame.name not in site.subsamples:
+                raise ValueError(
+                    f"Plate '{frame.name}' around site '{site.name}' subsamples, and a handler (block) hides which "
+                    "rows it takes: model and guide would be about others at every pass. Leave the plate in sight, "
+                    f"hide=[...] without '{frame.name}', or hand it the rows: pyro.plate(..., subsample=rows)."
+                )
 
 
 def _subsample(full_size: int, size: int, device: Any) -> Tensor:
@@ -859,13 +1028,10 @@ def _check_sight(pair: Pair, batch: visible.Batch, latents: Sequence[str]) -> No
 
 def _check_scores(
     pair: Pair,
-    leaves: Sequence[Any],
-    spec: Any,
-    subsamples: Mapping[str, Tensor],
+    batch: visible.Batch,
     loss: OuterLoss,
     strategy: Any,
 ) -> None:
-    batch = visible.Batch(pair.sites, subsamples, leaves, spec)
     draw, _ = pair.draw(batch, batch.v)
     sizes = [torch.Size(site.shape[1:]).numel() for site in pair.sites]
     pieces = [piece.clone().requires_grad_() for piece in batch.v.split(sizes, -1)]

@@ -525,7 +525,7 @@ class _Layout:
     def of(cls, pair: Pair, batch: visible.Batch, run: GuideDraws, coords: Mapping, dims: Mapping) -> "_Layout":
         sites = {**run.latents, **run.visible, **run.covariates}
         obs = "obs_id" if "obs" in sites else "obs"
-        plate = pair.sites[0].plate
+        plate = pair.sites[0].labels
         rows = np.arange(len(batch.v)) if plate is None else _numpy(batch.indices[plate])
         layout = cls(obs, rows, coords, dims)
         for name in dims:

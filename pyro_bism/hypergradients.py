@@ -10,8 +10,8 @@ made by ``init`` and handed back in the result.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -40,7 +40,9 @@ class Bilevel:
     :ivar inner: G at the parameters in force.
     :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
     :ivar covariance: the same, from a sample covariance of the given number of draws.
-    :ivar at: the context that puts given values of φ in force.
+    :ivar at: the context that puts given tensors in φ's place.
+    :ivar placed: the context that puts given values into φ itself, where ``at`` does not reach all that reads it; else
+        None.
     :ivar optim: the inner optimiser.
     :ivar inner_noise: the random states before each of the K inner steps just taken, if the strategy repeats them.
     :cvar is_captured: whether what runs is being captured: it can't look at the value of a tensor then.
@@ -55,12 +57,24 @@ class Bilevel:
     at: Callable[[Sequence[Tensor]], AbstractContextManager]
     optim: PyroOptim
     inner_noise: list[Any] = field(default_factory=list)
+    placed: Callable[[Sequence[Tensor]], AbstractContextManager] | None = None
 
     is_captured: ClassVar[bool] = False
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``: what a captured step replaces by its graph."""
         return function(self, *args)
+
+    @contextmanager
+    def standing_at(self, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Inside, φ is ``values``; gives the leaves that stand for it, by which to differentiate, inside too."""
+        if self.placed is not None:
+            with self.placed(values):
+                yield list(self.phi)
+        else:
+            phi = [p.detach().requires_grad_() for p in values]
+            with self.at(phi):
+                yield phi
 
     @cached_property
     def steps(self) -> DifferentiableOptim:
@@ -96,6 +110,7 @@ class Hypergradient(Protocol):
     :cvar reparameterises: whether the outer loss's draws of h must carry a path to φ.
     :cvar repeats_noise: whether it wants ``Bilevel.inner_noise``.
     :cvar resets_noise: whether it sets the random state: it is then compiled in parts (``Bilevel.run``), not whole.
+    :cvar holds_theta: whether it takes the score as a function in which θ is a number.
     :cvar cure: what to try where the gradient overflows.
     """
 
@@ -104,6 +119,7 @@ class Hypergradient(Protocol):
     reparameterises: ClassVar[bool] = True
     repeats_noise: ClassVar[bool] = False
     resets_noise: ClassVar[bool] = False
+    holds_theta: ClassVar[bool] = False
     cure: ClassVar[str] = "use Detached()"
 
     def check(self, loss: Any, pair: Any) -> None:
@@ -199,7 +215,7 @@ class Unrolled(Hypergradient):
     def __call__(self, problem: Bilevel, state: Any) -> Result:
         if not (problem.phi and self.num_steps):
             return _in_theta(problem.outer(), problem.theta)
-        if self.memory == "recompute":
+        if self.memory == "recompute" or problem.placed is not None:
             return self._recomputed(problem)
         optim, phi = problem.steps.resumed({}), list(problem.phi)
         for _ in range(self.num_steps):
@@ -258,27 +274,28 @@ def _reversal(num_steps: int, num_kept: int) -> list[tuple[list[tuple[int, int, 
     return found
 
 
-def _step(problem: Bilevel, optim: DifferentiableOptim, phi: Sequence[Tensor], graph: bool = True) -> list[Tensor]:
+def _step(problem: Bilevel, optim: DifferentiableOptim, phi: Sequence[Tensor]) -> list[Tensor]:
     with problem.at(phi):
         loss = problem.inner()
-    gradients = torch.autograd.grad(loss, phi, create_graph=graph, allow_unused=True)
+    gradients = torch.autograd.grad(loss, phi, create_graph=True, allow_unused=True)
     return optim.step(phi, gradients)
 
 
 def _forward(problem: Bilevel, values: Sequence[Tensor], state: dict[Any, Any]) -> tuple[list[Tensor], dict[Any, Any]]:
     """A step of the inner optimiser from φ = ``values`` and its ``state``."""
     optim = problem.steps.resumed(state)
-    phi = _step(problem, optim, [p.detach().requires_grad_() for p in values], graph=False)
+    with problem.standing_at(values) as leaves:
+        gradients = torch.autograd.grad(problem.inner(), leaves, allow_unused=True)
+    phi = optim.step([p.detach().requires_grad_() for p in values], gradients)
     state = {key: s.detach() if isinstance(s, Tensor) else s for key, s in optim.state().items()}
     return [p.detach() for p in phi], state
 
 
 def _last(problem: Bilevel, values: Sequence[Tensor]) -> tuple[Tensor, Gradient, Gradient]:
     """J at φ = ``values``, and its gradients in θ and φ."""
-    phi = [p.detach().requires_grad_() for p in values]
-    with problem.at(phi):
+    with problem.standing_at(values) as phi:
         loss = problem.outer()
-    found = torch.autograd.grad(loss, [*problem.theta, *phi], allow_unused=True)
+        found = torch.autograd.grad(loss, [*problem.theta, *phi], allow_unused=True)
     return loss.detach(), found[: len(problem.theta)], found[len(problem.theta) :]
 
 
@@ -291,18 +308,19 @@ def _backward(
     behind_state: dict[Any, Tensor],
 ) -> tuple[Gradient, Gradient, dict[Any, Tensor]]:
     """One step back: from the gradients in its results those in θ, added to ``total``, in φ and in the state."""
-    phi = [p.detach().requires_grad_() for p in values]
     optim = problem.steps.resumed(state)
     before = {key: s.detach().requires_grad_() for key, s in optim.tensors().items()}
     optim = optim.resumed(before)
-    new_phi = _step(problem, optim, phi)
-    new_state = optim.tensors()
-    outputs = [(y, g) for y, g in zip(new_phi, behind, strict=True) if g is not None and y.requires_grad]
-    outputs += [(new_state[key], g) for key, g in behind_state.items() if new_state[key].requires_grad]
-    if not outputs:
-        return total, [None] * len(phi), {}
-    ends, weights = zip(*outputs, strict=True)
-    found = torch.autograd.grad(ends, [*problem.theta, *phi, *before.values()], weights, allow_unused=True)
+    with problem.standing_at(values) as phi:
+        gradients = torch.autograd.grad(problem.inner(), phi, create_graph=True, allow_unused=True)
+        new_phi = optim.step(phi, gradients)
+        new_state = optim.tensors()
+        outputs = [(y, g) for y, g in zip(new_phi, behind, strict=True) if g is not None and y.requires_grad]
+        outputs += [(new_state[key], g) for key, g in behind_state.items() if new_state[key].requires_grad]
+        if not outputs:
+            return total, [None] * len(phi), {}
+        ends, weights = zip(*outputs, strict=True)
+        found = torch.autograd.grad(ends, [*problem.theta, *phi, *before.values()], weights, allow_unused=True)
     first, second = len(problem.theta), len(problem.theta) + len(phi)
     total = [_sum(a, b) for a, b in zip(total, found[:first], strict=True)]
     return total, found[first:second], {k: g for k, g in zip(before, found[second:], strict=True) if g is not None}
@@ -633,6 +651,7 @@ class Exact(Hypergradient):
     """
 
     differentiates_inner = False
+    holds_theta = True
 
     def check(self, loss: Any, pair: Any) -> None:
         relaxed = sorted(pair.softened.difference(pair.averaged))

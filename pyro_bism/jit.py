@@ -211,11 +211,12 @@ class Program:
         """The problem on stand-ins for :meth:`_context`, and what they stand in for."""
         batch: Batch = self._batch
         data = iter(given["data"])
-        stand_in = replace(
-            batch,
-            indices=dict(zip(batch.indices, given["rows"], strict=True)),
-            leaves=[next(data) if isinstance(x, Tensor) else x for x in batch.leaves],
-        )
+        leaves = [next(data) if isinstance(x, Tensor) else x for x in batch.leaves]
+        indices = {}
+        for (name, rows), own in zip(batch.indices.items(), given["rows"], strict=True):
+            # rows that are an argument are one tensor with it: so a program reads the rows that it hands to its plate
+            indices[name] = next((y for x, y in zip(batch.leaves, leaves, strict=True) if x is rows), own)
+        stand_in = replace(batch, indices=indices, leaves=leaves)
         theta, phi = ([p.detach().requires_grad_() for p in given[name]] for name in ("theta", "phi"))
         problem = self._stand_in(self.pair, stand_in, theta, phi)
         if self._outer_kept:
@@ -315,10 +316,14 @@ class _Graph:
                 raise _explained(error) from error
             finally:
                 params.set_random_state(state)
-        self._closed_over = _lift(recorded)
+        closed_over = _lift(recorded)
+        self._closed_over = [x.detach() for x in closed_over]
         for name, leaf in trained.items():
-            if any(x is leaf for x in self._closed_over):
-                raise RuntimeError(f"jit=True: parameter '{name}' is read past pyro.param and torch's functions.")
+            if any(x is leaf for x in closed_over):
+                raise RuntimeError(
+                    f"jit=True: parameter '{name}' is read past pyro.param and torch's functions, so that the captured "
+                    "step would not train it. Take jit=False, or write that part in plain torch."
+                )
         recorded.graph.eliminate_dead_code()
         given = [*inputs, *self._closed_over]
         placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
@@ -356,7 +361,7 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
             with recorded.graph.inserting_after(placeholders[-1]):
                 places[node.target] = recorded.graph.placeholder(f"closed_over_{len(tensors)}")
             placeholders.append(places[node.target])
-            tensors.append(getattr(recorded, node.target).detach())
+            tensors.append(getattr(recorded, node.target))
         node.replace_all_uses_with(places[node.target])
         recorded.graph.erase_node(node)
     for node in placeholders:  # torch's compiler would take what it finds here for its arguments, all or none

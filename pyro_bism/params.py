@@ -1,8 +1,9 @@
 """Which tensors a program trains, and running the program with other tensors in their place."""
 
+import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pyro
@@ -70,6 +71,84 @@ class swapped(TorchFunctionMode):
 
 
 @contextmanager
+def placed(leaves: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, these parameters have these values themselves: whatever reads them sees these.
+
+    So it is for weights that :class:`swapped` does not reach: those that an ``autograd.Function``, a scripted module or
+    a checkpointed one reads. What is differentiated must be so inside: outside the parameters have their own values.
+    """
+    pairs = [(leaf, leaf.detach().clone(), value.detach()) for leaf, value in zip(leaves, values, strict=True)]
+    with torch.no_grad():
+        for leaf, _, value in pairs:
+            leaf.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, own, _ in pairs:
+                leaf.copy_(own)
+
+
+def out_of_sight(function: Callable[[], Tensor], leaves: Mapping[str, Tensor]) -> list[str]:
+    """The names of the parameters that a function reads, by autograd's account, where :class:`swapped` gives others."""
+    stand_ins = {leaf: leaf.detach().clone().requires_grad_() for leaf in leaves.values()}
+    with swapped(stand_ins):
+        value = function()
+    if not value.requires_grad:
+        return []
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return [name for name, g in zip(leaves, found, strict=True) if g is not None]
+
+
+def astray(
+    function: Callable[[], Tensor],
+    phi: Mapping[str, Tensor],
+    theta: Mapping[str, Tensor],
+    at: Callable[[Sequence[Tensor]], AbstractContextManager],
+) -> list[str]:
+    """The names of φ's parameters in which a function has other derivatives where stand-ins are put in their place.
+
+    Tried off their present values, the derivatives taken as unrolled steps take them, after the context that puts the
+    stand-ins in place has been left; against those that autograd finds with the parameters themselves moved there. A
+    checkpointed module, which reads its weights once more on the way back, is found so.
+    """
+    moved = [(1.05 * leaf + 0.05).detach() for leaf in phi.values()]
+
+    def slopes(leaves: Sequence[Tensor], value: Tensor) -> list[Tensor | None]:
+        if not value.requires_grad:
+            return [None] * (2 * len(leaves) + len(theta))
+        first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+        square: Any = sum(g.square().sum() for g in first if g is not None)
+        second: Sequence[Tensor | None] = [None] * (len(leaves) + len(theta))
+        if isinstance(square, Tensor) and square.requires_grad:
+            second = torch.autograd.grad(square, [*leaves, *theta.values()], allow_unused=True)
+        return [*first, *second]
+
+    before = random_state()
+    leaves = list(phi.values())
+    with placed(leaves, moved):
+        right = slopes(leaves, function())
+    set_random_state(before)
+    stand_ins = [value.clone().requires_grad_() for value in moved]
+    with at(stand_ins):
+        value = function()
+    found = slopes(stand_ins, value)
+    names = [*phi, *phi]
+    wrong = [name for name, a, b in zip(names, right, found, strict=False) if not _alike(a, b)]
+    if not wrong and not all([_alike(a, b) for a, b in zip(right, found, strict=True)]):
+        return list(phi)
+    return list(dict.fromkeys(wrong))
+
+
+def _alike(right: Tensor | None, found: Tensor | None) -> bool:
+    a, b = (x if x is None else x.detach() for x in (right, found))
+    if a is None or b is None:
+        return a is b or not bool((b if a is None else a).any())  # type: ignore[union-attr]
+    scale = a.abs().max() if a.numel() else a.sum()
+    return bool(((a - b).abs() <= 1e-3 * scale).all()) or not bool(a.isfinite().all())
+
+
+@contextmanager
 def fixed(leaves: Iterable[Tensor]) -> Iterator[None]:
     """Inside, these parameters are numbers: no graph is built to them.
 
@@ -79,7 +158,9 @@ def fixed(leaves: Iterable[Tensor]) -> Iterator[None]:
     for leaf in held:
         leaf.requires_grad_(False)
     try:
-        yield
+        with warnings.catch_warnings():  # of pyro.module's, that such a weight is not registered: it is
+            warnings.filterwarnings("ignore", ".* was not registered in the param store", UserWarning)
+            yield
     finally:
         for leaf in held:
             leaf.requires_grad_(True)

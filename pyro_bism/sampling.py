@@ -220,11 +220,12 @@ def _rejoined(energy: Energy, chains: Chains, masks: Mapping[str, Any]) -> Energ
     """
     b = energy.batch
     same = b.v.shape == chains.v.shape and b.indices.keys() == chains.rows.keys()
+    same = same and all([torch.equal(b.indices[name], chains.rows[name]) for name in b.handed])
     for site in b.sites:
         if same and site.plate is not None:
             same = int(chains.rows[site.plate].max()) < b.leaves[site.leaves[0]].shape[site.axis]
     if same:
-        energy = energy.at(visible.Batch(b.sites, chains.rows, b.leaves, b.spec))
+        energy = energy.at(visible.Batch(b.sites, chains.rows, b.leaves, b.spec, b.handed))
         old, new = energy.seen(chains.v), energy.seen(energy.batch.v)
         for name, values in new.items():
             moves = masks.get(name, False)

@@ -191,6 +191,7 @@ class Trainer(ABC):
                     "are constants of a captured step: pass numbers that change as tensors and batches of one size, or "
                     "take jit=False."
                 )
+            _require_sight(pair, batch)
             program = self._programs[key] = self._made(pair)
         program.bind(batch)
         return program
@@ -236,6 +237,17 @@ class Trainer(ABC):
 
 def _numbered(buffers: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"buffer {i}": buffer for i, buffer in enumerate(buffers)}
+
+
+def _require_sight(pair: densities.Pair, batch: visible.Batch) -> None:
+    """:raises RuntimeError: where a captured step would leave a parameter as it is, or go by a value of the past."""
+    names = list(dict.fromkeys([*pair.out_of_sight(batch), *pair.astray]))
+    if names:
+        raise RuntimeError(
+            f"jit=True: the step can't be captured: parameters {names} are read past pyro.param and torch's functions, "
+            "by an autograd.Function, a scripted or a checkpointed module. Take jit=False, which trains them, or write "
+            "that part in plain torch."
+        )
 
 
 def _raise_heap_limit() -> None:

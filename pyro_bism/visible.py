@@ -28,6 +28,7 @@ class VisibleSite:
     :ivar plate: the subsampling plate whose indices pick the value's rows out of the leaf, or None.
     :ivar axis: the leaf's axis that the plate subsamples, counted from the right.
     :ivar shape: the value's shape, the batch first.
+    :ivar labels: the plate whose rows the batch is, whether it picks them or they came in picked; None if it is all.
     :ivar is_discrete: whether its support is; a method that needs scores takes no such site.
     :ivar is_soft: whether the programs take real numbers in its stead, so that it keeps no integer type.
     """
@@ -39,6 +40,7 @@ class VisibleSite:
     shape: tuple[int, ...]
     is_discrete: bool = False
     is_soft: bool = False
+    labels: str | None = None
 
 
 def size(site: VisibleSite) -> int:
@@ -50,13 +52,15 @@ def size(site: VisibleSite) -> int:
 class Batch:
     """One call's arguments as a function of the visible values.
 
-    :ivar indices: the rows picked by each subsampling plate, drawn once a step.
+    :ivar indices: the rows of each plate, the same for a whole step.
+    :ivar handed: the plates that the programs hand their rows.
     """
 
     sites: tuple[VisibleSite, ...]
     indices: Mapping[str, Tensor]
     leaves: Sequence[Any]
     spec: Any
+    handed: frozenset[str] = frozenset()
 
     @cached_property
     def v(self) -> Tensor:
@@ -84,7 +88,8 @@ class Batch:
                 if site.plate is None:
                     leaves[i] = value
                 else:
-                    leaves[i] = Rows.of(leaves[i], site.axis, self.indices[site.plate], value)
+                    may_repeat = site.name if site.plate in self.handed else None
+                    leaves[i] = Rows.of(leaves[i], site.axis, self.indices[site.plate], value, may_repeat)
         return pytree.tree_unflatten(leaves, self.spec)
 
 
@@ -95,19 +100,41 @@ class Rows(Tensor):
     axis: int
     rows: Tensor
     replaced: Tensor
+    may_repeat: str | None
 
     @staticmethod
-    def of(x: Tensor, axis: int, rows: Tensor, values: Tensor) -> "Rows":
+    def of(x: Tensor, axis: int, rows: Tensor, values: Tensor, may_repeat: str | None = None) -> "Rows":
+        """
+        :param may_repeat: the visible site's name, if a row may stand twice: the user's may.
+        """
         shell = x
         if isinstance(x, FakeTensor):  # while a step is captured: what has its shape and type, and no memory
             with torch._C._DisableTorchDispatch():
                 shell = torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape)
         new = shell.as_subclass(Rows)
         new.base, new.axis, new.rows, new.replaced = x, axis % x.dim(), rows, values
+        new.may_repeat = may_repeat
         return new
 
     def _whole(self) -> Tensor:
-        return torch.index_copy(self.base, self.axis, self.rows, self.replaced)
+        """x with those rows in it: one value a row.
+
+        :raises ValueError: if a row stands twice, as each of the two has noise of its own.
+        """
+        replaced = self.replaced
+        if self.may_repeat is not None:
+            ordered = self.rows.sort().values
+            twice = torch.searchsorted(ordered, self.rows, right=True) - torch.searchsorted(ordered, self.rows) > 1
+            if isinstance(twice, FakeTensor):  # while a step is captured there are no values: they will be NaN
+                twice = twice.reshape((-1,) + (1,) * (replaced.dim() - 1 - self.axis))
+                replaced = replaced * torch.where(twice, torch.nan, 1.0)  # a factor: the gradient is NaN as well
+            elif twice.any():
+                raise ValueError(
+                    f"The rows handed to a plate name a row twice, and model or guide read more of the data of site "
+                    f"'{self.may_repeat}' than these rows: the two copies have noise of their own there. Hand distinct "
+                    "rows, or read the data by the plate's rows alone: with plate as rows: x[rows]."
+                )
+        return torch.index_copy(self.base, self.axis, self.rows, replaced)
 
     def _picked(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """What is read, if it is those rows."""
@@ -249,12 +276,14 @@ def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> Visi
             f"Visible site '{name}' has a value of shape {shape} where the model declares {declared}. Pass data of "
             "the declared shape, the leading dimension the batch: data are not broadcast."
         )
+    frames = [frame for frame in site.frames if frame.vectorized and frame.name in site.subsamples]
+    # a plate that takes all rows by itself takes them in order
+    picking = {frame.name for frame in frames if frame.size != frame.full_size or frame.name in site.handed}
     same = tuple(i for i, leaf in enumerate(leaves) if _is_same(leaf, value))
     if same:
-        return VisibleSite(name, same, None, 0, shape, is_discrete)
-    for frame in site.frames:
-        if not frame.vectorized or frame.name not in site.subsamples:
-            continue
+        leading = [f.name for f in frames if f.name in picking and f.dim - site.fn.event_dim == -value.dim()]
+        return VisibleSite(name, same, None, 0, shape, is_discrete, labels=leading[0] if leading else None)
+    for frame in frames:
         axis = frame.dim - site.fn.event_dim
         picked = site.subsamples[frame.name]
         rows = tuple(
@@ -267,9 +296,8 @@ def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> Visi
             and torch.equal(leaf.index_select(axis, picked), value)
         )
         if rows:
-            # a plate that takes all rows takes them in order
-            plate = frame.name if frame.size != frame.full_size else None
-            return VisibleSite(name, rows, plate, axis, shape, is_discrete)
+            plate = frame.name if frame.name in picking else None
+            return VisibleSite(name, rows, plate, axis, shape, is_discrete, labels=plate)
     raise ValueError(
         f"The value of visible site '{name}', of shape {shape} and {value.dtype}, is none of the arguments "
         "of step(), nor the rows of one that a subsampling plate picked. BiSM perturbs the data, and "

@@ -381,7 +381,8 @@ def test_discrete_guides_are_drawn_and_scored_as_discrete(backend, enumerate):
 
 def test_scale_and_mask_count_but_subsampling_does_not(backend):
     keep = np.arange(N) % 2 == 0
-    data = backend.to_arviz(backend.linear(OFF, scale=3.0, keep=keep), X, num_draws=2)
+    with pytest.warns(UserWarning, match="A scale of 3 covers visible site 'v'"):
+        data = backend.to_arviz(backend.linear(OFF, scale=3.0, keep=keep), X, num_draws=2)
     h = values(data, "posterior", "h")[0, 0]
     np.testing.assert_allclose(
         values(data, "sample_stats", "model_energy")[0, 0], np.where(keep, 3 * LINEAR.energy(X, h), 0), rtol=1e-10

@@ -1,0 +1,121 @@
+"""The rows of the data that a step is about: the user's own where the programs hand them to a plate, else drawn here.
+
+A plate draws rows by itself where it is told how many (``subsample_size``) and not which. Those are drawn once a step,
+so that model and guide, at every pass, are about the same ones. Rows that a program hands to its plate
+(``pyro.plate("data", N, subsample=rows)``, ``poutine.condition`` of a plate) are taken as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+
+class watched(_Subsample):
+    """A plate's own draw of rows, which tells that it was taken."""
+
+    def __init__(self, plate: _Subsample, name: str, drawn: set[str]):
+        self.__dict__.update(plate.__dict__)
+        self._plate, self._name, self._drawn = plate, name, drawn
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        self._drawn.add(self._name)
+        return self._plate.sample(sample_shape)
+
+    __call__ = sample
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate with rows, as the first run showed it.
+
+    :ivar full_size: how many rows there are.
+    :ivar size: how many are taken.
+    :ivar handed_by: the programs that hand it its rows, of "guide" and "model"; it draws them by itself if none does.
+    :ivar argument: the position of the argument that is those rows, if one is.
+    """
+
+    name: str
+    full_size: int
+    size: int
+    device: Any
+    handed_by: tuple[str, ...] = ()
+    argument: int | None = None
+
+    @property
+    def is_handed(self) -> bool:
+        """Whether its rows are the user's."""
+        return bool(self.handed_by)
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it takes all rows in their order, and any number of them."""
+        return not self.handed_by and self.size == self.full_size
+
+
+class Found(BaseException):
+    """All rows that were looked for are known: the program need not run on."""
+
+
+def plates(guide: Any, model: Any, leaves: Sequence[Any]) -> dict[str, Plate]:
+    """The plates that the runs of guide and model have met.
+
+    :raises ValueError: where both hand rows to a plate and they differ, or where rows are no indices.
+    """
+    found: dict[str, Plate] = {}
+    runs = {"guide": guide, "model": model}
+    for name in {**guide.subsamples, **model.subsamples}:
+        by = tuple(role for role, run in runs.items() if name in run.handed)
+        met = [runs[role] for role in by or runs if name in runs[role].subsamples]
+        rows = [run.subsamples[name] for run in met]
+        argument = None
+        if by:
+            agree(name, rows[0], rows[-1])
+            argument = next((i for i, leaf in enumerate(leaves) if all(leaf is r for r in rows)), None)
+        found[name] = Plate(name, met[-1].full_sizes[name], len(rows[-1]), rows[-1].device, by, argument)
+        if by:
+            require(found[name], rows[-1])
+    return found
+
+
+def agree(name: str, guide_rows: Tensor, model_rows: Tensor) -> None:
+    """:raises ValueError: where model and guide hand different rows to a plate of one name."""
+    if guide_rows is not model_rows and not torch.equal(guide_rows, model_rows):
+        raise ValueError(
+            f"Plate '{name}' is handed the rows {_shown(guide_rows)} in the guide and {_shown(model_rows)} in the "
+            "model. Both are about the same rows of the data: hand both the same, say as an argument of the step."
+        )
+
+
+def require(plate: Plate, rows: Tensor | None) -> None:
+    """:raises ValueError: where the rows handed to a plate are none, or not as many as at the first run."""
+    if rows is None:
+        raise ValueError(f"Plate '{plate.name}' was handed its rows when the programs first ran, and is not any more.")
+    require_indices(plate.name, plate.full_size, rows)
+    if len(rows) != plate.size:
+        raise ValueError(
+            f"Plate '{plate.name}' is handed {len(rows)} rows, and was handed {plate.size} before, on arguments of the "
+            "same shapes. Pass the rows as an argument of the step: their number may change then."
+        )
+
+
+def require_indices(name: str, full_size: int, rows: Tensor) -> None:
+    """:raises ValueError: for rows that are no indices of the plate's."""
+    if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise ValueError(
+            f"Plate '{name}' is handed rows of shape {tuple(rows.shape)} and {rows.dtype}. Rows are the numbers of "
+            "rows of the data: integers in one dimension."
+        )
+    if isinstance(rows, FakeTensor):  # while a step is captured
+        return
+    outside = (rows < -full_size) | (rows >= full_size)
+    if bool(outside.any()):
+        raise ValueError(f"Plate '{name}' of {full_size} rows is handed row {int(rows[outside][0])}.")
+
+
+def _shown(rows: Tensor) -> str:
+    return str(rows[:5].tolist()).replace("]", ", ...]" if len(rows) > 5 else "]")
