@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from numpyro.primitives import Messenger
 
 from .densities import Pair
+from .rows import Plate
 from .visible import flatten
 
 
@@ -35,15 +36,15 @@ def with_all_rows(pair: Pair, leaves: Sequence[Any]) -> Pair:
     )
 
 
-def _whole(plate: Any, n: int) -> Any:
+def _whole(plate: Plate, n: int) -> Plate:
     """A plate of which all rows are drawn: in order."""
-    return (n, n) if isinstance(plate, tuple) else replace(plate, full_size=n, size=n)
+    return replace(plate, full_size=n, size=n)
 
 
 def drawn(pair: Pair) -> set[str]:
     """The plates that draw rows of the visible data by themselves."""
     names = {site.plate for site in pair.sites if site.plate is not None}
-    return {name for name in names if not getattr(pair.subsampled[name], "is_handed", False)}
+    return {name for name in names if not pair.subsampled[name].is_handed}
 
 
 def require_no_local(pair: Pair, phi: Mapping[str, Any]) -> None:

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from pyro.poutine.subsample_messenger import SubsampleMessenger
-from torch import Tensor
 
 from .densities import Pair
+from .rows import Plate
 from .visible import flatten
 
 
@@ -27,36 +26,28 @@ def with_all_rows(pair: Pair, leaves: Sequence[Any]) -> Pair:
     n = leaves[first.leaves[0]].shape[first.axis]
     places = {site.plate: (site.leaves[0], site.axis) for site in pair.sites if site.plate in names}
     sites = [replace(s, shape=(n, *s.shape[1:])) if s.plate in names else s for s in pair.sites]
-    rows = torch.arange(n, device=leaves[first.leaves[0]].device)
     found = replace(
         pair,
         model=_taking_all(pair.model, places),
         guide=_taking_all(pair.guide, places),
         sites=tuple(sites),
-        subsamples={**pair.subsamples, **{name: _InOrder(rows) for name in names}},
+        # told to the plate though they are all: the visible sites are read by them
+        subsamples={**pair.subsamples, **{name: _whole(pair.subsamples[name], n) for name in names}},
         num_data=n,
     )
     _require_no_local(found, pair.num_data)
     return found
 
 
-class _InOrder:
-    """Stands for a plate's draw of its rows: all of them. They are no plate's own, so they are told to it (``all``)."""
-
-    all = None
-    is_handed = False
-
-    def __init__(self, rows: Tensor):
-        self._rows = rows
-
-    def __call__(self) -> Tensor:
-        return self._rows
+def _whole(plate: Plate, n: int) -> Plate:
+    """A plate of which all rows are told, in order: the visible sites are read by them."""
+    return replace(plate, full_size=n, size=n, is_told=True)
 
 
 def drawn(pair: Pair) -> set[str]:
     """The plates that draw rows of the visible data by themselves."""
     names = {site.plate for site in pair.sites if site.plate is not None}
-    return {name for name in names if not getattr(pair.subsamples[name], "is_handed", False)}
+    return {name for name in names if not pair.subsamples[name].is_handed}
 
 
 def _require_no_local(pair: Pair, trained_rows: int) -> None:

@@ -815,7 +815,7 @@ def _run_until(program: Callable, args: Any, kwargs: Any, values: Mapping[str, A
 
 def _draw(plate: rows.Plate) -> Tensor:
     """The rows of a step, where a plate draws them."""
-    if plate.takes_all:
+    if plate.size == plate.full_size:
         return torch.arange(plate.size, device=plate.device)
     return _subsample(plate.full_size, plate.size, plate.device)
 

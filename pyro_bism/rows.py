@@ -37,6 +37,7 @@ class Plate:
     :ivar size: how many are taken.
     :ivar handed_by: the programs that hand it its rows, of "guide" and "model"; it draws them by itself if none does.
     :ivar argument: the position of the argument that is those rows, if one is.
+    :ivar is_told: whether it is told its rows though it takes all of them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Plate:
     device: Any
     handed_by: tuple[str, ...] = ()
     argument: int | None = None
+    is_told: bool = False
 
     @property
     def is_handed(self) -> bool:
@@ -54,7 +56,7 @@ class Plate:
     @property
     def takes_all(self) -> bool:
         """Whether it takes all rows in their order, and any number of them."""
-        return not self.handed_by and self.size == self.full_size
+        return not self.handed_by and self.size == self.full_size and not self.is_told
 
 
 class Found(BaseException):
