@@ -226,12 +226,12 @@ class Trainer(ABC):
         """The analysis that a new state starts from; the pair is kept."""
         try:
             start = self._analyse(leaves, spec, rng_key, init_params)
-            visibles.require_finite(leaves, spec, start.pair.sites)
         except Exception as error:
             reason = visibles.suspect(leaves, spec)
-            if reason is None or reason in str(error):
+            if reason is None:
                 raise
             raise ValueError(f"{reason} What failed: {error}") from error
+        visibles.require_finite(leaves, spec, start.pair.sites)
         self._pairs[structure(leaves, spec)] = start.pair
         return start
 

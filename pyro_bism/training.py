@@ -154,14 +154,17 @@ class Trainer(ABC):
             known, before = set(store.keys()), random_state()
             try:
                 pair = self._analyse(leaves, spec)
-                self._require_finite(leaves, spec, pair.sites)
             except Exception as error:
-                for name in set(store.keys()) - known:  # made from what these arguments hold
-                    del store[name]
                 reason = visible.suspect(leaves, spec)
-                if reason is None or reason in str(error):
+                if reason is None:
                     raise
+                _forget_all_but(known)  # initial values may have been made from what these arguments hold
                 raise ValueError(f"{reason} What failed: {error}") from error
+            try:
+                self._require_finite(leaves, spec, pair.sites)
+            except ValueError:
+                _forget_all_but(known)
+                raise
             # an autoguide makes its modules at its first run
             self._pairs[(*signature, _modes(*self._modules))] = pair
             if known.issuperset(store.keys()):
@@ -233,6 +236,14 @@ class Trainer(ABC):
                     obj.load_state_dict(values["scheduler"])
                 else:
                     obj.load_state_dict(values)
+
+
+def _forget_all_but(names: set[str]) -> None:
+    """Leaves in the param store what was there before the programs ran."""
+    store = pyro.get_param_store()
+    state: Any = store.get_state()
+    store.clear()
+    store.set_state({kind: {k: v for k, v in old.items() if k in names} for kind, old in state.items()})
 
 
 def _numbered(buffers: Sequence[Tensor]) -> dict[str, Tensor]:
