@@ -243,7 +243,8 @@ def _forget_all_but(names: set[str]) -> None:
     store = pyro.get_param_store()
     state: Any = store.get_state()
     store.clear()
-    store.set_state({kind: {k: v for k, v in old.items() if k in names} for kind, old in state.items()})
+    kept: Any = {kind: {k: v for k, v in old.items() if k in names} for kind, old in state.items()}
+    store.set_state(kept)
 
 
 def _numbered(buffers: Sequence[Tensor]) -> dict[str, Tensor]:
