@@ -1021,8 +1021,10 @@ def _check_sight(pair: Pair, batch: visible.Batch, latents: Sequence[str]) -> No
         return
     # jittered parameters may leave what a distribution allows
     with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
-        moved = [(p.detach() + 0.1 * torch.randn_like(p)).requires_grad_() for p in pair.phi.values()]
-        tries = (nullcontext, lambda: pair.at(moved))
+        phi = list(pair.phi.values())
+        moved = [p.detach() + 0.1 * torch.randn_like(p) for p in phi]
+        # put in place: stand-ins do not reach what an autograd.Function or a scripted module reads
+        tries = (nullcontext, lambda: params.placed(phi, moved))
         guides.sight(_seeded(pair, batch), batch.v, latents, pair.change, tries).require()
 
 

@@ -29,6 +29,9 @@ class watched(_Subsample):
     __call__ = sample
 
 
+watched.__name__ = _Subsample.__name__  # by which Pyro knows a plate's own site
+
+
 @dataclass(frozen=True)
 class Plate:
     """A plate with rows, as the first run showed it.
