@@ -58,6 +58,7 @@ def averaging(guide: Callable) -> Callable:
         with _Averaging():
             return guide(*args, **kwargs)
 
+    run.__wrapped__ = guide  # type: ignore[attr-defined]  # what kind of guide it is may matter to others
     return run
 
 

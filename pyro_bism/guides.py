@@ -137,7 +137,7 @@ def _per_row(log_prob: Tensor, n: int) -> Tensor:
 
 def runs_model(guide: Callable) -> bool:
     """Whether it is an effect-based guide (``AutoNormalMessenger`` and its kin), which runs the model inside."""
-    return isinstance(guide, GuideMessenger)
+    return isinstance(getattr(guide, "__wrapped__", guide), GuideMessenger)
 
 
 def posteriors(guide: Callable, model_params: Sequence[str]) -> Callable:
