@@ -13,6 +13,7 @@ from pyro.optim import PyroOptim
 from . import averages, densities, divergences, energies, runaways
 from .brief import named
 from .coupling import check_rows, jittered
+from .guides import runs_model
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, require_hypergradient, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
@@ -256,8 +257,8 @@ class BiSM(Trainer):
         pair = densities.analyse(self.model, guide, leaves, spec, self.visible, self.loss, self.hypergradient)
         if pair.averaged:
             averages.check(pair, leaves, spec, self.loss, self.inner_loss)
-        else:
-            pair = replace(pair, guide=self.guide)
+        elif not runs_model(self.guide):
+            pair = replace(pair, guide=self.guide)  # nothing to average: a handler less at every pass
         divergences.check(self.inner_loss, pair)
         with jittered(pair):
             # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
