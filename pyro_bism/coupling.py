@@ -61,6 +61,8 @@ def check_rows(
         try:
             for run, moved in enumerate(_halves(n).to(batch.v.device)):
                 torch.default_generator.manual_seed(seed + run)
+                for buffer, value in zip(pair.buffers, kept, strict=True):  # old spectral_norm's move at every pass
+                    buffer.copy_(value)
                 seen = _densities(start, *_moved(start, base, own, moved), own)
                 first = first or seen
                 _compare(first, seen, moved)

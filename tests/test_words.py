@@ -390,3 +390,19 @@ def test_a_state_of_another_size(backend, tmp_path):
         with pytest.raises(ValueError, match=r"W' has shape \(3, 2\).*has \(3, 4\)"):
             other.load(tmp_path / "state")
             other.step(x)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm])
+def test_spectral_norm_under_exact_score_matching(norm):
+    """Its power iteration moves at every pass in training mode: that couples no examples."""
+    backend = Pyro()
+    linear = norm(torch.nn.Linear(D, H))
+
+    def model(x):
+        layer = pyro.module("layer", linear)
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", torch_dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False), obs=x)
+            h = pyro.sample("h", torch_dist.Bernoulli(0.5).expand([H]).to_event(1).mask(False))
+            pyro.factor("energy", (layer(v) * h).sum(-1) - 0.5 * (v**2).sum(-1))
+
+    assert np.isfinite(backend.step(backend.bism(pyro_bism.ScoreMatching(), model=model), backend.data))
