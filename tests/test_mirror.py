@@ -79,6 +79,6 @@ def test_what_is_numpy_alone_is_the_same_to_the_letter():
     for name in ("place", "coordinates"):
         ours, theirs = (inspect.getsource(getattr(p.diagnostics._Layout, name)) for p in (pyro_bism, numpyro_bism))
         assert ours == theirs, name
-    for file in ("degrees.py", "quadrature.py"):
-        ours, theirs = ((ROOT / name / "energies" / file).read_text() for name in ("pyro_bism", "numpyro_bism"))
+    for file in ("brief.py", "energies/degrees.py", "energies/quadrature.py"):
+        ours, theirs = ((ROOT / name / file).read_text() for name in ("pyro_bism", "numpyro_bism"))
         assert ours == theirs, file
