@@ -221,6 +221,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:A scale of")  # it covers the visible site as well, and is meant here
 @BOTH
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_summed_out_configurations_are_weighed_by_q_under_scales_and_masks(backend, name):
