@@ -13,6 +13,7 @@ from . import averages, densities, divergences, energies, runaways
 from .all_rows import require_no_local
 from .brief import named
 from .coupling import check_rows, jittered
+from .guides import refuse_autoguide
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
@@ -270,6 +271,8 @@ class BiSM(Trainer):
         return Bilevel(outer, inner, posterior, covariance, self.inner_optim, inner_keys)
 
     def _analyse(self, leaves, spec, rng_key, init_params) -> densities.Analysis:
+        refuse_autoguide(self.guide)
+
         def look(start, batch, rng_key):
             averages.check(start, batch, rng_key, self.loss, self.inner_loss)
             key_theta, key_phi, key_rows = jax.random.split(rng_key, 3)

@@ -1115,7 +1115,7 @@ def _change_of_variables(
     pair, params = start.pair, start.pair.params(start.theta, start.phi, start.mutable)
     deltas = [name for name, site in latents.items() if site.is_delta]
     auxiliary = [name for name in latents if name not in model_sites and name not in deltas]
-    if not auxiliary:
+    if not (auxiliary or deltas):
         return None
     keys = pair.draw(rng_key, params, batch, batch.v)[0].keys  # one key for all runs: what differs is v's doing
 
@@ -1123,9 +1123,18 @@ def _change_of_variables(
         return pair.guide_at(rng_key, params, batch, v, values, keys)
 
     values = {name: site.value for name, site in guide_at(batch.v, {}).items()}
-    change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas)
+    change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas) if auxiliary else None
     if change is not None:
         change.check(guide_at, batch.v, values)
+    computed = () if change is None else change.computed
+    points, other = [name for name in deltas if name not in computed], jax.random.fold_in(rng_key, 1)
+    guides.check_points(
+        guide_at,
+        lambda v, values: pair.guide_at(other, params, batch, v, values, ()),
+        batch.v,
+        values,
+        points,
+    )
     return change
 
 

@@ -13,7 +13,7 @@ from pyro.optim import PyroOptim
 from . import averages, densities, divergences, energies, runaways
 from .brief import named
 from .coupling import check_rows, jittered
-from .guides import runs_model
+from .guides import refuse_autoguide, runs_model
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, require_hypergradient, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
@@ -253,6 +253,7 @@ class BiSM(Trainer):
             buffers.restore()
 
     def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
+        refuse_autoguide(self.guide)
         guide = averages.averaging(self.guide)
         pair = densities.analyse(self.model, guide, leaves, spec, self.visible, self.loss, self.hypergradient)
         if pair.averaged:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import params
 from .densities import Pair, Site, record
-from .distributions import base_of
+from .distributions import base_of, plain_support
 from .visible import Batch, size
 
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
@@ -222,7 +222,7 @@ def _elsewhere(site: Site, value: Tensor, is_soft: bool = False) -> Tensor:
     if is_soft:
         return (2 * torch.randn_like(value)).softmax(-1) if base.event_shape else torch.rand_like(value)
     if not site.fn.support.is_discrete:
-        transform: Any = biject_to(site.fn.support)
+        transform: Any = biject_to(plain_support(site.fn.support))
         x = transform.inv(value)
         spread = x.std(unbiased=False)
         step = torch.where(spread > 0, 2 * spread, torch.ones_like(spread)) * torch.randn_like(x)

@@ -1004,14 +1004,18 @@ def _with_change(
     """
     deltas = [name for name, site in latents.items() if site.is_delta]
     auxiliary = [name for name in latents if name not in model_sites and name not in deltas]
-    if not auxiliary:
+    if not (auxiliary or deltas):
         return pair
     with torch.random.fork_rng(devices=[]):
-        guide_at = _seeded(pair, batch)
+        guide_at, change = _seeded(pair, batch), None
         values = {name: site.value.detach() for name, site in guide_at(batch.v, {}).items()}
-        change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas)
+        if auxiliary:
+            change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas)
         if change is not None:
             change.check(guide_at, batch.v, values)
+        computed = () if change is None else change.computed
+        points = [name for name in deltas if name not in computed]
+        guides.check_points(guide_at, _seeded(pair, batch), batch.v, values, points)
     return replace(pair, change=change)
 
 

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.poutine
 import torch
+from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
-from .distributions import is_averaged
+from .distributions import base_of, is_averaged
 
 NEWTON_STEPS = 2  # the error is of order 2, then 4: two derivatives in v are exact
 SEARCH_STEPS = 20  # for h that the guide has not drawn
@@ -199,6 +200,39 @@ def change_of_variables(
     return ChangeOfVariables(
         tuple(name for name in auxiliary if name in sources), tuple(name for name in deltas if name in computed)
     )
+
+
+def refuse_autoguide(guide: Any) -> None:
+    """:raises ValueError: for an autoguide of the host's, before it runs: a flow takes a minute to compile."""
+    if isinstance(guide, AutoContinuous) and type(guide).__module__ == AutoContinuous.__module__:
+        raise ValueError(
+            f"{type(guide).__name__} does not look at the visible values: it has one posterior for all data, and the "
+            "model learnt would be wrong. Take guide=AmortizedGuide(model)."
+        )
+
+
+def check_points(guide_at: GuideAt, other: GuideAt, v: Tensor, values: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Point masses that are computed from no draw of a statement.
+
+    :param other: the guide with other random numbers than those of ``guide_at``.
+    :param values: of all sites.
+    :raises ValueError: for one that has a density after all, of draws that nobody sees.
+    """
+    given = {name: value for name, value in values.items() if name not in names}
+    if not names:
+        return
+    sites = guide_at(v, given)
+    for seen in (other(v, given), *(guide_at(u, given) for u in _moves(v))):
+        for name in names:
+            densities = [torch.as_tensor(base_of(s.fn).log_density) for s in (seen[name], sites[name])]
+            if _same(*densities):
+                continue
+            raise ValueError(
+                f"Guide site '{name}' is a dist.Delta whose log_density is not the same at all v and all draws, and "
+                "what it is computed from is drawn by no sample statement: log q at fixed h can't be had. Draw that by "
+                "pyro.sample('e', dist.Normal(0., 1.), infer={'is_auxiliary': True}), with log_density=-log|dh/de|; "
+                f"or sample '{name}' from the density itself."
+            )
 
 
 def _moves(v: Tensor) -> list[Tensor]:

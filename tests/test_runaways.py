@@ -177,7 +177,7 @@ def test_the_same_of_update_and_stable_update_where_they_are_not_compiled():
     bism = numpyro_bism.BiSM(*programs, numpyro.optim.Adam(1e-3), loss, hypergradient=strategy, **FIXED)
     x = jnp.asarray(V[:10, :1], jnp.float32)
     update, state = jax.jit(bism.update), bism.init(jax.random.key(0), x)
-    for number in range(1, 300):
+    for number in range(1, 300):  # noqa: B007
         state, _ = update(state, x)
         if int(state.info.verdict):
             break
