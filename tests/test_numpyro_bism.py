@@ -431,7 +431,7 @@ def enumerated_event(x):
         (model, guide_of(lambda a: dist.Dirichlet(a)), "can't be differentiated twice"),
         (model, guide_of(lambda a: dist.RelaxedBernoulli(jnp.array(0.1), logits=a)), "temperature below 1"),
         (model, guide_of(lambda a: ConcreteBernoulli(0.1, a)), "relaxed guide site needs"),
-        (bits, enumerated_event, "Put its units in a plate"),
+        (bits, enumerated_event, "Use average='score'"),
     ],
 )
 def test_misuse_names_the_site_and_the_cure(model, guide, message):
