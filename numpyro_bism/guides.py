@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from numpyro.infer.autoguide import AutoContinuous
+from numpyro.infer.autoguide import AutoContinuous, AutoDAIS
 
 from .distributions import base_of, is_averaged
 
@@ -181,6 +181,8 @@ def change_of_variables(
 
 def refuse_autoguide(guide: Any) -> None:
     """:raises ValueError: for an autoguide of the host's, before it runs: a flow takes a minute to compile."""
+    if isinstance(guide, AutoDAIS):  # it follows the model's gradient: what it lacks is a density, and that is said
+        return
     if isinstance(guide, AutoContinuous) and type(guide).__module__ == AutoContinuous.__module__:
         raise ValueError(
             f"{type(guide).__name__} does not look at the visible values: it has one posterior for all data, and the "

@@ -1040,7 +1040,7 @@ def test_autoguides_do_not_look_at_the_data(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (lambda m: auto.AutoBNAFNormal(m, num_flows=1, hidden_factors=[1]), "flow without an inverse"),
+        (lambda m: auto.AutoBNAFNormal(m, num_flows=1, hidden_factors=[1]), "AutoBNAFNormal does not look"),
         (lambda m: auto.AutoDAIS(m, K=2), "guide has a factor"),
     ],
     ids=["AutoBNAFNormal", "AutoDAIS"],
