@@ -193,7 +193,8 @@ class SlicedScoreMatching:
     def draw(self, rng_key: Array, v: Array) -> Noise:
         w = jax.random.normal(rng_key, (self.num_projections, *v.shape), v.dtype)
         # the sign of a Gaussian is a Rademacher draw
-        return Noise(projections=jnp.where(w < 0, -1.0, 1.0) if self.noise == "rademacher" else w)
+        signs = jnp.where(w < 0, -1.0, 1.0).astype(v.dtype)  # with x64 they would be float64
+        return Noise(projections=signs if self.noise == "rademacher" else w)
 
     def perturb(self, v: Array, noise: Noise) -> Array:
         return v
