@@ -12,13 +12,14 @@ from numpyro.infer import Trace_ELBO
 from . import averages, densities, divergences, energies, runaways
 from .all_rows import require_no_local
 from .brief import named
-from .coupling import check_rows, jittered
+from .coupling import check_rows
 from .guides import refuse_autoguide
 from .hypergradients import Amortized, Bilevel, Hypergradient, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import as_optim, inner_copy, require_single_steps
+from .params import jittered
 from .training import BiSMRunResult, Trainer, norm, require_guide
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]

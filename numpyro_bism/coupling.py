@@ -18,18 +18,6 @@ from .visible import Batch, size
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
 
 
-@jax.jit  # one compilation instead of one for every operation
-def jittered(rng_key: Array, params: Mapping[str, Any]) -> Any:
-    """Parameters off these: at weights of zero what is not read, or is linear, can't be told from what is."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(rng_key, max(len(leaves), 1))
-    moved = [
-        x + 0.1 * jax.random.normal(key, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for key, x in zip(keys, leaves, strict=False)
-    ]
-    return jax.tree.unflatten(tree, moved)
-
-
 def check_rows(
     rng_key: Array,
     pair: Pair,

@@ -33,7 +33,7 @@ from numpyro.primitives import Messenger
 from . import guides, rows, visible
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
 from .losses import OuterLoss
-from .params import collect, constrain, reject_shared, unconstrain
+from .params import collect, constrain, jittered, reject_shared, unconstrain
 
 MAX_CONFIGURATIONS = 256
 
@@ -1148,13 +1148,7 @@ def _check_scores(
         """The gradient in v of log p̃; and how the guide looks at v, at moved parameters and at the initial ones."""
         key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
         # off the initial values: at weights of zero a score may vanish though the energy reads v
-        leaves, tree = jax.tree.flatten((start.theta, start.phi))
-        keys = jax.random.split(key_params, len(leaves))
-        moved = [
-            x + 0.1 * jax.random.normal(k, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-            for k, x in zip(keys, leaves, strict=True)
-        ]
-        theta, phi = jax.tree.unflatten(tree, moved)
+        theta, phi = jittered(key_params, (start.theta, start.phi))
         params = pair.params(theta, phi, start.mutable)
         v = batch.v + 0.1 * jax.random.normal(key_v, batch.v.shape, batch.v.dtype)
         draw, _ = pair.draw(key_draw, params, batch, v)

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer.util import transform_fn
 
-__all__ = ["collect", "constrain", "reject_shared", "unconstrain"]
+__all__ = ["collect", "constrain", "jittered", "reject_shared", "unconstrain"]
 
 
 def collect(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -36,3 +37,15 @@ def reject_shared(theta: Iterable[str], phi: Iterable[str]) -> None:
             "model's parameters and the inner one the guide's, so no parameter can belong to both. Give one "
             "of them another name, or keep a copy."
         )
+
+
+@jax.jit  # one compilation instead of one for every operation
+def jittered(rng_key: Array, params: Any) -> Any:
+    """Parameters off these: at weights of zero what is not read, or is linear, can't be told from what is."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(rng_key, max(len(leaves), 1))
+    moved = [
+        x + 0.1 * jax.random.normal(key, jnp.shape(x), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for key, x in zip(keys, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(tree, moved)

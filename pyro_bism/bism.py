@@ -12,14 +12,14 @@ from pyro.optim import PyroOptim
 
 from . import averages, densities, divergences, energies, runaways
 from .brief import named
-from .coupling import check_rows, jittered
+from .coupling import check_rows
 from .guides import refuse_autoguide, runs_model
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, require_hypergradient, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import descend, require_unrollable, settle
-from .params import random_state
+from .params import jittered, random_state
 from .training import Buffers, Trainer, require_guide, require_optim, same_settings
 
 __all__ = ["BiSM", "BiSMInfo"]
@@ -261,7 +261,7 @@ class BiSM(Trainer):
         elif not runs_model(self.guide):
             pair = replace(pair, guide=self.guide)  # nothing to average: a handler less at every pass
         divergences.check(self.inner_loss, pair)
-        with jittered(pair):
+        with jittered([*pair.theta.values(), *pair.phi.values()]):
             # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
             check_rows(pair, pair.batch(leaves, spec), normalises_batch=not self.loss.needs_uncoupled_examples)
         phi = list(pair.phi.values())

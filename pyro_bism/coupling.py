@@ -11,24 +11,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import params
 from .densities import Pair, Site, record
 from .distributions import base_of, plain_support
 from .visible import Batch, size
 
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
-
-
-@contextmanager
-def jittered(pair: Pair) -> Iterator[None]:
-    """Inside, parameters are off their values: at weights of zero what is not read, or is linear, can't be told from
-    what is. What is drawn there leaves no trace."""
-    leaves = [*pair.theta.values(), *pair.phi.values()]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        moved = [leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in leaves]
-        with params.placed(leaves, moved):
-            yield
 
 
 def check_rows(
@@ -39,7 +26,7 @@ def check_rows(
     The halves are those of the binary digits of a row's number, both of each: so of any two examples either is moved
     once while the other stands, in 2 log₂ n runs. The noise is the same in all of them. What all examples share (a
     latent outside of the data plate, a penalty on weights) stands still; its density may be one number. To be called
-    inside of :func:`jittered`: a coupling whose weights are still zero would not be seen.
+    inside of :func:`params.jittered`: a coupling whose weights are still zero would not be seen.
 
     :param model: the program whose rows these are, if it is not the pair's.
     :param normalises_batch: whether the examples may read each other through torch's batch normalisation.

@@ -1025,10 +1025,7 @@ def _check_sight(pair: Pair, batch: visible.Batch, latents: Sequence[str]) -> No
         return
     # jittered parameters may leave what a distribution allows
     with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
-        phi = list(pair.phi.values())
-        moved = [p.detach() + 0.1 * torch.randn_like(p) for p in phi]
-        # put in place: stand-ins do not reach what an autograd.Function or a scripted module reads
-        tries = (nullcontext, lambda: params.placed(phi, moved))
+        tries = (nullcontext, lambda: params.jittered(list(pair.phi.values())))
         guides.sight(_seeded(pair, batch), batch.v, latents, pair.change, tries).require()
 
 

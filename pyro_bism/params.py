@@ -89,6 +89,17 @@ def placed(leaves: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]
                 leaf.copy_(own)
 
 
+@contextmanager
+def jittered(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, parameters are off their values: at weights of zero what is not read, or is linear, can't be told from
+    what is. What is drawn there leaves no trace."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        moved = [leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in leaves]
+        with placed(leaves, moved):
+            yield
+
+
 def out_of_sight(function: Callable[[], Tensor], leaves: Mapping[str, Tensor]) -> list[str]:
     """The names of the parameters that a function reads, by autograd's account, where :class:`swapped` gives others."""
     stand_ins = {leaf: leaf.detach().clone().requires_grad_() for leaf in leaves.values()}

@@ -736,7 +736,7 @@ def test_the_readmes_programs_run_as_they_stand(backend):
     """On few data and for two steps; ``to_arviz`` draws the summed-out bits."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
     (program,) = [
-        block.split("```")[0] for block in text.split("```python\n") if f"from {backend}_bism import *" in block
+        block.split("```")[0] for block in text.split("```python\n") if f"from {backend}_bism import (" in block
     ]
     host = Host(backend)
     names = {"D": 3, "H": 2, "x": host.array(np.random.default_rng(0).normal(size=(12, 3)))}

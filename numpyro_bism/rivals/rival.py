@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import densities, energies, visible
-from ..coupling import check_rows, jittered
+from ..coupling import check_rows
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached
 from ..modes import in_own_modes
 from ..optim import as_optim, require_single_steps
+from ..params import jittered
 from ..training import Trainer, norm, ranks, structure
 
 __all__ = ["Rival", "RivalInfo", "RivalState"]

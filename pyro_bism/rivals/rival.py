@@ -16,8 +16,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .. import densities, energies, optim, visible
-from ..coupling import check_rows, jittered
+from .. import densities, energies, optim, params, visible
+from ..coupling import check_rows
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached, Gradient, norm
 from ..jit import Program, left, told
@@ -381,7 +381,7 @@ class Rival(Trainer):
 
     def _find(self, pair: densities.Pair, leaves: Sequence[Any], spec: Any) -> Target:
         """The energy, tried out, and how its latents are summed out."""
-        with torch.no_grad(), jittered(pair):
+        with torch.no_grad(), params.jittered([*pair.theta.values(), *pair.phi.values()]):
             batch = pair.batch(leaves, spec, cut=True)
             program = self._program(pair, batch)
             check_rows(pair, batch, model=program)
