@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .densities import Pair, Site, record
 from .distributions import base_of, plain_support
+from .params import buffers_kept
 from .visible import Batch, size
 
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
@@ -33,8 +34,8 @@ def check_rows(
     :raises ValueError: for a site of which an example reads another, or which has one number for all.
     """
     start, n = _Start(pair, pair.model if model is None else model, batch, seed), len(batch.v)
-    kept = [b.clone() for b in pair.buffers]
     with (
+        buffers_kept(pair.buffers),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         pyro.validation_enabled(False),
@@ -45,17 +46,12 @@ def check_rows(
         # away from the draw: where all bits are 0 a product of two does not move with one
         base = _moved(start, (batch.v, drawn), own, torch.ones(n, dtype=torch.bool, device=batch.v.device))
         first: _Described | None = None
-        try:
-            for run, moved in enumerate(_halves(n).to(batch.v.device)):
-                torch.default_generator.manual_seed(seed + run)
-                for buffer, value in zip(pair.buffers, kept, strict=True):  # old spectral_norm's move at every pass
-                    buffer.copy_(value)
+        for run, moved in enumerate(_halves(n).to(batch.v.device)):
+            torch.default_generator.manual_seed(seed + run)
+            with buffers_kept(pair.buffers):  # those of the old spectral_norm move at every pass
                 seen = _densities(start, *_moved(start, base, own, moved), own)
-                first = first or seen
-                _compare(first, seen, moved)
-        finally:
-            for buffer, value in zip(pair.buffers, kept, strict=True):
-                buffer.copy_(value)
+            first = first or seen
+            _compare(first, seen, moved)
 
 
 _Values = tuple[Tensor, Mapping[str, Tensor]]  # the visible ones, and the latents by site

@@ -281,10 +281,9 @@ class Pair:
         found = {plate.name: leaves[plate.argument] for plate in plates if plate.argument is not None}
         unknown = [plate for plate in plates if plate.argument is None]
         if unknown:
-            kept = [b.clone() for b in self.buffers]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             by_guide, by_model = ({p.name for p in unknown if role in p.handed_by} for role in ("guide", "model"))
-            with torch.no_grad(), pyro.validation_enabled(False), _hidden():
+            with params.buffers_kept(self.buffers), torch.no_grad(), pyro.validation_enabled(False), _hidden():
                 # to its end where the model needs its draws
                 q = _run_until(self.guide, args, kwargs, {}, () if by_model else by_guide) if by_guide else record()
                 values = {name: site.value for name, site in q.sites.items() if not site.is_observed}
@@ -292,8 +291,6 @@ class Pair:
             for run, names in ((q, by_guide), (p, by_model)):
                 for name in names & run.subsamples.keys():
                     rows.agree(name, found.setdefault(name, run.subsamples[name]), run.subsamples[name])
-            for buffer, value in zip(self.buffers, kept, strict=True):
-                buffer.copy_(value)
         for plate in plates:
             rows.require(plate, found.get(plate.name))
         return found
@@ -322,13 +319,13 @@ class Pair:
 
     def out_of_sight(self, batch: visible.Batch) -> list[str]:
         """The parameters that the programs read where no other tensors can be put in their place."""
-        kept = [b.clone() for b in self.buffers]
-        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), _hidden():
-            found = params.out_of_sight(lambda: self._look(batch), {**self.theta, **self.phi})
-        with torch.no_grad():
-            for buffer, value in zip(self.buffers, kept, strict=True):
-                buffer.copy_(value)
-        return found
+        with (
+            params.buffers_kept(self.buffers),
+            torch.random.fork_rng(devices=[]),
+            pyro.validation_enabled(False),
+            _hidden(),
+        ):
+            return params.out_of_sight(lambda: self._look(batch), {**self.theta, **self.phi})
 
     def _look(self, batch: visible.Batch) -> Tensor:
         """log p̃ - log q at a draw of the guide's, with a path to all that is trained."""

@@ -90,6 +90,18 @@ def placed(leaves: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]
 
 
 @contextmanager
+def buffers_kept(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Module buffers (batch-norm statistics) are afterwards what they were before: a look is no step."""
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+
+
+@contextmanager
 def jittered(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Inside, parameters are off their values: at weights of zero what is not read, or is linear, can't be told from
     what is. What is drawn there leaves no trace."""
