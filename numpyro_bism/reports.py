@@ -176,7 +176,8 @@ def diagnose(
     """
     keys = jax.random.split(rng_key, 9)
     energy, _, x = trained.energy(state, *args, rng_key=keys[0], **kwargs)
-    verdicts = _training(int(getattr(getattr(state, "info", None), "verdict", runaways.STEADY)))
+    words = getattr(trained, "words", runaways.BISM)
+    verdicts = _training(int(getattr(getattr(state, "info", None), "verdict", runaways.STEADY)), words)
     options: dict[str, Any] = {"num_samples": num_samples, "num_warmup": num_warmup, "progress_bar": progress_bar}
     moves = kernel or default_kernel(energy)
 
@@ -307,9 +308,9 @@ def diagnose(
     )
 
 
-def _training(code: int) -> list[Verdict]:
+def _training(code: int, words: runaways.Words = runaways.BISM) -> list[Verdict]:
     """Of a run that ran away guide, chains and normaliser may all be right, and the model is not."""
-    return [] if code == runaways.STEADY else [Verdict("training", False, runaways.in_words(code))]
+    return [] if code == runaways.STEADY else [Verdict("training", False, runaways.in_words(code, words))]
 
 
 def _arguments(energy: Energy, rows: np.ndarray) -> tuple[tuple, dict]:

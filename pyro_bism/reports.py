@@ -170,7 +170,8 @@ def diagnose(
     :raises ValueError: on misuse.
     """
     energy, x = trained.energy(*args, **kwargs)
-    verdicts = _training(getattr(trained, "_watch", runaways.begin()).verdict)
+    words = getattr(trained, "words", runaways.BISM)
+    verdicts = _training(getattr(trained, "_watch", runaways.begin()).verdict, words)
     options: dict[str, Any] = {"num_samples": num_samples, "num_warmup": num_warmup, "progress_bar": progress_bar}
     moves = kernel or default_kernel(energy)
 
@@ -285,9 +286,9 @@ def diagnose(
     )
 
 
-def _training(code: int) -> list[Verdict]:
+def _training(code: int, words: runaways.Words = runaways.BISM) -> list[Verdict]:
     """Of a run that ran away guide, chains and normaliser may all be right, and the model is not."""
-    return [] if code == runaways.STEADY else [Verdict("training", False, runaways.in_words(code))]
+    return [] if code == runaways.STEADY else [Verdict("training", False, runaways.in_words(code, words))]
 
 
 def _arguments(energy: Energy, rows: np.ndarray) -> tuple[tuple, dict]:

@@ -1,5 +1,6 @@
 """Contrastive divergence and its persistent form, with any kernel."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..energies import Density, Point
 from ..hypergradients import fused
 from ..jit import num_ahead, taken_apart
 from ..kernels import Gibbs, Kernel, require_kernel
+from ..runaways import Words
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -43,6 +45,8 @@ class CD(Rival):
     takes_discrete = True
     sums_latents = None
     moves_visible = True
+    is_contrast = True
+    words = Words.of_rival("or more num_steps, so that the chains keep up, or clip the gradient")
 
     def __init__(
         self,
@@ -68,6 +72,9 @@ class CD(Rival):
         self.num_steps = num_steps
         self.persistent = persistent
         self.num_chains = num_chains
+
+    def _scale(self, target: Target, batch: Batch) -> float:
+        return nats(target, batch)
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         if self.persistent and not target.energy.is_homogeneous:
@@ -110,6 +117,14 @@ class CD(Rival):
         else:
             loss = energy.log_joint(params, y).mean() - energy.log_joint(params, jax.lax.stop_gradient(x)).mean()
         return loss, (y, state) if self.persistent else None
+
+
+def nats(target: Target, batch: Batch) -> float:
+    """The scale of log p̃ between chains and data: a nat a number of discrete data, which bound its gradient too.
+
+    Continuous data have none: a scale of the model that starts off theirs by a factor of 100 is 5,000 nats a number.
+    """
+    return float(batch.v.shape[1]) if all(site.is_discrete for site in target.energy.sites) else math.inf
 
 
 def advance(

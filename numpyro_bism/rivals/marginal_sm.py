@@ -8,6 +8,7 @@ from jax import Array
 
 from ..energies import VISIBLE
 from ..losses import OuterLoss
+from ..runaways import Words
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -28,6 +29,8 @@ class MarginalSM(Rival):
     :raises ValueError: at construction for bad settings, at :meth:`init` for misuse and for latents that can't be
         summed out.
     """
+
+    words = Words.of_rival("or with DenoisingScoreMatching, whose loss has a lower bound, or clip the gradient")
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from jax.nn import softplus
 from ..brief import named
 from ..densities import Analysis
 from ..energies import VISIBLE
+from ..runaways import Words
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -125,6 +126,8 @@ class NCE(Rival):
         summed out.
     """
 
+    words = Words.of_rival("or with noise nearer to the data, or clip the gradient")
+
     def __init__(
         self,
         model: Callable,
@@ -145,6 +148,9 @@ class NCE(Rival):
         self.num_noise = num_noise
         self.conditional = conditional
         self.log_normalizer = log_normalizer
+
+    def _scale(self, target: Target, batch: Batch) -> float:
+        return 1.0  # of a classifier that knows nothing, log 2 a decision
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         check_width(self.noise, target)

@@ -14,8 +14,9 @@ from ..distributions import base_of
 from ..energies import Energy, Point
 from ..kernels import Kernel, require_kernel
 from ..modes import in_own_modes
+from ..runaways import Words
 from ..visible import Batch
-from .cd import advance, draw_hidden
+from .cd import advance, draw_hidden, nats
 from .rival import Rival, Target
 
 __all__ = ["PersistentVI"]
@@ -57,6 +58,8 @@ class PersistentVI(Rival):
     sums_latents = None
     moves_visible = True
     partial_guide = True
+    is_contrast = True
+    words = Words.of_rival("or more num_sweeps, so that the chains keep up, or with a prior that holds the parameters")
 
     def __init__(
         self,
@@ -154,6 +157,9 @@ class PersistentVI(Rival):
             raise ValueError("The guide has no sample site: it should draw the model's global parameters.")
         return given(pair.model, values)
 
+    def _scale(self, target: Target, batch: Batch) -> float:
+        return nats(target, batch)
+
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         pair = target.pair
         if not target.energy.is_homogeneous:
@@ -222,6 +228,11 @@ class AtTheta:
 
     trained: PersistentVI
     theta: Mapping[str, Array]
+
+    @property
+    def words(self) -> Words:
+        """How it is said that training has run away."""
+        return self.trained.words
 
     @in_own_modes
     def energy(self, state: Any, *args: Any, rng_key: Array, **kwargs: Any) -> tuple[Energy, dict[str, Any], Point]:

@@ -4,6 +4,7 @@ A rival is a :class:`Rival` with a loss. Where that needs the marginal log p̃(v
 are summed or integrated out in closed form or by enumeration, in a way found once, at the first analysis.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import densities, energies, visible
+from .. import densities, energies, runaways, visible
 from ..coupling import check_rows
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached
@@ -30,10 +31,23 @@ class RivalInfo(NamedTuple):
 
     :ivar loss: the loss, a mean over the batch.
     :ivar grad_norm: the length of its gradient.
+    :ivar verdict: 0 as long as training has not run away, else a number; ``in_words`` says it in a sentence.
     """
 
     loss: Array
     grad_norm: Array
+    verdict: Array
+
+    @property
+    def in_words(self) -> str:
+        """The verdict as a sentence."""
+        return runaways.in_words(self.verdict, runaways.RIVAL)
+
+    def __str__(self) -> str:
+        if any(isinstance(x, jax.core.Tracer) for x in self):
+            return repr(self)
+        numbers = ", ".join(f"{name} {float(x):.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
+        return f"{numbers}; {self.in_words}"
 
 
 class RivalState(NamedTuple):
@@ -42,6 +56,7 @@ class RivalState(NamedTuple):
     :ivar optim_state: θ and the state of its optimiser; parameters of the method's own among them.
     :ivar mutable_state: mutable sites of the model, or None.
     :ivar carried: what the method carries from step to step (noise, chains, a guide), or None.
+    :ivar watch: what the verdict rests on.
     """
 
     optim_state: Any
@@ -49,6 +64,7 @@ class RivalState(NamedTuple):
     carried: Any
     rng_key: Array
     info: RivalInfo
+    watch: runaways.Watch
 
 
 @dataclass(frozen=True)
@@ -105,12 +121,16 @@ class Rival(Trainer):
     :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
     :cvar moves_visible: whether the conditionals of the visible values are wanted.
     :cvar partial_guide: whether the guide is of the model's global sites alone.
+    :cvar is_contrast: whether the loss is a difference that crosses zero.
+    :cvar words: how it is said that training has run away.
     """
 
     takes_discrete = False
     sums_latents: bool | None = True
     moves_visible = False
     partial_guide = False
+    is_contrast = False
+    words = runaways.RIVAL
     info_type: Any = RivalInfo
 
     def __init__(
@@ -168,6 +188,10 @@ class Rival(Trainer):
     def _program(self, rng_key: Array, pair: densities.Pair, params: Mapping[str, Any], batch: visible.Batch) -> Any:
         """The program whose density this is."""
         return pair.model
+
+    def _scale(self, target: Target, batch: visible.Batch) -> float:
+        """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known."""
+        return math.inf
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: visible.Batch, rng_key: Array) -> Target:
         """The target, with what the method finds out of the model off its initial parameters.
@@ -247,8 +271,9 @@ class Rival(Trainer):
         theta = {**start.theta, **own}
         require_single_steps(self.optim, theta, "optim")
         unknown = jnp.full((), jnp.inf, jnp.result_type(float))
-        info = self.info_type(*[unknown] * len(self.info_type._fields))
-        return RivalState(self.optim.init(theta), start.mutable or None, carried, rng_key, info)
+        info = self.info_type._make([*[unknown] * (len(self.info_type._fields) - 1), jnp.zeros((), int)])
+        watch = runaways.begin()
+        return RivalState(self.optim.init(theta), start.mutable or None, carried, rng_key, info, watch)
 
     def _update(self, state: RivalState, leaves: Sequence[Any], spec: Any) -> tuple[RivalState, Array, Array]:
         target = self.target(leaves, spec)
@@ -263,10 +288,16 @@ class Rival(Trainer):
         if mutable is not None:
             params = target.params(theta, mutable, self._phi(target.pair, theta, carried))
             mutable = target.pair.moved(key_moved, params, batch, batch.v)
-        info = self.info_type(*[jnp.asarray(x, jnp.result_type(float)) for x in (loss, norm(gradient), *seen)])
+        length, scale = norm(gradient), self._scale(target, batch)
+        watch = runaways.watched(state.watch, loss, length, warm_up=0, is_contrast=self.is_contrast, scale=scale)
+        numbers = [jnp.asarray(x, jnp.result_type(float)) for x in (loss, length, *seen)]
+        info = self.info_type._make([*numbers, watch.verdict])
         optim_state = self.optim.update(gradient, state.optim_state, value=loss)
-        finite = jnp.isfinite(jnp.stack(info)).all()
-        return RivalState(optim_state, mutable, carried, rng_key, info), info.loss, finite
+        finite = jnp.isfinite(jnp.stack(numbers)).all()
+        return RivalState(optim_state, mutable, carried, rng_key, info, watch), info.loss, finite
+
+    def _warn(self, before: RivalState, after: RivalState) -> bool:
+        return runaways.warn(before.watch, after.watch, self.words)
 
     def _theta(self, pair: densities.Pair, state: RivalState) -> dict[str, Any]:
         theta = self.optim.get_params(state.optim_state)

@@ -10,11 +10,12 @@ from jax import Array
 from jax.nn import softplus
 from numpyro.handlers import seed
 
-from .. import divergences
+from .. import divergences, runaways
 from ..densities import Analysis, Pair, joint_per_example, per_example, record
 from ..hypergradients import fused
 from ..jit import taken_apart
 from ..optim import as_optim, inner_copy, require_single_steps
+from ..runaways import Words
 from ..training import norm, require_guide
 from ..visible import Batch
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
@@ -30,12 +31,25 @@ class VNCEInfo(NamedTuple):
     :ivar grad_norm: the length of its gradient in θ and log Z.
     :ivar inner_loss: the guide's loss at its last step, before its update; a mean over the data.
     :ivar inner_grad_norm: the length of its gradient in φ.
+    :ivar verdict: 0 as long as training has not run away, else a number; ``in_words`` says it in a sentence.
     """
 
     loss: Array
     grad_norm: Array
     inner_loss: Array
     inner_grad_norm: Array
+    verdict: Array
+
+    @property
+    def in_words(self) -> str:
+        """The verdict as a sentence."""
+        return runaways.in_words(self.verdict, VNCE.words)
+
+    def __str__(self) -> str:
+        if any(isinstance(x, jax.core.Tracer) for x in self):
+            return repr(self)
+        numbers = ", ".join(f"{name} {float(x):.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
+        return f"{numbers}; {self.in_words}"
 
 
 class VNCE(Rival):
@@ -68,6 +82,7 @@ class VNCE(Rival):
 
     sums_latents = False
     info_type = VNCEInfo
+    words = Words.of_rival("or more inner steps, so that the guide keeps up, or with noise nearer to the data")
 
     def __init__(
         self,
@@ -103,6 +118,9 @@ class VNCE(Rival):
         self.num_inner_steps = num_inner_steps
         self.log_normalizer = log_normalizer
         self._inner = None if inner_loss is None else divergences.as_inner_loss(inner_loss)
+
+    def _scale(self, target: Target, batch: Batch) -> float:
+        return 1.0  # of a classifier that knows nothing, log 2 a decision
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         check_width(self.noise, target)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..energies import VISIBLE
 from ..losses import OuterLoss
+from ..runaways import Words
 from ..visible import Batch
 from .rival import Rival, Target
 
@@ -29,6 +30,8 @@ class MarginalSM(Rival):
     :raises ValueError: at construction for bad settings, at the first step for misuse and for latents that can't be
         summed out.
     """
+
+    words = Words.of_rival("or with DenoisingScoreMatching, whose loss has a lower bound, or clip the gradient")
 
     def __init__(
         self,

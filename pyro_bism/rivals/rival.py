@@ -16,7 +16,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .. import densities, energies, optim, params, visible
+from .. import densities, energies, optim, params, runaways, visible
 from ..coupling import check_rows
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..hypergradients import Detached, Gradient, norm
@@ -34,10 +34,21 @@ class RivalInfo(NamedTuple):
 
     :ivar loss: the loss, a mean over the batch.
     :ivar grad_norm: the length of its gradient.
+    :ivar verdict: 0 as long as training has not run away, else a number; ``in_words`` says it in a sentence.
     """
 
     loss: float
     grad_norm: float
+    verdict: int
+
+    @property
+    def in_words(self) -> str:
+        """The verdict as a sentence."""
+        return runaways.in_words(self.verdict, runaways.RIVAL)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {x:.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
+        return f"{numbers}; {self.in_words}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,8 @@ class Rival(Trainer):
     :cvar sums_latents: whether the latents must be summed out; None if they are where they can be.
     :cvar moves_visible: whether the conditionals of the visible values are wanted.
     :cvar partial_guide: whether the guide is of the model's global sites alone.
+    :cvar is_contrast: whether the loss is a difference that crosses zero.
+    :cvar words: how it is said that training has run away.
     :cvar num_inner_steps: steps of φ for each of θ, where the guide has a loss of its own.
     """
 
@@ -162,6 +175,8 @@ class Rival(Trainer):
     sums_latents: bool | None = True
     moves_visible = False
     partial_guide = False
+    is_contrast = False
+    words = runaways.RIVAL
     num_inner_steps = 0
     info_type: Any = RivalInfo
 
@@ -186,6 +201,7 @@ class Rival(Trainer):
         self._targets: dict[int, Target] = {}
         # what the method carries from step to step, in a tuple; None before the first
         self._carried: tuple[Any] | None = None
+        self._watch = runaways.begin()
 
     @abstractmethod
     def _loss(self, target: Target, batch: visible.Batch, carried: Any) -> tuple[Tensor, Any]:
@@ -215,6 +231,10 @@ class Rival(Trainer):
     def _inner_leaves(self, pair: densities.Pair) -> list[Tensor]:
         """φ, where the guide has a loss of its own."""
         return []
+
+    def _scale(self, target: Target, batch: visible.Batch) -> float:
+        """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known."""
+        return math.inf
 
     def _check(self, target: Target, batch: visible.Batch) -> Target:
         """The target, with what the method finds out of the model off its initial parameters.
@@ -252,7 +272,11 @@ class Rival(Trainer):
             optim.descend(self.optim, task.theta, gradient)
         else:
             program.move_theta(gradient)
-        self.info = self.info_type(*reports[-1], *(reports[-2] if self.num_inner_steps else ()))
+        before, scale = self._watch, self._scale(target, batch)
+        self._watch = runaways.watched(before, *reports[-1], warm_up=0, is_contrast=self.is_contrast, scale=scale)
+        inner = reports[-2] if self.num_inner_steps else ()
+        self.info = self.info_type(*reports[-1], *inner, self._watch.verdict)
+        runaways.warn(before, self._watch, self.words)
         return self.info.loss
 
     def _solve(self, task: Task, program: Program | None, carried: Any) -> tuple[list[list[float]], Any, list[Any]]:
@@ -352,12 +376,13 @@ class Rival(Trainer):
         return {"optim": self.optim}
 
     def _kept(self) -> dict[str, Any]:
-        return {"method": type(self).__name__, "carried": self._carried}
+        return {"method": type(self).__name__, "carried": self._carried, "watch": self._watch}
 
     def _keep(self, kept: Mapping[str, Any]) -> None:
         if kept.get("method") != type(self).__name__:
             raise ValueError(f"The state was made by {kept.get('method', 'BiSM')}, not by {type(self).__name__}.")
         self._carried = kept["carried"]
+        self._watch = runaways.Watch(*kept["watch"])
 
     def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
         pair = densities.analyse(

@@ -10,9 +10,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .. import densities, divergences
+from .. import densities, divergences, runaways
 from ..densities import Pair, joint_per_example, per_example, record
 from ..optim import settle
+from ..runaways import Words
 from ..training import require_guide, require_optim, same_settings
 from ..visible import Batch
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
@@ -28,12 +29,23 @@ class VNCEInfo(NamedTuple):
     :ivar grad_norm: the length of its gradient in θ and log Z.
     :ivar inner_loss: the guide's loss at its last step, before its update; a mean over the data.
     :ivar inner_grad_norm: the length of its gradient in φ.
+    :ivar verdict: 0 as long as training has not run away, else a number; ``in_words`` says it in a sentence.
     """
 
     loss: float
     grad_norm: float
     inner_loss: float
     inner_grad_norm: float
+    verdict: int
+
+    @property
+    def in_words(self) -> str:
+        """The verdict as a sentence."""
+        return runaways.in_words(self.verdict, VNCE.words)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {x:.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
+        return f"{numbers}; {self.in_words}"
 
 
 class VNCE(Rival):
@@ -66,6 +78,7 @@ class VNCE(Rival):
 
     sums_latents = False
     info_type = VNCEInfo
+    words = Words.of_rival("or more inner steps, so that the guide keeps up, or with noise nearer to the data")
 
     def __init__(
         self,
@@ -100,6 +113,9 @@ class VNCE(Rival):
         self.num_inner_steps = num_inner_steps
         self.log_normalizer = log_normalizer
         self._inner = None if inner_loss is None else divergences.as_inner_loss(inner_loss)
+
+    def _scale(self, target: Target, batch: Batch) -> float:
+        return 1.0  # of a classifier that knows nothing, log 2 a decision
 
     def _check(self, target: Target, batch: Batch) -> Target:
         check_width(self.noise, target)
