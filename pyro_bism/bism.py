@@ -19,7 +19,7 @@ from .jit import BilevelProgram
 from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import descend, require_unrollable, settle
-from .params import jittered, random_state
+from .params import jittered
 from .training import Buffers, Trainer, require_guide, require_optim, same_settings
 
 __all__ = ["BiSM", "BiSMInfo"]
@@ -214,6 +214,7 @@ class BiSM(Trainer):
             at=pair.at,
             optim=self.inner_optim,
             placed=pair.placed if pair.astray else None,
+            buffers=pair.buffers,
         )
 
     def _fit(self, problem: Bilevel, buffers: Buffers, program: BilevelProgram | None) -> tuple[float, float]:
@@ -222,7 +223,7 @@ class BiSM(Trainer):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
             # in their noise, and a guide that goes astray between them is caught by its gradient.
             if self.hypergradient.repeats_noise and self.num_inner_steps:
-                problem.inner_noise.append(random_state())
+                problem.inner_noise.append(problem.snapshot())
             if program is not None:
                 loss, length = program.fit(moves=self.num_inner_steps > 0)
             else:

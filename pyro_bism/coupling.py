@@ -51,7 +51,13 @@ def check_rows(
             with buffers_kept(pair.buffers):  # those of the old spectral_norm move at every pass
                 seen = _densities(start, *_moved(start, base, own, moved), own)
             first = first or seen
-            _compare(first, seen, moved)
+            try:
+                _compare(first, seen, moved)
+            except ValueError:
+                torch.default_generator.manual_seed(seed)
+                again = _densities(start, *_moved(start, base, own, torch.zeros_like(moved)), own)
+                _require_repeatable(first, again)
+                raise
 
 
 _Values = tuple[Tensor, Mapping[str, Tensor]]  # the visible ones, and the latents by site
@@ -109,6 +115,17 @@ def _compare(first: _Described, seen: _Described, moved: Tensor) -> None:
                 "interaction along the batch. Scores and likelihoods are taken example by example and would be wrong. "
                 "Compute every row from its own values (module.eval()); rows that belong together are one example, of "
                 "shape (n, rows, ...)."
+            )
+
+
+def _require_repeatable(first: _Described, again: _Described) -> None:
+    """:raises ValueError: for a density that the same values and the same noise do not give again."""
+    for (role, name), values in again.rows.items():
+        if not _same(values, first.rows[role, name]).all():
+            raise ValueError(
+                f"{role} site '{name}': its log density is another at every pass, with the same values and the same "
+                "noise: a module keeps something from pass to pass in an attribute (self.mean = ...). Keep it in a "
+                "buffer that is changed in place (register_buffer; self.mean.copy_(...)), or fix it (module.eval())."
             )
 
 

@@ -223,6 +223,7 @@ class Pair:
     :ivar subsamples: the plates that have rows.
     :ivar num_plate_dims: how many dimensions the plates take.
     :ivar buffers: module buffers that a pass changes (batch-norm statistics).
+    :ivar modules: the modules that ran.
     :ivar frozen: parameters met that do not require grad.
     :ivar is_stated: whether the programs read φ through ``pyro.param`` statements alone.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
@@ -243,6 +244,7 @@ class Pair:
     num_data: int
     num_plate_dims: int
     buffers: tuple[Tensor, ...] = field(default=())
+    modules: tuple[torch.nn.Module, ...] = field(default=())
     frozen: tuple[Tensor, ...] = field(default=())
     is_stated: bool = False
     unreparameterised: tuple[str, ...] = ()
@@ -727,6 +729,7 @@ def _describe(
         _num_data(p.sites, sites),
         max(dims),
         tuple({id(b): b for m in ran for b in m.buffers()}.values()),
+        tuple({id(m): m for m in ran}.values()),
         params.frozen((*p.params.values(), *q.params.values()), ran),
         unreparameterised=tuple(name for name in sampled if not latents[name].fn.has_rsample),
         averaged=averaged,
@@ -750,9 +753,10 @@ def _describe(
 
 
 def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
-    """Whether φ itself is out of sight once the statements give stand-ins.
+    """Whether φ itself is out of sight once the statements give stand-ins, and these are in sight.
 
-    Module weights stay in sight, and so does a tensor that the program states but reads from its closure.
+    Module weights stay in sight, and so does a tensor that the program states but reads from its closure. What has no
+    derivative (a module's weight read through ``.data``) may be read by whichever way.
     """
     if not pair.phi:
         return True
@@ -760,7 +764,8 @@ def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
     with torch.random.fork_rng(devices=[]), params.given(stand_ins):
         draw, _ = pair.draw(batch, batch.v)
         log_weight = pair.log_weight(batch, batch.v, draw)
-    return all(g is None for g in _gradients(log_weight, list(pair.phi.values())))
+    found = _gradients(log_weight, [*pair.phi.values(), *stand_ins.values()])
+    return all((g is None) == (i < len(stand_ins)) for i, g in enumerate(found))
 
 
 def _astray(pair: Pair, batch: visible.Batch) -> tuple[str, ...]:

@@ -44,7 +44,8 @@ class Bilevel:
     :ivar placed: the context that puts given values into φ itself, where ``at`` does not reach all that reads it; else
         None.
     :ivar optim: the inner optimiser.
-    :ivar inner_noise: the random states before each of the K inner steps just taken, if the strategy repeats them.
+    :ivar buffers: module buffers that every pass moves, and that the next may read (the vectors of ``spectral_norm``).
+    :ivar inner_noise: a :meth:`snapshot` before each of the K inner steps just taken, if the strategy repeats them.
     :cvar is_captured: whether what runs is being captured: it can't look at the value of a tensor then.
     """
 
@@ -58,12 +59,25 @@ class Bilevel:
     optim: PyroOptim
     inner_noise: list[Any] = field(default_factory=list)
     placed: Callable[[Sequence[Tensor]], AbstractContextManager] | None = None
+    buffers: Sequence[Tensor] = ()
 
     is_captured: ClassVar[bool] = False
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``: what a captured step replaces by its graph."""
         return function(self, *args)
+
+    def snapshot(self) -> Any:
+        """What a pass has beside φ and θ: the random state, and the buffers. From it the same pass can be repeated."""
+        return random_state(), [buffer.clone() for buffer in self.buffers]
+
+    def restore(self, snapshot: Any) -> None:
+        """Take up a :meth:`snapshot`."""
+        noise, values = snapshot
+        set_random_state(noise)
+        with torch.no_grad():
+            for buffer, value in zip(self.buffers, values, strict=True):
+                buffer.copy_(value)
 
     @contextmanager
     def standing_at(self, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -225,25 +239,25 @@ class Unrolled(Hypergradient):
 
     def _recomputed(self, problem: Bilevel) -> Result:
         """J at φᴺ and its gradient, by :func:`_reversal`."""
-        kept: list[Any] = [(list(problem.phi), problem.steps.state(), random_state()), *[None] * NUM_KEPT]
+        kept: list[Any] = [(list(problem.phi), problem.steps.state(), problem.snapshot()), *[None] * NUM_KEPT]
         total: Gradient = []
         behind: Gradient = []
         behind_state: dict[Any, Tensor] = {}
         for n, (legs, place) in zip(range(self.num_steps, -1, -1), _reversal(self.num_steps, NUM_KEPT), strict=True):
             for source, target, steps in legs:
                 values, optim, noise = kept[source]
-                set_random_state(noise)
+                problem.restore(noise)
                 for _ in steps:
                     values, optim = problem.run(_forward, values, optim)
-                kept[target] = values, optim, random_state()
+                kept[target] = values, optim, problem.snapshot()
             values, optim, noise = kept[place]
-            set_random_state(noise)
+            problem.restore(noise)
             if n == self.num_steps:
                 loss, total, behind = problem.run(_last, values)
-                final = random_state()
+                final = problem.snapshot()
             else:
                 total, behind, behind_state = problem.run(_backward, values, optim, total, behind, behind_state)
-        set_random_state(final)
+        problem.restore(final)
         return Result(loss, total)
 
 
@@ -621,17 +635,17 @@ class Penalty(Hypergradient):
         optim = [{k: s.clone() if isinstance(s, Tensor) else s for k, s in kept.items()} for kept in state.optim]
         with exchanged(problem.optim, phi, psi, optim):
             for noise in problem.inner_noise:
-                fresh = random_state()
-                set_random_state(noise)
+                fresh = problem.snapshot()
+                problem.restore(noise)
                 _, fit = problem.run(slopes, "inner", "phi")
-                set_random_state(fresh)
+                problem.restore(fresh)
                 _, match = problem.run(slopes, "outer", "phi")
                 both = [_sum(a, None if b is None else b / strength) for a, b in zip(fit, match, strict=True)]
                 descend(problem.optim, phi, both)
             loss, raised = problem.run(slopes, "outer", "theta")
-            shared = random_state()
+            shared = problem.snapshot()
             _, at_psi = problem.run(slopes, "inner", "theta")
-        set_random_state(shared)
+        problem.restore(shared)
         _, at_phi = problem.run(slopes, "inner", "theta")
         gradient = []
         for direct, upper, lower in zip(raised, at_psi, at_phi, strict=True):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pyro
@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from . import optim, params
 from .densities import Pair, record
 from .hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slopes
-from .visible import Batch, flatten
+from .visible import Batch, flatten, has_memory
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
 MAX_SUMS = 2**13  # multiplications
@@ -182,12 +182,32 @@ class Program:
                 stand_ins = {name: [next(rest) for _ in group] for name, group in self._inputs.items()}
                 problem, swaps = self._captured(stand_ins)
                 mine = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
-                with params.swapped(swaps):
+                with params.attributes_kept(self.pair.modules), params.swapped(swaps):
                     return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else args))
 
-            trained = {**self.pair.theta, **self.pair.phi}
-            graph = self._graphs[key] = _Graph(whole, [*self._flat, *given], trained)
+            graph = self._graphs[key] = _Graph(whole, [*self._flat, *given], self._original(function, args))
         return graph([*self._flat, *given])
+
+    def _original(self, function: Callable[..., Any], args: Any) -> "_Original":
+        """``function`` as the programs themselves run it."""
+
+        def run() -> Any:
+            problem = self._bound(self._inputs, self._batch, list(self._theta), list(self._phi))
+            with params.attributes_kept(self.pair.modules):
+                return function(problem, *args)
+
+        name = pyro.get_param_store().param_name
+        trained = {str(name(leaf)): leaf for leaf in (*self._theta, *self._phi)}
+        moved: list[tuple[Tensor, str | None]] = [(leaf.detach(), name) for name, leaf in trained.items()]
+        for leaves, kept, group in (
+            (self._theta, self._outer_kept, "outer_state"),
+            (self._phi, self._inner_kept, "inner_state"),
+        ):
+            if kept is not None:
+                width = len(self._inputs[group]) // len(leaves) if leaves else 1
+                moved += [(x, name(leaves[i // width])) for i, x in enumerate(self._inputs[group])]
+        moved += [(buffer, None) for buffer in self._inputs["buffers"]]
+        return _Original(run, trained, moved, len(self._theta))
 
     def _context(self, unrolls: bool) -> dict[str, Sequence[Tensor]]:
         """All tensors that change from step to step."""
@@ -218,15 +238,22 @@ class Program:
             indices[name] = next((y for x, y in zip(batch.leaves, leaves, strict=True) if x is rows), own)
         stand_in = replace(batch, indices=indices, leaves=leaves)
         theta, phi = ([p.detach().requires_grad_() for p in given[name]] for name in ("theta", "phi"))
-        problem = self._stand_in(self.pair, stand_in, theta, phi)
+        swaps = dict(zip((*self._theta, *self._phi), (*theta, *phi), strict=True))
+        swaps |= dict(zip(self.pair.buffers, given["buffers"], strict=True))
+        return self._bound(given, stand_in, theta, phi), swaps
+
+    def _bound(
+        self, given: Mapping[str, Sequence[Tensor]], batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
+    ) -> Any:
+        """The problem on these parameters, whose optimisers' steps are taken in place in ``given``."""
+        problem = self._stand_in(self.pair, batch, theta, phi)
         if self._outer_kept:
             kept = self._outer_kept
             problem.write_theta = lambda g, allowed: kept.write(given["theta"], given["outer_state"], g, allowed)
         if self._inner_kept:
             inner = self._inner_kept
             problem.write_phi = lambda g, allowed: inner.write(given["phi"], given["inner_state"], g, allowed)
-        swaps = dict(zip((*self._theta, *self._phi), (*theta, *phi), strict=True))
-        return problem, swaps | dict(zip(self.pair.buffers, given["buffers"], strict=True))
+        return problem
 
     def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
         return self._problem(pair, batch, theta, phi)
@@ -278,27 +305,50 @@ class BilevelProgram(Program):
                 optim.descend(self._outer_optim, self._theta, found.gradient)
         return found, length
 
-    def _captured(self, given: Mapping[str, Sequence[Tensor]]) -> tuple[Captured, dict[Tensor, Tensor]]:
-        problem, swaps = super()._captured(given)
+    def _bound(
+        self, given: Mapping[str, Sequence[Tensor]], batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
+    ) -> Captured:
+        problem = super()._bound(given, batch, theta, phi)
         if self._inner_kept:
             problem.steps = self._inner_kept.bound(given["inner_state"])
         elif given["inner_state"]:
             steps = optim.DifferentiableOptim(self._inner_optim, self._phi)
             problem.steps = steps.resumed(dict(zip(steps.state(), given["inner_state"], strict=True)))
-        return problem, swaps
+        return problem
 
     def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Captured:
         plain = self._problem(pair, batch, theta, phi)
         return Captured(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)
 
 
-class _Graph:
-    """A function of a list of tensors, recorded and compiled.
+class _Original(NamedTuple):
+    """What a recording is of, for a look at whether it is that.
 
-    :raises RuntimeError: where what it does depends on the values of tensors.
+    :ivar run: the function on the tensors themselves.
+    :ivar trained: θ and φ, by name.
+    :ivar moved: what ``run`` may move, each with the name of the parameter that it belongs to, if it does.
+    :ivar num_theta: how many of ``trained`` are θ.
     """
 
-    def __init__(self, function: Callable, inputs: list[Tensor], trained: Mapping[str, Tensor]):
+    run: Callable[[], Any]
+    trained: Mapping[str, Tensor]
+    moved: Sequence[tuple[Tensor, str | None]]
+    num_theta: int
+
+    def last(self, k: int, gradient: Any) -> list[str]:
+        """Whose gradient the k-th result from the end may be."""
+        leaves = list(self.trained.items())
+        groups = [group for group in (leaves[: self.num_theta], leaves[self.num_theta :]) if k <= len(group)]
+        return [group[-k][0] for group in groups if group[-k][1].shape == getattr(gradient, "shape", None)]
+
+
+class _Graph:
+    """A function of a list of tensors, recorded, tried out beside its original and compiled.
+
+    :raises RuntimeError: where what it does depends on the values of tensors, or is not what the original does.
+    """
+
+    def __init__(self, function: Callable, inputs: list[Tensor], original: _Original):
         def flat(*values: Tensor) -> list[Tensor]:
             leaves, self._spec = pytree.tree_flatten(function(values))
             self._is_list = self._spec.type is list and all(child.is_leaf() for child in self._spec.children())
@@ -318,12 +368,15 @@ class _Graph:
                 params.set_random_state(state)
         closed_over = _lift(recorded)
         self._closed_over = [x.detach() for x in closed_over]
-        for name, leaf in trained.items():
-            if any(x is leaf for x in closed_over):
-                raise RuntimeError(
-                    f"jit=True: parameter '{name}' is read past pyro.param and torch's functions, so that the captured "
-                    "step would not train it. Take jit=False, or write that part in plain torch."
-                )
+        recorded.recompile()
+        beside = [name for name, leaf in original.trained.items() if any(_overlap(x, leaf) for x in closed_over)]
+        if beside:
+            raise RuntimeError(
+                f"jit=True: the step can't be captured: parameters {beside} are read past pyro.param and torch's "
+                "functions, so that the captured step would not train them. Take jit=False, or write that part in "
+                "plain torch."
+            )
+        _require_same(original, lambda: self._filled(recorded(*inputs, *self._closed_over)))
         recorded.graph.eliminate_dead_code()
         given = [*inputs, *self._closed_over]
         placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
@@ -343,10 +396,79 @@ class _Graph:
         written = [values[i] for i in self._written]
         found = self._run(values)
         torch.autograd.graph.increment_version(written)
+        leaves = self._filled(found)
+        return leaves if self._is_list else pytree.tree_unflatten(leaves, self._spec)
+
+    def _filled(self, found: Sequence[Tensor]) -> list[Any]:
+        """All leaves of the result, of which ``found`` are the tensors."""
         leaves = list(self._constants)
         for i, x in zip(self._places, found, strict=True):
             leaves[i] = x
-        return leaves if self._is_list else pytree.tree_unflatten(leaves, self._spec)
+        return leaves
+
+
+def _require_same(original: _Original, replay: Callable[[], list[Any]]) -> None:
+    """Run a recording beside its original, on the same tensors with the same noise.
+
+    What they return and what they move, the optimisers' running means of the gradients too, has to be the same but for
+    rounding. It is looked at once a graph, before the recording is compiled, and costs an eager step: little beside
+    compilation.
+
+    :raises RuntimeError: where it is not the same: the recording has a number for what changes, or lacks a derivative.
+    """
+    moved = [x for x, _ in original.moved]
+    before = [x.clone() for x in moved]
+
+    def outcome(run: Callable[[], Any], off: float = 0.0) -> list[Any]:
+        state = params.random_state()
+        try:
+            if off:
+                with torch.no_grad():
+                    for leaf in original.trained.values():
+                        leaf.mul_(1.0 + off)
+            with pyro.validation_enabled(False):
+                leaves = pytree.tree_leaves(run())
+            return [x.detach().clone() if isinstance(x, Tensor) else x for x in (*leaves, *moved)]
+        finally:
+            params.set_random_state(state)
+            with torch.no_grad():
+                for x, value in zip(moved, before, strict=True):
+                    x.copy_(value)
+
+    found, right = outcome(torch.no_grad()(replay)), outcome(original.run)
+    num = len(right) - len(moved)
+    bases = [*[0.0] * num, *before]
+    if len(found) == len(right) and all(map(_agree, right, found, bases)):
+        return
+    names: list[str] = []
+    if len(found) == len(right):
+        # what rounding of the parameters changes as much says nothing (Adam's first step is its gradient's sign)
+        others = outcome(original.run, 4 * torch.finfo(moved[0].dtype).eps)
+        wrong = [i for i, each in enumerate(zip(right, found, bases, others, strict=True)) if not _agree(*each)]
+        if not wrong:
+            return
+        names = [name for i in wrong if i >= num for name in [original.moved[i - num][1]] if name]
+        # gradients that the optimiser follows outside of the graph stand last
+        names = names or [name for i in wrong for name in original.last(num - i, right[i])]
+    listed = f"parameters {list(dict.fromkeys(names))} have" if names else "it has"
+    raise RuntimeError(
+        f"jit=True: the captured step is not the programs' own: {listed} another gradient in it. What a recording of "
+        "torch's operations leaves out is not trained as the programs do: a hook on a parameter's gradient, say, or a "
+        "branch on whether the program is being traced. Take jit=False, or write that part in plain torch."
+    )
+
+
+def _agree(right: Any, found: Any, base: Any, other: Any = None) -> bool:
+    """Whether two results are the same but for rounding, ``other`` being one that should be."""
+    if not (isinstance(right, Tensor) and isinstance(found, Tensor)):
+        return right is found or right == found or (right != right and found != found)
+    if right.shape != found.shape or not right.is_floating_point() or not right.numel():
+        return torch.equal(right, found)
+    known = right.isfinite()
+    scale = torch.where(known, (right - base).abs(), 0.0).max()
+    off = 0.0 if other is None else 10 * (right - other).abs()
+    near = (right - found).abs() <= math.sqrt(torch.finfo(right.dtype).eps) * scale + off
+    return torch.equal(known, found.isfinite()) and bool((near | ~known).all())
 
 
 def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
@@ -561,3 +683,19 @@ def _explained(error: Exception) -> Exception:
         "the values of tensors: write torch.where for if, leave tensors tensors (no float(), .numpy(), .tolist()), or "
         "take jit=False."
     )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory: the same one, or one made past torch's functions (``.data``)."""
+    if a is b:
+        return True
+    if a.device != b.device or not (has_memory(a) and has_memory(b)):
+        return False
+    (first, end), (other, other_end) = (_extent(x) for x in (a, b))
+    return first < other_end and other < end
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Where a tensor's entries begin and end in memory."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

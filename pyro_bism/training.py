@@ -253,12 +253,12 @@ def _numbered(buffers: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def _require_sight(pair: densities.Pair, batch: visible.Batch) -> None:
     """:raises RuntimeError: where a captured step would leave a parameter as it is, or go by a value of the past."""
-    names = list(dict.fromkeys([*pair.out_of_sight(batch), *pair.astray]))
+    names = pair.out_of_sight(batch) or pair.astray
     if names:
         raise RuntimeError(
-            f"jit=True: the step can't be captured: parameters {names} are read past pyro.param and torch's functions, "
-            "by an autograd.Function, a scripted or a checkpointed module. Take jit=False, which trains them, or write "
-            "that part in plain torch."
+            f"jit=True: the step can't be captured: parameters {list(names)} are read past pyro.param and torch's "
+            "functions, by an autograd.Function, a scripted or a checkpointed module. Take jit=False, which trains "
+            "them, or write that part in plain torch."
         )
 
 

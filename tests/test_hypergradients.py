@@ -197,7 +197,7 @@ class Torch:
         """The last of ``num`` results, the state handed on; gradients by name. ``fresh`` gives all, new noise each."""
         strategy, found = self.trained.hypergradient, []
         state = strategy.init(self.problem.phi)
-        self.problem.inner_noise = [pyro_bism.params.random_state()] * num_fit
+        self.problem.inner_noise = [self.problem.snapshot()] * num_fit
         for i in range(num):
             torch.manual_seed(i if fresh else 1)
             result = strategy(self.problem, state)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyro_bism
 from pyro_bism import (
+    VNCE,
     Amortized,
     BiSM,
     DenoisingScoreMatching,
@@ -23,6 +24,7 @@ from pyro_bism import (
     MarginalSM,
     ScoreMatching,
     Unrolled,
+    jit,
 )
 
 N, D = 6, 2
@@ -82,6 +84,178 @@ def scripted():
 
 
 KINDS = {"function": Function, "script": scripted, "checkpoint": Checkpointed, "mixed": Mixed}
+
+
+@torch.library.custom_op("bism_tests::product", mutates_args=())
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x * w
+
+
+@product.register_fake
+def _(x, w):
+    return torch.empty_like(x)
+
+
+product.register_autograd(Product.backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+@torch.library.custom_op("bism_tests::silent", mutates_args=())
+def silent(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x * w
+
+
+class Operator(Plain):
+    def forward(self, x):
+        return torch.tanh(product(x, self.w))
+
+
+class Silent(Plain):
+    """A custom operator without a derivative."""
+
+    def forward(self, x):
+        return torch.tanh(x * self.w + silent(x, self.w))
+
+
+class Traced(Plain):
+    def __new__(cls):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.trace(Plain(), torch.ones(N, D))
+
+
+class Reentrant(Plain):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+class Compiled(Plain):
+    backend = "eager"
+
+    def __init__(self):
+        super().__init__()
+        plain = super().forward
+        torch.compiler.reset()  # one that compiled too often runs what it was given
+        object.__setattr__(self, "run", torch.compile(lambda x: plain(x), backend=self.backend))
+
+    def forward(self, x):
+        return self.run(x)
+
+
+class CompiledWithBackward(Compiled):
+    backend = "aot_eager"
+
+
+class ChangedInPlace(Plain):
+    def forward(self, x):
+        self.w.data.clamp_(-0.35, 0.35)
+        return super().forward(x)
+
+
+class Closure(Plain):
+    def __init__(self):
+        super().__init__()
+        w = self.w
+        object.__setattr__(self, "run", lambda x: torch.tanh(x * w))
+
+    def forward(self, x):
+        return self.run(x)
+
+
+class Nested(Plain):
+    """A parameter of its own that a function inside states."""
+
+    def forward(self, x):
+        def shift():
+            return pyro.param("shift", lambda: torch.tensor([0.1, 0.0]))
+
+        return torch.tanh(x * (self.w + shift()))
+
+
+class Buffer(Plain):
+    """A buffer that follows the weight, and is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(D))
+
+    def forward(self, x):
+        self.mean.lerp_(self.w.detach(), 0.5)
+        return torch.tanh(x * (self.w + self.mean))
+
+
+class Attribute(Plain):
+    """A tensor that follows the weight, and is put in the place of the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(D))
+
+    def forward(self, x):
+        self.mean = self.mean.lerp(self.w.detach(), 0.5)
+        return torch.tanh(x * (self.w + self.mean))
+
+
+class Hooked(Plain):
+    def __init__(self):
+        super().__init__()
+        self.w.register_hook(lambda g: 2 * g)
+
+
+class Preconditioned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.module.w.data.abs(), None
+
+
+class Behind(Plain):
+    """The weight is read on the way back alone, through ``.data``."""
+
+    def forward(self, x):
+        return torch.tanh(Preconditioned.apply(x * self.w, self))
+
+
+def linear(parametrisation):
+    def module():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(parametrisation(torch.nn.Linear(D, D)), torch.nn.Tanh())
+
+    return module
+
+
+SEEN = {  # by the captured step as by the programs
+    "operator": Operator,
+    "in place": ChangedInPlace,
+    "closure": Closure,
+    "nested": Nested,
+    "weight norm": linear(torch.nn.utils.parametrizations.weight_norm),
+    "spectral norm": linear(torch.nn.utils.parametrizations.spectral_norm),
+    "spectral norm of old": linear(torch.nn.utils.spectral_norm),
+    "buffer": Buffer,
+}
+NAMED = {  # the captured step's refusal
+    "trace": (Traced, "'{}...w'.* are read past pyro.param"),
+    "checkpoint": (Checkpointed, "'{}...w'.* are read past pyro.param"),
+    "hook": (Hooked, r"'{}...w'\].* (have another gradient|are read past)"),
+    "behind": (Behind, "'{}...w'.* are read past pyro.param"),
+    "compile": (Compiled, "can't be captured .*self.run"),
+}
+REFUSED = {  # both steps'
+    "silent operator": (Silent, "can't be differentiated twice.*no autograd formula"),
+    "reentrant": (Reentrant, "use_reentrant=True"),
+    "compiled with backward": (CompiledWithBackward, "can't be differentiated twice.*does not currently support"),
+    "attribute": (Attribute, "another at every pass"),
+}
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """The captured graphs, run without a compiler: what is recorded is tested so, in a tenth of the time."""
+    monkeypatch.setattr(jit, "_compiled", lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values)))
 
 
 def programs(model_module, guide_module):
@@ -211,3 +385,68 @@ def test_rivals_try_the_model_with_every_weight_moved():
     rival.step(data())
     assert (pyro.get_param_store()["energy$$$w"].abs() > 0.01).all()
     assert pyro_bism.free_energy(rival, data()).abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", SEEN)
+@pytest.mark.parametrize(
+    "strategy", [Unrolled(2), pytest.param(Amortized(), marks=pytest.mark.full)], ids=["unrolled", "amortized"]
+)
+def test_a_captured_step_moves_every_weight_as_the_programs_do(kind, strategy, replayed):
+    """In model and guide; torch itself can't unroll steps around a model's buffer that changes in place."""
+    kinds = (Plain if kind in ("buffer", "nested") else SEEN[kind], SEEN[kind])
+    right, found = (trained(kinds, hypergradient=strategy, jit=jit) for jit in (False, True))
+    for name, value in right.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize(
+    "strategy", [Unrolled(2), pytest.param(Amortized(), marks=pytest.mark.full)], ids=["unrolled", "amortized"]
+)
+def test_a_captured_step_names_what_it_would_not_train(kind, strategy, replayed):
+    module, message = NAMED[kind]
+    for kinds, name in (((module, Plain), "energy"), ((Plain, module), "guide")):
+        with pytest.raises(RuntimeError, match="jit=True.*" + message.format(name)):
+            trained(kinds, num_steps=1, hypergradient=strategy, jit=True)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning", "ignore:None of the inputs have requires_grad:UserWarning"
+)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_no_step_can_train_is_refused_by_both(kind):
+    module, message = REFUSED[kind]
+    for kinds in ((module, Plain), (Plain, module)):
+        for strategy in (Unrolled(2), Amortized()):
+            for captured in (False, True):
+                with pytest.raises((ValueError, RuntimeError), match=message):
+                    trained(kinds, num_steps=1, hypergradient=strategy, jit=captured)
+
+
+def test_a_rivals_folded_steps_and_gradients_followed_outside_name_it_too(replayed):
+    """VNCE's graph takes steps of both levels; torch's SGD takes its own, by the gradients that the graph returns."""
+    x = data()
+    vnce = VNCE(*programs(Plain(), Hooked()), pyro.optim.Adam({"lr": 0.05}), jit=True)
+    pyro.clear_param_store()
+    with pytest.raises(RuntimeError, match=r"parameters \['guide...w'.* have another gradient"):
+        vnce.step(x)
+    pyro.clear_param_store()
+    bism = BiSM(
+        *programs(Hooked(), Plain()),
+        pyro.optim.SGD({"lr": 0.05}),
+        DenoisingScoreMatching(0.5),
+        num_inner_steps=1,
+        jit=True,
+    )
+    with pytest.raises(RuntimeError, match=r"parameters \['energy...w'.* have another gradient"):
+        bism.step(x)
+
+
+@pytest.mark.parametrize("kind", ["spectral norm", "spectral norm of old", "buffer"])
+def test_steps_taken_again_find_the_buffers_of_the_first_time(kind):
+    found = [
+        trained((Plain, SEEN[kind]), hypergradient=Unrolled(7, memory=memory)) for memory in ("store", "recompute")
+    ]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)
