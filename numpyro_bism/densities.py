@@ -154,6 +154,7 @@ class record(Messenger):
     def _rows(self, name, msg):
         if name in self.values:
             msg["value"] = self.values[name]
+            msg["args"] = msg["args"][0], len(msg["value"])  # not as many as it says: see Energy.free
         elif name in self.offered and (msg["value"] is None or rows.are_all(msg["value"], msg["args"][0])):
             msg["value"] = self.offered[name]
             self._drawn.add(name)

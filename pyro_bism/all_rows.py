@@ -1,6 +1,6 @@
 """Evaluation takes all rows given: a plate that draws some of the data while training takes all of it, in order."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -39,6 +39,16 @@ def with_all_rows(pair: Pair, leaves: Sequence[Any]) -> Pair:
     return found
 
 
+def of_any_size(program: Callable, names: Collection[str]) -> Callable:
+    """The program whose plates of these names take the rows that a handler gives them, however many."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _all_rows(dict.fromkeys(names)):
+            return program(*args, **kwargs)
+
+    return run
+
+
 def _whole(plate: Plate, n: int) -> Plate:
     """A plate of which all rows are told, in order: the visible sites are read by them."""
     return replace(plate, full_size=n, size=n, is_told=True)
@@ -63,8 +73,8 @@ def _require_no_local(pair: Pair, trained_rows: int) -> None:
 
 
 @contextmanager
-def _all_rows(sizes: Mapping[str, int]) -> Iterator[None]:
-    """Gives plates that would draw rows all of them, of so many as there are.
+def _all_rows(sizes: Mapping[str, int | None]) -> Iterator[None]:
+    """Gives plates that would draw rows all of them, of so many as there are; None is as many as they say.
 
     A plate sends its size out before any handler may change it, so its own look-up is replaced meanwhile.
     """
@@ -72,7 +82,7 @@ def _all_rows(sizes: Mapping[str, int]) -> Iterator[None]:
 
     def all_rows(name, size=None, subsample_size=None, subsample=None, use_cuda=None, device=None):
         if name in sizes and subsample is None:
-            size, subsample_size = sizes[name], None
+            size, subsample_size = sizes[name] or size, None
         return look_up(name, size, subsample_size, subsample, use_cuda, device)
 
     SubsampleMessenger._subsample = staticmethod(all_rows)  # type: ignore[method-assign]

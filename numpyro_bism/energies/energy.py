@@ -26,7 +26,7 @@ from .density import (
     curvature,
     pack,
 )
-from .proof import COVARIATES, prove
+from .proof import COVARIATES, Proof, prove
 from .structure import find_blocks
 
 
@@ -40,6 +40,7 @@ class Energy:
     :ivar declared: "gaussian" or "affine", by the name in a point of what the user says of them.
     :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
     :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
+    :ivar free: the plates that take as many rows as a point has, whatever size they say.
     """
 
     model: Callable
@@ -52,6 +53,7 @@ class Energy:
     blocks: tuple[Block, ...] = ()
     observed: tuple[str, ...] = ()
     declared: Mapping[str, str] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
 
     @property
     def hidden(self) -> tuple[str, ...]:
@@ -104,6 +106,8 @@ class Energy:
         if energy.resizes and proof.reads_position:  # a row that comes again is not the same row
             energy = replace(energy, resizes=False)
             proof = prove(energy, params, x)
+        elif not energy.resizes and COVARIATES in proof.degrees.groups:
+            proof = energy._proved_at_any_size(params, run.sites, x) or proof
         energy = replace(energy, is_homogeneous=COVARIATES not in proof.degrees.groups)
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
         energy = replace(energy, declared=_declared(energy, run.sites))
@@ -275,12 +279,49 @@ class Energy:
             for i, leaf in enumerate(self.batch.leaves)
         ]
         sites = tuple(replace(site, shape=(m, *site.shape[1:])) for site in self.sites)
+        indices = {**self.batch.indices, **{name: jnp.arange(m) for name in self.free}}
         # the programs are given v in the visible leaves' place, so these need no more than their type
-        return replace(self.batch, sites=sites, leaves=leaves)
+        return replace(self.batch, sites=sites, leaves=leaves, indices=indices)
 
-    def _can_resize(self, params: Mapping[str, Any], x: Point) -> bool:
-        """Tried, at one row more: plates of a fixed size and subsampled ones say no."""
-        if self.batch.indices:
+    def _has_equal_rows(self, params: Mapping[str, Any], x: Point) -> bool:
+        """Whether the same point has one density in all rows."""
+        same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), x)
+        log_joint = jax.jit(self.log_joint)(params, same)
+        return bool(close(log_joint, log_joint[:1]))
+
+    def _proved_at_any_size(self, params: Mapping[str, Any], recorded: Mapping[str, Site], x: Point) -> Proof | None:
+        """What is proved where the batch's plates take any number of rows, if the density is the same there; else None.
+
+        A plate of a fixed size, or one that draws rows, may have as many as there are units: an array of parameters
+        is then taken for one of covariates. At another number its rows are told from all else. A program with rows of
+        its own has not as many then, and fails, or reads them by their places, which shows.
+        """
+        names = self._batch_plates(recorded)
+        if not names:
+            return None
+        # a copy of all the data has no more rows than these
+        free = replace(self, batch=replace(self.batch, reads_rows=True), resizes=True, free=names)
+        proof = prove(free, params, x)  # first of all, as it compiles nothing
+        if proof.reads_position or not free._can_resize(params, x, self):
+            return None
+        hides = COVARIATES not in proof.degrees.groups and not self._has_equal_rows(params, x)
+        return None if hides else proof
+
+    def _batch_plates(self, recorded: Mapping[str, Site]) -> frozenset[str]:
+        """The plates whose rows are the batch, but for those that are handed them: these are the user's."""
+        found = set()
+        for name in (*(site.name for site in self.sites), *self.latents):
+            site = recorded[name]
+            axis = site.fn.event_dim - jnp.ndim(site.value)
+            found |= {frame.name for frame in site.frames if frame.dim == axis}
+        return frozenset(found) - self.batch.handed
+
+    def _can_resize(self, params: Mapping[str, Any], x: Point, like: "Energy | None" = None) -> bool:
+        """Tried, at one row more: plates of a fixed size and subsampled ones say no.
+
+        :param like: an energy that has to be the same on these rows.
+        """
+        if self.batch.indices.keys() - self.free:
             return False
         n = self.num_rows
         wrapped = jax.tree.map(lambda a: a[jnp.arange(n + 1) % n], x)
@@ -288,7 +329,7 @@ class Energy:
             found = jax.jit(replace(self, resizes=True).log_joint)(params, wrapped)
         except Exception:  # whatever a program trips over: it gets its own number of rows then
             return False
-        return bool(close(found[:n], jax.jit(self.log_joint)(params, x)) & close(found[n:], found[:1]))
+        return bool(close(found[:n], jax.jit((like or self).log_joint)(params, x)) & close(found[n:], found[:1]))
 
 
 @dataclass(frozen=True)

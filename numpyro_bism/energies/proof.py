@@ -70,7 +70,7 @@ def prove(energy: Energy, params: Mapping[str, Any], x: Point) -> Proof:
             raise
         unknown = Degrees().arbitrary(*(Degrees.of(name) for name in (*point, COVARIATES)))
         return Proof(unknown, frozenset(), reads_position=True)
-    return _read(jaxpr, point, rows)
+    return _read(jaxpr, point, rows, bool(energy.free))
 
 
 def prove_function(log_prob: Callable[[Point], Array], x: Point, resizes: bool = False) -> Proof:
@@ -81,9 +81,11 @@ def prove_function(log_prob: Callable[[Point], Array], x: Point, resizes: bool =
     return _read(jax.make_jaxpr(log_prob)(x), x, _Rows(len(next(iter(x.values()))), resizes))
 
 
-def _read(jaxpr: Any, point: Point, rows: _Rows) -> Proof:
+def _read(jaxpr: Any, point: Point, rows: _Rows, is_free: bool = False) -> Proof:
     names = sorted(point)  # as a dictionary is flattened
-    (value,) = _closed(jaxpr, [Value(Degrees.of(name), {name: name}) for name in names], rows)
+    inputs = [Value(Degrees.of(name), {name: name}) for name in names]
+    inputs += [Value(_row, whole=np.arange(rows.num))] * is_free
+    (value,) = _closed(jaxpr, inputs, rows)
     degrees, reads_position = value.degrees, _POSITION in value.degrees.groups
     if reads_position:
         terms = [{COVARIATES if g == _POSITION else g: d for g, d in term} for term in degrees.terms]
@@ -94,9 +96,16 @@ def _read(jaxpr: Any, point: Point, rows: _Rows) -> Proof:
 
 def _trace(energy: Energy, params: Mapping[str, Any], point: Any) -> Any:
     def trace(energy):
-        return jax.make_jaxpr(lambda point: energy.log_joint(params, point, program=log_density))(point)
+        def log_joint(point, *which):
+            # not as the numbers that they are: what a program reads by them it might read before it is traced
+            indices = {**energy.batch.indices, **{name: rows for name in energy.free for rows in which}}
+            traced = replace(energy, batch=replace(energy.batch, indices=indices))
+            return traced.log_joint(params, point, program=log_density)
 
-    if energy.batch.indices:
+        which = [jax.ShapeDtypeStruct((energy.num_rows,), jnp.arange(1).dtype)] * bool(energy.free)
+        return jax.make_jaxpr(log_joint)(point, *which)
+
+    if energy.batch.indices and not energy.batch.reads_rows:
         try:  # without the whole data, of which a plate's rows are read and written again
             return trace(replace(energy, batch=replace(energy.batch, reads_rows=True)))
         except Exception:  # whatever a program wants of the argument: it gets the whole array then

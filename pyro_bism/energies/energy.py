@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .. import visible
+from ..all_rows import of_any_size
 from ..densities import Site, joint_per_example, record
 from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, plain_support
 from .density import (
@@ -25,7 +26,7 @@ from .density import (
     pack,
     select,
 )
-from .proof import COVARIATES, prove
+from .proof import COVARIATES, Proof, prove
 from .structure import find_blocks
 
 
@@ -39,6 +40,7 @@ class Energy:
     :ivar resizes: whether the model runs on any number of rows; else they are taken ``num_rows`` at a time.
     :ivar declared: variables whose structure the user declares, "gaussian" or "affine".
     :ivar is_homogeneous: whether all rows have the same density: no covariates that tell them apart.
+    :ivar free: the plates that take as many rows as a point has, whatever size they say.
     """
 
     model: Callable
@@ -52,6 +54,7 @@ class Energy:
     buffers: tuple[Tensor, ...] = ()
     observed: tuple[str, ...] = ()
     declared: Mapping[str, str] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
 
     @property
     def hidden(self) -> tuple[str, ...]:
@@ -102,6 +105,8 @@ class Energy:
             # a row that comes again is not the same row
             energy = replace(energy, resizes=False)
             proof = prove(energy, x)
+        elif not energy.resizes and COVARIATES in proof.degrees.groups:
+            proof = energy._proved_at_any_size(run.sites, x) or proof
         energy = replace(energy, is_homogeneous=COVARIATES not in proof.degrees.groups)
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
         return replace(energy, blocks=find_blocks(energy, x, proof, moving)), x
@@ -253,8 +258,9 @@ class Energy:
         for i, leaf in self._covariates().items():
             leaves[i] = leaf[rows]
         sites = tuple(replace(site, shape=(len(rows), *site.shape[1:])) for site in self.sites)
+        indices = {**self.batch.indices, **{name: torch.arange(len(rows)) for name in self.free}}
         # the programs are given v in the visible leaves' place, so these need no more than their type
-        return replace(self.batch, sites=sites, leaves=leaves)
+        return replace(self.batch, sites=sites, leaves=leaves, indices=indices)
 
     def _has_equal_rows(self, x: Point) -> bool:
         """Whether the same point has one density in all rows."""
@@ -262,9 +268,38 @@ class Energy:
             log_joint = self.log_joint({name: a[:1].expand(a.shape) for name, a in x.items()})
         return close(log_joint, log_joint[:1])
 
-    def _can_resize(self, x: Point) -> bool:
-        """Tried, at one row more: plates of a fixed size and subsampled ones say no."""
-        if self.batch.indices:
+    def _proved_at_any_size(self, recorded: Mapping[str, Site], x: Point) -> Proof | None:
+        """What is proved where the batch's plates take any number of rows, if the density is the same there; else None.
+
+        A plate of a fixed size, or one that draws rows, may have as many as there are units: an array of parameters
+        is then taken for one of covariates. At another number its rows are told from all else. A program with rows of
+        its own has not as many then, and fails, or reads them by their places, which shows.
+        """
+        names = self._batch_plates(recorded)
+        if not names:
+            return None
+        free = replace(self, model=of_any_size(self.model, names), resizes=True, free=names)
+        if not free._can_resize(x, self):
+            return None
+        proof = prove(free, x)
+        hides = COVARIATES not in proof.degrees.groups and not self._has_equal_rows(x)
+        return None if hides or proof.reads_position else proof
+
+    def _batch_plates(self, recorded: Mapping[str, Site]) -> frozenset[str]:
+        """The plates whose rows are the batch, but for those that are handed them: these are the user's."""
+        found = set()
+        for name in (*(site.name for site in self.sites), *self.latents):
+            site = recorded[name]
+            axis = site.fn.event_dim - site.value.dim()
+            found |= {frame.name for frame in site.frames if frame.dim == axis}
+        return frozenset(found) - self.batch.handed
+
+    def _can_resize(self, x: Point, like: "Energy | None" = None) -> bool:
+        """Tried, at one row more: plates of a fixed size and subsampled ones say no.
+
+        :param like: an energy that has to be the same on these rows.
+        """
+        if self.batch.indices.keys() - self.free:
             return False
         n = self.num_rows
         wrapped = select(x, torch.arange(n + 1) % n)
@@ -274,7 +309,7 @@ class Energy:
         except Exception:  # whatever a program trips over: it gets its own number of rows then
             return False
         with torch.no_grad():
-            return len(found) == n + 1 and close(found[:n], self.log_joint(x)) and close(found[n:], found[:1])
+            return len(found) == n + 1 and close(found[:n], (like or self).log_joint(x)) and close(found[n:], found[:1])
 
 
 def _declared(
