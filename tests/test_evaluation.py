@@ -709,11 +709,24 @@ def test_ais_of_a_model_with_a_fixed_number_of_rows(backend):
 
 
 def test_ais_that_is_too_short_says_so(backend):
-    found = backend.ais(LINEAR_MODEL, X, num_temperatures=4, num_chains=300, base=(15.0, 1.0))
+    with pytest.warns(UserWarning, match="not to be trusted, the runs there and back .*more num_temperatures .here 4"):
+        found = backend.ais(LINEAR_MODEL, X, num_temperatures=4, num_chains=300, base=(15.0, 1.0))
     assert found.effective_sample_size < 10
     assert found.lower < LINEAR.log_normalizer - 5
     assert found.upper > LINEAR.log_normalizer - 3 * found.upper_error
     assert found.upper - found.lower > 10
+
+
+def test_ais_of_two_far_modes(backend):
+    """A path of two steps from a base over both says that it is too short; one of sixty is not, and says nothing."""
+    oracle = GaussianBernoulliRBM(np.full((D, 1), 12.0), np.full(D, -6.0), np.zeros(1), np.ones(D))
+    options = {"num_chains": 300, "base": (0.0, 6.0)}
+    with pytest.warns(UserWarning, match="ais: log Z is not to be trusted, .*num_chains .here 300"):
+        found = backend.ais(rbm(oracle), X, num_temperatures=2, **options)
+    assert found.doubt is not None
+    found = backend.ais(rbm(oracle), X, num_temperatures=60, **options)
+    brackets(found, oracle.log_normalizer)
+    assert found.doubt is None
 
 
 def test_ais_with_the_target_for_its_base(backend):

@@ -1,6 +1,7 @@
 """log Z(θ) by annealed importance sampling."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from ..modes import in_own_modes
 from .normalizer import energy_of
 
+GOOD_GAP = 1.0  # nats between the bounds on log Z, and in its standard error
 NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
 
@@ -47,6 +49,20 @@ class AIS(NamedTuple):
     def __repr__(self) -> str:
         return brief(self)
 
+    @property
+    def doubt(self) -> str | None:
+        """Why the estimate is not to be trusted, if it is not; of a conditional model at the worst row."""
+        num = len(self.log_weights)
+        noise = 3 * np.hypot(self.lower_error, np.nan_to_num(self.upper_error))
+        gap = np.nan_to_num(self.upper - self.lower)
+        if np.any(gap > GOOD_GAP + noise):
+            return f"the runs there and back are {np.max(gap - noise):.1f} nats apart or more"
+        if np.less(self.effective_sample_size, max(5.0, 0.05 * num)).any():
+            return f"{np.min(self.effective_sample_size):.1f} of {num} chains have all the weight"
+        if np.any(np.greater(self.standard_error, GOOD_GAP)):
+            return f"its standard error is {np.max(self.standard_error):.1f} nats"
+        return None
+
 
 @in_own_modes
 @torch.no_grad()
@@ -70,6 +86,9 @@ def ais(
     mean of log w is at most log Z, and the same run backwards from draws of p̃ bounds it from above (Grosse,
     Ghahramani, Adams 2015, arXiv:1511.02543). Draws of p̃ are what the forward chains end at, drawn by weight and
     moved on by as many steps as a tenth of the path has.
+
+    Warns where the bounds are far apart, few chains have all the weight, or the standard error is large. A mode that
+    no chain has found is missed without a warning.
 
     :param num_temperatures: steps on the path.
     :param num_chains: chains, all at once; of a conditional model so many for every row.
@@ -142,7 +161,15 @@ def ais(
             _, back = run(x, [last] * num_settling + places[::-1], bar)
     if num_rows > 1:
         log_weight, back = (None if w is None else w.reshape(num_chains, num_rows) for w in (log_weight, back))
-    return _summary(log_weight, back)
+    found = _summary(log_weight, back)
+    if found.doubt is not None:
+        warnings.warn(
+            f"ais: log Z is not to be trusted, {found.doubt}. Take more num_temperatures (here {len(betas) - 1}), a "
+            f"base=(mean, sd) nearer to the model, or more num_chains (here {num_chains}).",
+            UserWarning,
+            stacklevel=3,  # the caller of ais
+        )
+    return found
 
 
 def _summary(log_weight: Tensor, back: Tensor | None) -> AIS:
