@@ -279,7 +279,7 @@ class BiSM(Trainer):
             key_theta, key_phi, key_rows = jax.random.split(rng_key, 3)
             theta, phi = jittered(key_theta, start.theta), jittered(key_phi, start.phi)
             # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
-            normalises = bool(start.mutable) and not self.loss.needs_uncoupled_examples
+            normalises = not self.loss.needs_uncoupled_examples
             params = start.pair.params(theta, phi, start.mutable)
             check_rows(key_rows, start.pair, params, batch, normalises_batch=normalises)
 

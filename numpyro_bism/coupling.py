@@ -1,7 +1,9 @@
 """Whether rows are rows: no example's log density depends on another example, and none is one number for all."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +37,7 @@ def check_rows(
 
     :param params: off the initial ones: a coupling whose weights are still zero would not be seen.
     :param model: the program whose rows these are, if it is not the pair's.
-    :param normalises_batch: whether the examples may read each other (batch normalisation while training).
+    :param normalises_batch: whether the examples may read each other through a library's batch normalisation.
     :raises ValueError: for a site of which an example reads another, or which has one number for all.
     """
     start, n = _Start(pair, pair.model if model is None else model, params, batch), len(batch.v)
@@ -58,13 +60,14 @@ def check_rows(
         return jax.lax.map(at, (halves, jax.random.split(key_move, len(halves))))
 
     halves = _halves(n)
-    rows, whole = jax.device_get(look(rng_key, jnp.asarray(halves)))
+    with _frozen_batch_norm() if normalises_batch else nullcontext():
+        rows, whole = jax.device_get(look(rng_key, jnp.asarray(halves)))
     for name in described[0].unclear:
         raise ValueError(_one_number(name, "though it holds a value for every example"))
     for name, values in whole.items():
         if not _same(values, values[:1]).all():
             raise ValueError(_one_number(name, "and it depends on the visible values or the latents"))
-    for (role, name), values in ({} if normalises_batch else rows).items():
+    for (role, name), values in rows.items():
         bad = ~(_same(values, values[:1]) | halves).all(0)
         if bad.any():
             raise ValueError(
@@ -135,6 +138,51 @@ def _one_number(name: str, why: str) -> str:
         f"Site '{name}' has one log density for the whole batch, {why}: a score and a likelihood are an example's. Put "
         "the statement inside the data plate, one entry an example (no .sum() over the batch, no .to_event() of it)."
     )
+
+
+@contextmanager
+def _frozen_batch_norm() -> Iterator[None]:
+    """Inside, flax's and equinox's batch normalisation takes its running statistics: what else couples rows is seen.
+
+    JAX has no module hooks: flax's linen has interceptors; where there are none the method is replaced meanwhile.
+    """
+    linen, nnx, eqx = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox"))
+
+    def running(method, args, kwargs, context):
+        module = context.module
+        if not (isinstance(module, linen.BatchNorm) and context.method_name == "__call__"):
+            return method(*args, **kwargs)
+        own = module.use_running_average
+        object.__setattr__(module, "use_running_average", True)  # linen takes its flag from one of two places
+        try:
+            return method(*args[:1], **{**kwargs, "use_running_average": None})
+        finally:
+            object.__setattr__(module, "use_running_average", own)
+
+    with ExitStack() as stack:
+        if linen is not None:
+            stack.enter_context(linen.intercept_methods(running))
+        if nnx is not None:
+            stack.enter_context(_called_with(nnx.BatchNorm, use_running_average=True))
+        if eqx is not None:
+            stack.enter_context(_called_with(eqx.nn.BatchNorm, inference=True))
+        yield
+
+
+@contextmanager
+def _called_with(kind: Any, **settings: Any) -> Iterator[None]:
+    """Inside, modules of this class are called with these settings."""
+    call = kind.__call__
+
+    def run(self, x, *args, **kwargs):
+        # the flag is flax's second argument, by position or by name
+        return call(self, x, *(args if "inference" in settings else ()), **{**kwargs, **settings})
+
+    kind.__call__ = run
+    try:
+        yield
+    finally:
+        kind.__call__ = call
 
 
 def _drawn(rng_key: Array, start: _Start) -> tuple[dict[str, Array], _Own]:

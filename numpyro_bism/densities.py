@@ -907,6 +907,8 @@ def resized(pair: Pair, leaves: Sequence[Any], spec: Any) -> Pair | None:
     )
     if not same:
         return None
+    for site in pair.sites:
+        visible.require_declared(p.sites[site.name])
     sites = tuple(replace(site, shape=jnp.shape(p.sites[site.name].value)) for site in pair.sites)
     num_data = _num_data(p.sites, sites)
     return replace(pair, sites=sites, subsampled=subsampled, num_data=num_data, shapes={})
@@ -918,18 +920,25 @@ def _first_run(
     """What model and guide recorded, the model at the guide's draws; and the guide's relaxed sites."""
     args, kwargs = jax.tree.unflatten(spec, leaves)
     _, key_model, key_guide, _ = jax.random.split(rng_key, 4)
-    with seed(rng_seed=key_guide), record(given) as q:
-        guide(*args, **kwargs)
+    q = record(given)
+    try:
+        with seed(rng_seed=key_guide), q:
+            guide(*args, **kwargs)
+    except (ValueError, TypeError) as error:
+        rows.explain(error, q.plates, leaves)
+        raise
     latents = {name: s for name, s in q.sites.items() if not s.is_observed}
     soft = frozenset(
         name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
     )
     values = {name: s.value for name, s in latents.items()}
+    # a plate that would draw rows has to take the guide's
+    p = record(given, values, soft, offered=q.subsamples)
     try:
-        # a plate that would draw rows has to take the guide's
-        with seed(rng_seed=key_model), record(given, values, soft, offered=q.subsamples) as p:
+        with seed(rng_seed=key_model), p:
             model(*args, **kwargs)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        rows.explain(error, p.plates, leaves)
         if "relaxed guide site" in str(error):
             raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
         raise

@@ -5,7 +5,8 @@ so that model and guide, at every pass, are about the same ones. Rows that a pro
 (``handlers.substitute(model, data={"data": rows})``) are taken as they are, inside a compiled function too.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,22 @@ def plates(guide: Any, model: Any, leaves: Sequence[Any]) -> dict[str, Plate]:
         if by:
             require(found[name], rows[-1])
     return found
+
+
+def explain(error: Exception, sizes: Mapping[str, tuple[int, int]], leaves: Sequence[Any]) -> None:
+    """Say more of an error of the programs' first run, where it is one of a plate's size.
+
+    :param sizes: of the plates met, how many rows each has and takes.
+    :raises ValueError: where the error is about a plate's rows and an argument's, and these are of another number.
+    """
+    numbers = set(re.findall(r"\d+", str(error)))
+    given = {n for leaf in leaves for n in getattr(leaf, "shape", ()) if str(n) in numbers}
+    for name, (size, taken) in sizes.items():
+        if size == taken and str(size) in numbers and size not in given and given:
+            raise ValueError(
+                f"Plate '{name}' has {size} rows, whatever data it is given, and the arguments are of {max(given)} "
+                f"({error}). Let it have as many as the data: plate('{name}', len(v)), in model and guide."
+            ) from error
 
 
 def are_all(rows: Array, full_size: int) -> bool:

@@ -203,6 +203,18 @@ def find(
     return found
 
 
+def require_declared(site: Any) -> None:
+    """:raises ValueError: for a visible value that is broadcast over the shape that the model declares."""
+    shape, declared = jnp.shape(site.value), tuple(site.fn.batch_shape + site.fn.event_shape)
+    # the declaration may be broadcast over the value, never the value over the declaration
+    fits = all(d in (1, n) for d, n in zip(reversed(declared), reversed(shape), strict=False))
+    if len(declared) > len(shape) or not fits:
+        raise ValueError(
+            f"Visible site '{site.name}' has a value of shape {shape} where the model declares {declared}. Pass data "
+            "of the declared shape, the leading dimension the batch: data are not broadcast."
+        )
+
+
 def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> VisibleSite:
     value = site.value
     is_discrete = discrete and site.fn.support.is_discrete
@@ -229,14 +241,7 @@ def _locate(name: str, site: Any, leaves: Sequence[Any], discrete: bool) -> Visi
             "pass data of shape (n, ...)."
         )
     shape = jnp.shape(value)
-    declared = tuple(site.fn.batch_shape + site.fn.event_shape)
-    # the declaration may be broadcast over the value, never the value over the declaration
-    fits = all(d in (1, n) for d, n in zip(reversed(declared), reversed(shape), strict=False))
-    if len(declared) > len(shape) or not fits:
-        raise ValueError(
-            f"Visible site '{name}' has a value of shape {shape} where the model declares {declared}. Pass data of "
-            "the declared shape, the leading dimension the batch: data are not broadcast."
-        )
+    require_declared(site)
     # a plate that takes all rows by itself takes them in order
     picking = [f.name for f in site.frames if site.plates[f.name][0] != site.plates[f.name][1] or f.name in site.handed]
     same = tuple(i for i, leaf in enumerate(leaves) if leaf is value)

@@ -191,6 +191,10 @@ class record(replay):
     def _pyro_post_param(self, msg):
         self.params[msg["name"]] = msg["value"]
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Of the plates met, how many rows each has and takes."""
+        return {name: (size, len(self.subsamples[name])) for name, size in self.full_sizes.items()}
+
 
 def is_enumerated(infer: Mapping[str, Any]) -> bool:
     return infer.get("enumerate") == "parallel"
@@ -676,18 +680,25 @@ def _describe(
             with record() as p:
                 model(*args, **kwargs)
             guide = guides.posteriors(guide, tuple(p.params))
-        with record() as q:
-            guide(*args, **kwargs)
+        q = record()
+        try:
+            with q:
+                guide(*args, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            rows.explain(error, q.sizes(), leaves)
+            raise
         latents = {name: s for name, s in q.sites.items() if not s.is_observed}
         soft = frozenset(
             name for name, s in latents.items() if isinstance(base_of(s.fn), ConcreteBernoulli | ConcreteOneHot)
         )
         values = {name: s.value for name, s in latents.items()}
+        # a plate that would draw rows has to take the guide's
+        p = record(values, soft, offered=q.subsamples)
         try:
-            # a plate that would draw rows has to take the guide's
-            with record(values, soft, offered=q.subsamples) as p:
+            with p:
                 model(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            rows.explain(error, p.sizes(), leaves)
             if "relaxed guide site" in str(error):
                 raise ValueError(f"Sites {sorted(soft)}: {error}.") from error
             raise

@@ -9,6 +9,8 @@ import pyro
 import pyro.distributions
 import pytest
 import torch
+from flax import linen, nnx
+from numpyro.contrib.module import flax_module, nnx_module
 
 import numpyro_bism
 import pyro_bism
@@ -134,6 +136,55 @@ def test_rivals_refuse_coupled_rows(host, rival):
     settings = {"MarginalSM": lambda: (bism.ScoreMatching(),), "CD": lambda: (bism.Langevin(), 1), "NCE": tuple}
     with pytest.raises(ValueError, match="Model site 'energy': the log density of one example depends on another"):
         host.begin(getattr(bism, rival)(model, host.adam(), *settings[rival]()), host.array(V))
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_flax_batch_norm_while_training_hides_no_other_coupling(library):
+    """It is let through with its state, and a second coupling beside it is not."""
+    own = nnx.BatchNorm(D, use_running_average=False, rngs=nnx.Rngs(0))
+
+    def norm(x):
+        if library == "nnx":
+            return nnx_module("norm", own)(x)
+        return flax_module("norm", linen.BatchNorm(use_running_average=False), x, mutable=["batch_stats"])(x)
+
+    x = Jax.array(V)
+    model, guide = programs(Jax)
+    state = Jax.begin(trained(Jax, LOSSES[1], model, lambda x: guide(norm(x))), x)
+    assert "norm$state" in state.mutable_state
+    with pytest.raises(ValueError, match="Guide site 'h': the log density of one example depends on another"):
+        Jax.begin(trained(Jax, LOSSES[1], model, lambda x: guide(norm(x) + x.mean(0))), x)
+
+
+@pytest.mark.parametrize("num", [5, 1])
+def test_a_plate_of_one_size_and_data_of_another_are_told_apart(host, num):
+    """At the first call and later; one row is not taken for all."""
+
+    def model(x):
+        w = host.p.param("w", host.array(np.ones(D)))
+        with host.p.plate("data", N):
+            x = host.p.sample("x", host.dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False), obs=x)
+            h = host.p.sample("h", host.dist.Normal(0.0, 1.0).expand([D]).to_event(1))
+            host.p.factor("e", -((x - w * h) ** 2).sum(-1))
+
+    def guide(x):
+        a = host.p.param("s", host.array(np.ones(D)))
+        with host.p.plate("data", N):
+            host.p.sample("h", host.dist.Normal(a * x, 1.0).to_event(1))
+
+    bism, x = trained(host, LOSSES[2], model, guide), host.array(V)
+    words = (
+        "data are not broadcast" if num == 1 else rf"Plate 'data' has {N} rows.*of {num} .*plate\('data', len\(v\)\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        host.begin(bism, x[:num])
+    state = host.begin(bism, x)
+    first = () if host is Torch else (state,)
+    for call in (bism.step if host is Torch else bism.update, bism.evaluate_loss if host is Torch else bism.evaluate):
+        with pytest.raises(ValueError, match=words):
+            call(*first, x[:num])
+    with pytest.raises(ValueError):
+        host.bism.free_energy(bism, *first, x[:num])
 
 
 def test_batch_norm_while_training_hides_no_other_coupling():
