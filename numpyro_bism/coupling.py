@@ -13,11 +13,16 @@ from jax import Array
 from numpyro.distributions import biject_to
 from numpyro.handlers import block, seed
 
-from .densities import Pair, Site, record
+from .densities import Pair, Site, record, resized
 from .distributions import base_of
+from .jit import compiled
 from .visible import Batch, size
+from .visible import batch as batch_of
 
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
+MAX_ROWS, FEW = 256, 64  # of more rows these few are looked at, where the programs run on any number of them
+# it runs once, on few rows: what XLA's code for it gains by optimisation takes longer
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
 
 def check_rows(
@@ -33,22 +38,22 @@ def check_rows(
 
     The halves are those of the binary digits of a row's number, both of each: so of any two examples either is moved
     once while the other stands, in 2 log₂ n runs. The noise is the same in all of them. What all examples share (a
-    latent outside of the data plate, a penalty on weights) stands still; its density may be one number.
+    latent outside of the data plate, a penalty on weights) stands still; its density may be one number. Of more
+    than 256 rows the first 64 are looked at, where the programs take them for a batch of their own.
 
     :param params: off the initial ones: a coupling whose weights are still zero would not be seen.
     :param model: the program whose rows these are, if it is not the pair's.
     :param normalises_batch: whether the examples may read each other through a library's batch normalisation.
     :raises ValueError: for a site of which an example reads another, or which has one number for all.
     """
-    start, n = _Start(pair, pair.model if model is None else model, params, batch), len(batch.v)
+    start = _Start(pair, pair.model if model is None else model, params, _few(pair, batch))
+    n = len(start.batch.v)
     described: list[_Described] = []
+    key_draw, key_base, key_move = jax.random.split(rng_key, 3)
 
-    @jax.jit  # one compilation instead of one for every operation
-    def look(rng_key, halves):
-        key_draw, key_base, key_move = jax.random.split(rng_key, 3)
-        drawn, own = _drawn(key_draw, start)
+    def look(drawn, halves):
         # away from the draw: where all bits are 0 a product of two does not move with one
-        base = _moved(key_base, start, (batch.v, drawn), own, jnp.ones(n, bool))
+        base = _moved(key_base, start, (start.batch.v, drawn), own, jnp.ones(n, bool))
 
         def at(inputs):
             moved, key = inputs
@@ -61,7 +66,10 @@ def check_rows(
 
     halves = _halves(n)
     with _frozen_batch_norm() if normalises_batch else nullcontext():
-        rows, whole = jax.device_get(look(rng_key, jnp.asarray(halves)))
+        drawn, own = _drawn(key_draw, start)  # operations that the first run has compiled, each by itself
+        options = UNOPTIMIZED if n <= MAX_ROWS and jax.default_backend() == "cpu" else None
+        # one compilation instead of one for every operation
+        rows, whole = jax.device_get(compiled(look, compiler_options=options)(drawn, jnp.asarray(halves)))
     for name in described[0].unclear:
         raise ValueError(_one_number(name, "though it holds a value for every example"))
     for name, values in whole.items():
@@ -117,6 +125,21 @@ class _Described(NamedTuple):
     rows: dict[tuple[str, str], Array]
     whole: dict[str, Array]
     unclear: list[str]
+
+
+def _few(pair: Pair, batch: Batch) -> Batch:
+    """The batch, or its first rows where the programs take them for a batch of their own: any number will do then."""
+    n = len(batch.v)
+    if n <= MAX_ROWS or batch.indices:
+        return batch
+    leaves = [x[:FEW] if isinstance(x, Array) and x.shape[:1] == (n,) else x for x in batch.leaves]
+    try:
+        few = resized(pair, leaves, batch.spec)
+    except Exception:  # whatever a program says where it takes n rows and no others
+        return batch
+    if few is None or any(site.shape[0] != FEW for site in few.sites):
+        return batch
+    return batch_of(few.sites, {}, leaves, batch.spec)
 
 
 def _halves(n: int) -> np.ndarray:

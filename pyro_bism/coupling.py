@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,6 +19,8 @@ from .visible import Batch, size
 
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
 
+MAX_ROWS, FEW = 256, 64  # of more rows these few are looked at, where the programs run on any number of them
+
 
 def check_rows(
     pair: Pair, batch: Batch, *, model: Callable | None = None, normalises_batch: bool = False, seed: int = 0
@@ -26,14 +29,15 @@ def check_rows(
 
     The halves are those of the binary digits of a row's number, both of each: so of any two examples either is moved
     once while the other stands, in 2 log₂ n runs. The noise is the same in all of them. What all examples share (a
-    latent outside of the data plate, a penalty on weights) stands still; its density may be one number. To be called
-    inside of :func:`params.jittered`: a coupling whose weights are still zero would not be seen.
+    latent outside of the data plate, a penalty on weights) stands still; its density may be one number. Of more
+    than 256 rows the first 64 are looked at, where the programs take them for a batch of their own. To be called inside
+    of :func:`params.jittered`: a coupling whose weights are still zero would not be seen.
 
     :param model: the program whose rows these are, if it is not the pair's.
     :param normalises_batch: whether the examples may read each other through torch's batch normalisation.
     :raises ValueError: for a site of which an example reads another, or which has one number for all.
     """
-    start, n = _Start(pair, pair.model if model is None else model, batch, seed), len(batch.v)
+    start = _Start(pair, pair.model if model is None else model, batch, seed)
     with (
         buffers_kept(pair.buffers),
         torch.no_grad(),
@@ -42,7 +46,8 @@ def check_rows(
         pyro.poutine.block(),
         _frozen_batch_norm() if normalises_batch else nullcontext(),
     ):
-        drawn, own = _drawn(start)
+        start, (drawn, own) = _few(start)
+        batch, n = start.batch, len(start.batch.v)
         # away from the draw: where all bits are 0 a product of two does not move with one
         base = _moved(start, (batch.v, drawn), own, torch.ones(n, dtype=torch.bool, device=batch.v.device))
         first: _Described | None = None
@@ -127,6 +132,23 @@ def _require_repeatable(first: _Described, again: _Described) -> None:
                 "noise: a module keeps something from pass to pass in an attribute (self.mean = ...). Keep it in a "
                 "buffer that is changed in place (register_buffer; self.mean.copy_(...)), or fix it (module.eval())."
             )
+
+
+def _few(start: _Start) -> tuple[_Start, tuple[dict[str, Tensor], _Own]]:
+    """What is looked at, and a draw there: the batch, or its first rows where the programs take these for one too."""
+    batch, subsamples = start.batch, start.pair.subsamples
+    n = len(batch.v)
+    if n > MAX_ROWS and all(subsamples[name].takes_all for name in batch.indices):
+        leaves = [x[:FEW] if isinstance(x, Tensor) and x.shape[:1] == (n,) else x for x in batch.leaves]
+        sites = tuple(replace(site, shape=(FEW, *site.shape[1:])) for site in batch.sites)
+        few = start._replace(batch=replace(batch, sites=sites, indices={}, leaves=leaves))
+        try:
+            drawn, own = _drawn(few)
+        except Exception:  # whatever a program says where it takes n rows and no others
+            return start, _drawn(start)
+        if own.plates and all(len(site.value) == FEW for site in own.visible.values()):
+            return few, (drawn, own)
+    return start, _drawn(start)
 
 
 def _halves(n: int) -> Tensor:

@@ -111,6 +111,24 @@ def test_coupled_bits_that_are_0_at_the_draw_and_coupled_guides_are_refused(host
         host.begin(trained(host, LOSSES[1], *programs(host, blind=True)), host.array(V))
 
 
+@pytest.mark.parametrize("takes_any", [True, False], ids=["any number", "300 rows"])
+def test_of_many_rows_a_few_are_looked_at_where_the_program_takes_few(host, takes_any):
+    """A program for 300 rows alone is tried on them all: the last two lie beyond the few."""
+    rng = np.random.default_rng(0)
+    x, seen = host.array(rng.normal(size=(300, D))), []
+
+    def model(x):
+        w = host.p.param("w", host.array(0.0))
+        with host.p.plate("data", len(x) if takes_any else 300):
+            x = host.p.sample("x", host.dist.Normal(0.0, 1.0).expand([D]).to_event(1).mask(False), obs=x)
+            seen.append(len(x))
+            host.p.factor("energy", COUPLINGS["last reads the one before"](host.xp, -(x**2).sum(-1), x, None, w))
+
+    with pytest.raises(ValueError, match=f"depends on another example .row {63 if takes_any else 299} moves"):
+        host.begin(host.bism.BiSM(model, lambda x: None, host.adam(), host.bism.SlicedScoreMatching()), x)
+    assert seen[-1] == (64 if takes_any else 300)
+
+
 def test_one_number_for_all_rows_is_refused_but_a_penalty_on_weights_is_not(host):
     model, guide = programs(host)
 
