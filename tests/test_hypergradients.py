@@ -171,12 +171,14 @@ class Torch:
     def solve(self):
         """Newton's method on G, to rounding."""
         for _ in range(30):
-            system = pyro_bism.hypergradients._Linear(self.problem)
+            system = pyro_bism.hypergradients.linear.LinearSystem(self.problem)
             hessian = torch.stack([system.hessian(e) for e in torch.eye(len(system.rhs))])
             slope = torch.cat([g.reshape(-1) for g in torch.autograd.grad(self.problem.inner(), self.problem.phi)])
             step = torch.linalg.solve(hessian, slope)
             with torch.no_grad():
-                for p, d in zip(self.problem.phi, pyro_bism.hypergradients.unflat(step, self.problem.phi), strict=True):
+                for p, d in zip(
+                    self.problem.phi, pyro_bism.hypergradients.linear.unflat(step, self.problem.phi), strict=True
+                ):
                     p.sub_(d)
 
     def moved(self, t, direction):
@@ -575,7 +577,7 @@ def test_few_states_reach_all_in_the_fewest_steps(host, num_kept):
 
     for num_steps in range(1, 60):
         at, taken = {0: 0}, [0] * num_steps
-        plan = host.bism.hypergradients._reversal(num_steps, num_kept)
+        plan = host.bism.hypergradients.unrolled._reversal(num_steps, num_kept)
         for state, (legs, place) in zip(range(num_steps, -1, -1), plan, strict=True):
             for source, target, steps in legs:
                 assert at[source] == steps.start

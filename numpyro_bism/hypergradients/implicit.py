@@ -1,0 +1,66 @@
+"""Implicit: the linear system solved anew at every step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .linear import descended, linearized, nystrom, ratio
+from .problem import Bilevel, Hypergradient, Result
+
+__all__ = ["Implicit"]
+
+
+@dataclass(frozen=True)
+class Implicit(Hypergradient):
+    """The implicit function theorem at the present φ: dJ/dθ = ∂J/∂θ - ∂²G/∂θ∂φ (∂²G/∂φ² + damping I)⁻¹ ∂J/∂φ.
+
+    Exact where φ minimises G and the system is solved (Lorraine, Vicol, Duvenaud 2020, arXiv:1911.02590). All
+    Hessian products of a step share one draw of noise, so that they belong to one symmetric matrix. ``info`` says how
+    well the system was solved: ``residual`` is relative to the right-hand side, and a ``curvature`` at or below
+    zero says that G has no minimum along a line that the solver took; there it stopped.
+
+    A relaxed latent's Hessian on one draw of noise is far from its mean, and not positive: sum the latents out, or
+    take :class:`Amortized`, which averages over the steps.
+
+    :param solver: ``"cg"`` conjugate gradients; ``"neumann"`` the Neumann series, its rate found from the products;
+        ``"nystrom"`` a low-rank inverse, best with a ``damping``.
+    :param num_steps: Hessian products at most (for ``"nystrom"`` the rank).
+    :param damping: added to the Hessian's diagonal.
+    """
+
+    cure = "add damping"
+
+    solver: Literal["cg", "neumann", "nystrom"] = "cg"
+    num_steps: int = 10
+    damping: float = 0.0
+
+    def __post_init__(self):
+        if self.solver not in ("cg", "neumann", "nystrom"):
+            raise ValueError(f"solver must be 'cg', 'neumann' or 'nystrom', got {self.solver!r}.")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ValueError(f"damping must not be negative or infinite, got {self.damping}.")
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        key_linear, key_sketch = jax.random.split(rng_key)
+        system = linearized(key_linear, problem, theta, inner_state)
+
+        def hessian(x):
+            return system.products(x)[1]
+
+        def damped(x):
+            return hessian(x) + self.damping * x
+
+        if self.solver == "nystrom":
+            x, rest, least = nystrom(key_sketch, hessian, system.rhs, self.num_steps, self.damping)
+        else:
+            x, rest, least = descended(damped, system.rhs, self.num_steps, conjugate=self.solver == "cg")
+            least = least - self.damping
+        gradient = jax.tree.map(jnp.subtract, system.direct, system.products(x)[0])
+        residual = ratio(jnp.linalg.norm(rest), jnp.linalg.norm(system.rhs))
+        return Result(system.loss, gradient, None, residual, least)

@@ -1,0 +1,118 @@
+"""The bi-level problem as a strategy meets it, and the strategy that looks away from the inner one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+from jax import Array
+
+__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "fused", "require_hypergradient"]
+
+MAX_FUSED, FUSED_STEPS = 20, 5
+
+
+def fused(num_steps: int) -> int:
+    """How many inner steps stand in one body of the compiled loop: all of a few, so that there is no loop, else five.
+
+    XLA fuses across them, and a small model's step takes 0.7 times as long. Steps that are differentiated hand on what
+    the way back needs; copied from body to body it costs a 560 x 400 RBM another third of its time and memory.
+    More would take long to compile.
+    """
+    return num_steps if num_steps <= MAX_FUSED else FUSED_STEPS
+
+
+@dataclass(frozen=True)
+class Bilevel:
+    """The two losses on one batch, as functions of (rng_key, θ, φ).
+
+    :ivar outer: J.
+    :ivar inner: G.
+    :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
+    :ivar covariance: the same, from a sample covariance; it takes the number of draws besides.
+    :ivar optim: the inner optimiser, in NumPyro's form.
+    :ivar inner_keys: the keys of the K inner steps just taken.
+    :ivar ahead: the noise of the strategy's own keys, those of ``Hypergradient.ahead``, and G as a function of
+        (noise, θ, φ); None where each step is to draw its own.
+    """
+
+    outer: Callable[[Array, Any, Any], Array]
+    inner: Callable[[Array, Any, Any], Array]
+    posterior: Callable[[Array, Any, Any], Array]
+    covariance: Callable[[Array, Any, Any, int], Array]
+    optim: Any
+    inner_keys: Array
+    ahead: tuple[Any, Callable[[Any, Any, Any], Array]] | None = None
+
+
+class Result(NamedTuple):
+    """What a strategy found.
+
+    :ivar loss: J.
+    :ivar gradient: dJ/dθ.
+    :ivar state: what it carries to the next step.
+    :ivar residual: ‖∂²G x - ∂J/∂φ‖ / ‖∂J/∂φ‖ of the linear system; 0 if there is none.
+    :ivar curvature: the least curvature of G that the solver met; infinite if it looks at none.
+    """
+
+    loss: Array
+    gradient: Any
+    state: Any = None
+    residual: Array | float = 0.0
+    curvature: Array | float = math.inf
+
+
+class Hypergradient(Protocol):
+    """What BiSM asks of a strategy.
+
+    :cvar differentiates_inner: whether it needs second derivatives of G in φ.
+    :cvar unrolls: whether it differentiates the inner optimiser's steps.
+    :cvar reparameterises: whether the outer loss's draws of h must carry a path to φ.
+    :cvar cure: what to try where the gradient overflows.
+    """
+
+    differentiates_inner: ClassVar[bool] = True
+    unrolls: ClassVar[bool] = False
+    reparameterises: ClassVar[bool] = True
+    cure: ClassVar[str] = "use Detached()"
+
+    def check(self, loss: Any, pair: Any) -> None:
+        """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
+        return
+
+    def init(self, optim: Any, inner_state: Any) -> Any:
+        """The state before the first step, from the inner optimiser and its state; None if there is none."""
+        return None
+
+    def ahead(self, rng_key: Array) -> Array:
+        """The keys of inner steps that it will take, called with this one: their noise is drawn beforehand."""
+        return rng_key[None][:0]
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result: ...
+
+
+def require_hypergradient(strategy: Any) -> None:
+    """:raises ValueError: for what is no strategy; a class is none."""
+    wanted = [name for name in vars(Hypergradient) if not name.startswith("_")]
+    missing = [name for name in wanted if not hasattr(strategy, name)]
+    if isinstance(strategy, type) or not callable(strategy) or missing:
+        raise ValueError(
+            f"hypergradient={strategy!r} is not a strategy. Pass an instance, such as Amortized() or "
+            "Unrolled(5); one of your own derives from hypergradients.Hypergradient."
+        )
+
+
+@dataclass(frozen=True)
+class Detached(Hypergradient):
+    """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0).
+
+    Biased unless the guide can reach the posterior *and* the loss is stationary in φ there; the linear-Gaussian
+    model shows an error of more than the gradient's own length.
+    """
+
+    differentiates_inner = False
+
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        phi = problem.optim.get_params(inner_state)
+        return Result(*jax.value_and_grad(problem.outer, argnums=1)(rng_key, theta, phi))

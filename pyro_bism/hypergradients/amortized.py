@@ -1,0 +1,94 @@
+"""Amortized: the linear system's solution is carried from step to step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear import LinearSystem, flat, ratio, unflat
+from .problem import Bilevel, Hypergradient, Result, in_theta
+
+__all__ = ["Amortized"]
+
+MEMORY = 0.99  # of Amortized's running sums, a step
+FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
+# share of ∂J/∂φ in Amortized's direction: where H has blocks, no power of it leads from one to another
+FRESH = 0.1
+
+
+class AmortizedState(NamedTuple):
+    """
+    :ivar solution: x, in the shapes of φ.
+    :ivar direction: a unit vector in the shapes of φ, by power iteration that of the greatest curvature.
+    :ivar moments: running sums of dᵀHd and ‖Hd‖² along the direction d.
+    """
+
+    solution: Sequence[Tensor]
+    direction: Sequence[Tensor]
+    moments: Tensor
+
+
+@dataclass(frozen=True)
+class Amortized(Hypergradient):
+    """The linear system's solution x is kept from step to step and improved by one Hessian product at each.
+
+    x ← x - ρ (∂²G/∂φ² x - ∂J/∂φ), dJ/dθ ≈ ∂J/∂θ - ∂²G/∂θ∂φ x: SOBA (Dagréou, Ablin, Vaiter, Moreau 2022,
+    arXiv:2201.13409). The noise of single Hessians averages out in x, and so does the minibatches'.
+
+    :param step_size: ρ. None finds it: with d the direction of greatest curvature, carried along by power iteration
+        at the price of one more product, ρ is a tenth of E[dᵀHd] / E[‖Hd‖²]. The ratio is 1/λ_max where H is the
+        same at every step, and less by as much as it is noisy, as stability in the mean square asks for. A tenth of
+        ∂J/∂φ is mixed into d at every step, so that it finds its way into whichever block of H has the most curvature.
+    :param num_steps: Hessian products a step.
+    """
+
+    cure = "give a smaller step_size"
+
+    step_size: float | None = None
+    num_steps: int = 1
+
+    def __post_init__(self):
+        if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
+            raise ValueError(f"step_size must be positive and finite, or None, got {self.step_size}.")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+
+    def init(self, phi: Sequence[Tensor]) -> AmortizedState:
+        zeros = [torch.zeros_like(p) for p in phi]
+        return AmortizedState(zeros, zeros, phi[0].new_zeros(2) if phi else torch.zeros(2))
+
+    def __call__(self, problem: Bilevel, state: AmortizedState) -> Result:
+        if not problem.phi:
+            return in_theta(problem.outer(), problem.theta)._replace(state=state)
+        system = LinearSystem(problem)
+        moments: Tensor = state.moments
+        curvature: Tensor | float = math.inf
+        rate: Tensor | float
+        x, d = flat(state.solution, problem.phi), flat(state.direction, problem.phi)
+        if self.step_size is None:
+            d = torch.where(d.any(), d, _unit(system.rhs))  # until there is a direction
+            image = system.hessian(d)
+            curvature = d.dot(image)
+            moments = MEMORY * moments + torch.stack([curvature, image.dot(image)])
+            rate = FRACTION * ratio(moments[0], moments[1])
+            d = _unit(_unit(image) + FRESH * _unit(system.rhs))
+        else:
+            rate = self.step_size
+        for n in range(self.num_steps):
+            if n < self.num_steps - 1:
+                image = system.hessian(x)
+            else:
+                gradient, image = system.both(x)
+            rest = image - system.rhs
+            x = x - rate * rest
+        residual = ratio(rest.norm(), system.rhs.norm())
+        new = AmortizedState(unflat(x, problem.phi), unflat(d, problem.phi), moments)
+        return Result(system.loss, gradient, new, residual, curvature)
+
+
+def _unit(x: Tensor) -> Tensor:
+    norm = x.norm()
+    return x / torch.where(norm > 0, norm, 1.0)
