@@ -20,6 +20,7 @@ from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import as_optim, inner_copy, require_single_steps
 from .params import jittered
+from .shifts import shifted_losses
 from .training import BiSMRunResult, Trainer, norm, require_guide
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
@@ -164,7 +165,7 @@ class BiSM(Trainer):
             self.optim.init(start.theta),
             inner_state,
             start.mutable or None,
-            self.hypergradient.init(self.inner_optim, inner_state),
+            self.hypergradient.init(start.theta, self.inner_optim, inner_state),
             rng_key,
             BiSMInfo._make([*[unknown] * 7, jnp.zeros((), int)]),
             runaways.begin(),
@@ -219,7 +220,7 @@ class BiSM(Trainer):
         )
         if self.num_inner_steps:
             inner_state = fitted
-        fresh = jax.eval_shape(lambda: self.hypergradient.init(self.inner_optim, inner_state))
+        fresh = jax.eval_shape(lambda: self.hypergradient.init(theta, self.inner_optim, inner_state))
         if not _alike(fresh, state.hypergradient_state):
             raise ValueError(
                 f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
@@ -268,8 +269,14 @@ class BiSM(Trainer):
 
             return value
 
+        def shifted(key, theta, phi):
+            def params(theta):
+                return pair.params(theta, phi, mutable)
+
+            return shifted_losses(key, pair, params, batch, self.loss, self._inner, theta)
+
         posterior, covariance = surrogate(pair.posterior_loss), surrogate(pair.covariance_loss)
-        return Bilevel(outer, inner, posterior, covariance, self.inner_optim, inner_keys)
+        return Bilevel(outer, inner, posterior, covariance, shifted, self.inner_optim, inner_keys)
 
     def _analyse(self, leaves, spec, rng_key, init_params) -> densities.Analysis:
         refuse_autoguide(self.guide)

@@ -481,14 +481,24 @@ class Pair:
 
         return partial(jax.grad(one), draw=draws) if num_draws is None else _slope(one, draws, loss)
 
-    def outer_loss(self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, loss: OuterLoss) -> Array:
+    def outer_loss(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        loss: OuterLoss,
+        noise: Any = None,
+    ) -> Array:
         """J: the mean over the batch of the loss per example, fresh noise and fresh draws of h.
+
+        :param noise: the loss's own, from an earlier draw.
+
 
         A subsampling plate's N/B is a weight on every example's loss; in the mean over the data, of which
         this is an unbiased estimate, it cancels against the 1/N.
         """
         key_noise, key_draw, key_score = jax.random.split(rng_key, 3)
-        noise = loss.draw(key_noise, batch.v)
+        noise = loss.draw(key_noise, batch.v) if noise is None else noise
         v = loss.perturb(batch.v, noise)
         num = loss.num_particles
 

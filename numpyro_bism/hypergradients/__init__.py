@@ -9,9 +9,10 @@ made by ``init`` and handed back in the result.
 """
 
 from .amortized import Amortized
+from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
-from .problem import Bilevel, Detached, Hypergradient, Result, fused, require_hypergradient
+from .problem import Bilevel, Detached, Hypergradient, Result, Shifted, fused, require_hypergradient
 from .surrogates import Covariance, Exact
 from .unrolled import Unrolled
 
@@ -21,10 +22,12 @@ __all__ = [
     "Covariance",
     "Detached",
     "Exact",
+    "Functional",
     "Hypergradient",
     "Implicit",
     "Penalty",
     "Result",
+    "Shifted",
     "Unrolled",
     "fused",
     "require_hypergradient",

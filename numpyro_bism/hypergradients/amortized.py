@@ -57,7 +57,7 @@ class Amortized(Hypergradient):
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
 
-    def init(self, optim: Any, inner_state: Any) -> AmortizedState:
+    def init(self, theta: Any, optim: Any, inner_state: Any) -> AmortizedState:
         def zeros():  # two of them: the loop donates its buffers, and none can be given twice
             return jax.tree.map(jnp.zeros_like, optim.get_params(inner_state))
 

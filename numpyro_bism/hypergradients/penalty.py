@@ -46,7 +46,7 @@ class Penalty(Hypergradient):
         if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
             raise ValueError(f"strength must be positive and finite, or a function of the step, got {self.strength}.")
 
-    def init(self, optim: Any, inner_state: Any) -> PenaltyState:
+    def init(self, theta: Any, optim: Any, inner_state: Any) -> PenaltyState:
         # copied: the loop donates its buffers, and none can be given twice
         return PenaltyState(jax.tree.map(jnp.copy, inner_state), jnp.zeros((), int))
 

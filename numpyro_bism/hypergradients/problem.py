@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 from jax import Array
 
-__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "fused", "require_hypergradient"]
+__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "Shifted", "fused", "require_hypergradient"]
 
 MAX_FUSED, FUSED_STEPS = 20, 5
 
@@ -23,6 +23,29 @@ def fused(num_steps: int) -> int:
     return num_steps if num_steps <= MAX_FUSED else FUSED_STEPS
 
 
+class Shifted(NamedTuple):
+    """J and G on one perturbed batch, as functions of shifts δ of the guide's distributions, by site and parameter.
+
+    :ivar zeros: δ = 0.
+    :ivar outer: J(θ, δ), the same noise at every call.
+    :ivar inner: G(rng_key, θ, δ).
+    :ivar natural: n F⁻¹ x, with F the Fisher information of the guide's distributions.
+    :ivar dot: inner products of shifts, example by example: (n,).
+    :ivar scaled: (weights of the examples, x) to x with these weights.
+    :ivar relaxed: the sites that are relaxed.
+    :ivar is_random: whether G draws latents.
+    """
+
+    zeros: Any
+    outer: Callable[[Any, Any], Array]
+    inner: Callable[[Array, Any, Any], Array]
+    natural: Callable[[Any], Any]
+    dot: Callable[[Any, Any], Array]
+    scaled: Callable[[Array, Any], Any]
+    relaxed: frozenset[str]
+    is_random: bool
+
+
 @dataclass(frozen=True)
 class Bilevel:
     """The two losses on one batch, as functions of (rng_key, θ, φ).
@@ -31,6 +54,7 @@ class Bilevel:
     :ivar inner: G.
     :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
     :ivar covariance: the same, from a sample covariance; it takes the number of draws besides.
+    :ivar shifted: (rng_key, θ, φ) to both on shifted distributions.
     :ivar optim: the inner optimiser, in NumPyro's form.
     :ivar inner_keys: the keys of the K inner steps just taken.
     :ivar ahead: the noise of the strategy's own keys, those of ``Hypergradient.ahead``, and G as a function of
@@ -41,6 +65,7 @@ class Bilevel:
     inner: Callable[[Array, Any, Any], Array]
     posterior: Callable[[Array, Any, Any], Array]
     covariance: Callable[[Array, Any, Any, int], Array]
+    shifted: Callable[[Array, Any, Any], Shifted]
     optim: Any
     inner_keys: Array
     ahead: tuple[Any, Callable[[Any, Any, Any], Array]] | None = None
@@ -81,8 +106,8 @@ class Hypergradient(Protocol):
         """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
         return
 
-    def init(self, optim: Any, inner_state: Any) -> Any:
-        """The state before the first step, from the inner optimiser and its state; None if there is none."""
+    def init(self, theta: Any, optim: Any, inner_state: Any) -> Any:
+        """The state before the first step, from θ, the inner optimiser and its state; None if there is none."""
         return None
 
     def ahead(self, rng_key: Array) -> Array:

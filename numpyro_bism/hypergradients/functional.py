@@ -1,0 +1,145 @@
+"""Functional: the inner problem's adjoint in the space of the guide's distributions, not of its parameters."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .linear import ratio
+from .problem import Bilevel, Hypergradient, Result, Shifted
+
+__all__ = ["Functional"]
+
+
+class FunctionalState(NamedTuple):
+    """
+    :ivar mean: the running mean of Σ_i ∂²G_i/∂θ∂δ y_i, in the shapes of θ.
+    :ivar num_steps: taken so far.
+    """
+
+    mean: Any
+    num_steps: Array
+
+
+@dataclass(frozen=True)
+class Functional(Hypergradient):
+    r"""The adjoint example by example, in the parameters of the guide's distributions.
+
+    .. math:: \frac{dJ}{dθ} = \frac{∂J}{∂θ} - \sum_i \frac{∂^2 G_i}{∂θ\,∂δ} y_i,
+              \qquad \frac{∂^2 G_i}{∂δ^2} y_i = \frac{∂J}{∂δ_i}
+
+    δ_i shifts the parameters of the distributions that the guide samples from at example i, mapped to the reals
+    (functional implicit differentiation: Petrulionytė, Mairal, Arbel 2024, arXiv:2403.20233; there the adjoint is a
+    second network, here it is solved for). The guide's network takes no part: its second derivatives are not needed,
+    its conditioning does not matter, and nothing drifts in directions that G does not see. The system of an example is
+    as small as its latents, its curvature at the posterior is the Fisher information of q, and preconditioned by that
+    a few conjugate-gradient steps solve it. An example along whose direction G has no minimum is left out from there
+    on, as in Newton-CG, so that a guide far from the posterior gives a smaller correction and no greater one.
+
+    What it assumes: that the guide can fit every example by itself. A guide that is too rigid has another dφ*/dθ; the
+    gradient is then that of a flexible one of the same family. And δ is a shift, not a slope: what J owes to how the
+    distributions turn with v is zero where q is the posterior, and left out elsewhere. For denoising losses.
+
+    Relaxed sites get F⁻¹ ∂J/∂δ itself: conjugate gradients fail on the Hessian of a few relaxed draws.
+
+    :param num_particles: draws of h that the Hessian is a mean of, where it is random.
+    :param num_steps: conjugate-gradient steps at most.
+    :param memory: decay of the running mean that is kept of the second term, a step: 0 keeps none. The correction is
+        noisy and moves slowly: its mean over some hundred steps is a better estimate than the last one alone.
+    """
+
+    cure = "give memory=0, or use Exact() or Detached()"
+
+    num_particles: int = 4
+    num_steps: int = 4
+    memory: float = 0.99
+
+    differentiates_inner = False
+
+    def __post_init__(self):
+        for name in ("num_particles", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.memory < 1:
+            raise ValueError(f"memory must be at least 0 and below 1, got {self.memory}.")
+
+    def check(self, loss: Any, pair: Any) -> None:
+        if loss.differentiates_score:
+            raise ValueError(
+                f"{type(loss).__name__} differentiates the score, so that the slope of the guide's distributions in v "
+                "matters, which Functional() does not shift. Use a denoising loss, or hypergradient=Exact()."
+            )
+
+    def init(self, theta: Any, optim: Any, inner_state: Any) -> FunctionalState:
+        return FunctionalState(jax.tree.map(jnp.zeros_like, theta), jnp.zeros((), int))
+
+    def __call__(
+        self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: FunctionalState
+    ) -> Result:
+        key_shifted, key_inner = jax.random.split(rng_key)
+        shifted = problem.shifted(key_shifted, theta, problem.optim.get_params(inner_state))
+        loss, (direct, rhs) = jax.value_and_grad(shifted.outer, argnums=(0, 1))(theta, shifted.zeros)
+        keys = jax.random.split(key_inner, self.num_particles if shifted.is_random else 1)
+
+        def inner(theta, shifts):
+            return jax.vmap(lambda key: shifted.inner(key, theta, shifts))(keys).mean()
+
+        # G and its gradient are evaluated once; every product is a pullback through them
+        _, pullback = jax.vjp(jax.grad(inner, argnums=1), theta, shifted.zeros)
+        y, residual, curvature = _solved(shifted, lambda y: pullback(y)[1], rhs, self.num_steps)
+        cross, _ = pullback(y)
+        rate = jnp.maximum(1 / (state.num_steps + 1), 1 - self.memory)
+        mean = jax.tree.map(lambda m, c: (m + rate * (c - m)).astype(c.dtype), state.mean, cross)
+        gradient = jax.tree.map(jnp.subtract, direct, mean)
+        return Result(loss, gradient, FunctionalState(mean, state.num_steps + 1), residual, curvature)
+
+
+def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[Any, Array, Array]:
+    """y of every example by conjugate gradients preconditioned with F⁻¹; of relaxed sites F⁻¹ ∂J/∂δ.
+
+    :returns: y, its residual relative to the right-hand side, in the norm of F⁻¹, and the mean over the examples of the
+        curvature along the first direction, in units of the Fisher information.
+    """
+
+    def kept(x: Any, are_relaxed: bool) -> Any:
+        return {
+            name: {
+                k: value if (name in shifted.relaxed) == are_relaxed else jnp.zeros_like(value)
+                for k, value in each.items()
+            }
+            for name, each in x.items()
+        }
+
+    def added(x: Any, weights: Array, y: Any) -> Any:
+        return jax.tree.map(jnp.add, x, shifted.scaled(weights, y))
+
+    first = shifted.natural(rhs)
+    y, r = kept(first, True), kept(rhs, False)
+    if all(name in shifted.relaxed for name in rhs):
+        image = product(y)
+        rest = jax.tree.map(jnp.subtract, rhs, image)
+        size = shifted.dot(rhs, first)
+        curvature = ratio(shifted.dot(y, image).sum(), size.sum())
+        return y, _length(shifted, rest, size), curvature
+    z = shifted.natural(r)
+    p, square = z, shifted.dot(r, z)
+    start, goes_on = square, square > 0
+    curvature = jnp.zeros((), square.dtype)
+    for i in range(num_steps):
+        image = kept(product(p), False)
+        bend = shifted.dot(p, image)
+        if i == 0:
+            curvature = ratio(bend.sum(), square.sum())
+        goes_on = goes_on & (bend > 0) & (square > jnp.finfo(square.dtype).eps * start)
+        length = jnp.where(goes_on, ratio(square, bend), 0.0)
+        y, r = added(y, length, p), added(r, -length, image)
+        z = shifted.natural(r)
+        previous, square = square, shifted.dot(r, z)
+        p = added(z, jnp.where(goes_on, ratio(square, previous), 0.0), p)
+    return y, _length(shifted, r, start), curvature
+
+
+def _length(shifted: Shifted, rest: Any, start: Array) -> Array:
+    return jnp.sqrt(ratio(shifted.dot(rest, shifted.natural(rest)).sum(), start.sum()))
