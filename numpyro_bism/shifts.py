@@ -22,7 +22,7 @@ from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
 from .densities import Pair, Site, record
-from .distributions import AveragedBernoulli, ConcreteBernoulli, base_of
+from .distributions import AveragedBernoulli, AveragedOneHot, ConcreteBernoulli, ConcreteOneHot, base_of
 from .hypergradients import Shifted
 from .losses import OuterLoss
 from .visible import Batch
@@ -32,7 +32,7 @@ __all__ = ["shifted_losses"]
 FIXED = ("temperature", "total_count")  # of a distribution's arguments: no part of what the guide learns
 LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gives next to no draws to learn from
 
-Shifts = Mapping[str, Mapping[str, Array]]  # by site and parameter
+Shifts = Mapping[tuple[str, str], Array]  # by site and parameter
 
 
 def shifted_losses(
@@ -61,24 +61,19 @@ def shifted_losses(
     with seed(rng_seed=key_guide), record(params(theta), batch.indices) as run:
         pair.guide(*args, **kwargs)
     sites = {name: site for name, site in run.sites.items() if not site.is_observed}
-    zeros = {name: jax.tree.map(jnp.zeros_like, _parameters(name, site.fn)) for name, site in sites.items()}
+    at = {(name, k): x for name, site in sites.items() for k, x in _parameters(name, site.fn).items()}
+    zeros = jax.tree.map(jnp.zeros_like, at)
     axes = {name: _axis(site, len(v)) for name, site in sites.items()}
 
-    def by_example(name: str, x: Array) -> Array:
-        return jnp.moveaxis(x, axes[name], 0).reshape(len(v), -1)
-
     def dot(x: Shifts, y: Shifts) -> Array:
-        parts = [by_example(s, x[s][k] * y[s][k]).sum(-1) for s in x for k in x[s]]
+        parts = [jnp.moveaxis(x[key] * y[key], axes[key[0]], 0).reshape(len(v), -1).sum(-1) for key in x]
         return sum(parts[1:], parts[0])
 
     def scaled(weights: Array, x: Shifts) -> Shifts:
-        def along(name: str, value: Array) -> Array:
-            return value * weights.reshape(-1, *[1] * (value.ndim - axes[name] - 1))
-
-        return {name: {k: along(name, value) for k, value in each.items()} for name, each in x.items()}
+        return {key: value * weights.reshape(-1, *[1] * (value.ndim - axes[key[0]] - 1)) for key, value in x.items()}
 
     def natural(x: Shifts) -> Shifts:
-        return {s: {k: len(v) * y for k, y in _natural(base_of(sites[s].fn), x[s]).items()} for s in x}
+        return {key: len(v) * _natural(base_of(sites[key[0]].fn), key[1], value) for key, value in x.items()}
 
     def with_shifts(shifts: Shifts) -> Pair:
         return replace(pair, guide=_shifting(pair.guide, shifts))
@@ -96,11 +91,11 @@ def shifted_losses(
 class _Shift(Messenger):
     def __init__(self, shifts: Shifts):
         super().__init__()
-        self.shifts = shifts
+        self.sites = {name: {k: x for (site, k), x in shifts.items() if site == name} for name, _ in shifts}
 
     def process_message(self, msg: Any) -> None:
-        if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.shifts:
-            msg["fn"] = _moved(msg["name"], msg["fn"], self.shifts[msg["name"]])
+        if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.sites:
+            msg["fn"] = _moved(msg["name"], msg["fn"], self.sites[msg["name"]])
 
 
 def _shifting(guide: Callable, shifts: Shifts) -> Callable:
@@ -112,12 +107,23 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
 
 
 def _free(name: str, base: Any) -> dict[str, Any]:
-    """The constraint of every parameter that can be shifted."""
-    if isinstance(base, dist.Delta | dist.TransformedDistribution) and type(base) is not dist.LogNormal:
-        raise ValueError(_refusal(name, base))
-    found = {k: c for k, c in base.arg_constraints.items() if k in vars(base) and k not in FIXED}
+    """The constraint of every parameter that can be shifted.
+
+    :raises ValueError: if there is none.
+    """
+    is_known = not isinstance(base, dist.Delta | dist.TransformedDistribution) or isinstance(base, dist.LogNormal)
+    found = {k: c for k, c in _arguments(base).items() if k not in FIXED} if is_known else {}
     if not found:
         raise ValueError(_refusal(name, base))
+    return found
+
+
+def _arguments(base: Any) -> dict[str, Any]:
+    """The arguments that make the distribution, with their constraints; none of two that say the same."""
+    found = {k: c for k, c in base.arg_constraints.items() if k in vars(base) or isinstance(base, dist.LogNormal)}
+    for better, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
+        if better in found:
+            found = {k: c for k, c in found.items() if k not in others}
     return found
 
 
@@ -130,24 +136,26 @@ def _refusal(name: str, base: Any) -> str:
 
 def _spread(fn: Any, base: Any, value: Array, constraint: Any) -> Array:
     """A parameter of the base with one entry for every one of its variables, none shared."""
-    num_events = fn.event_dim - base.event_dim
-    batch = fn.batch_shape + fn.event_shape[:num_events]
-    value = jnp.asarray(value)
     own = value.shape[value.ndim - constraint.event_dim :]
-    return jnp.broadcast_to(value, batch + own)
+    return jnp.broadcast_to(value, (*_shape(fn, base), *own))
+
+
+def _shape(fn: Any, base: Any) -> tuple[int, ...]:
+    """Of the base's variables."""
+    return (*fn.batch_shape, *fn.event_shape[: fn.event_dim - base.event_dim])
 
 
 def _parameters(name: str, fn: Any) -> dict[str, Array]:
     """λ, mapped to the reals."""
     base = base_of(fn)
     free = _free(name, base)
-    return {k: biject_to(c).inv(_spread(fn, base, getattr(base, k), c)) for k, c in free.items()}
+    return {k: biject_to(c).inv(_spread(fn, base, jnp.asarray(getattr(base, k)), c)) for k, c in free.items()}
 
 
 def _moved(name: str, fn: Any, shift: Mapping[str, Array]) -> Any:
     """``fn`` at λ + δ."""
     base, mask = base_of(fn), _mask(fn)
-    given = {k: getattr(base, k) for k in base.arg_constraints if k in vars(base)}
+    given = {k: jnp.asarray(getattr(base, k)) for k in _arguments(base)}
     for k, constraint in _free(name, base).items():
         transform = biject_to(constraint)
         value = _spread(fn, base, given[k], constraint)
@@ -155,7 +163,7 @@ def _moved(name: str, fn: Any, shift: Mapping[str, Array]) -> Any:
         is_real = constraint in (constraints.real, constraints.real_vector)
         given[k] = value + shift[k] if is_real else transform(transform.inv(value) + shift[k])
     try:
-        moved = type(base)(**given)
+        moved = type(base)(**given, validate_args=False)
     except TypeError as error:
         raise ValueError(_refusal(name, base)) from error
     moved = moved.to_event(fn.event_dim - base.event_dim)
@@ -170,31 +178,27 @@ def _mask(fn: Any) -> Any:
     return None
 
 
-def _natural(base: Any, x: Mapping[str, Array]) -> dict[str, Array]:
-    """F(λ)⁻¹ x, where F is known and easily inverted; else x."""
-
-    def solved(name: str, value: Array) -> Array:
-        if name in ("logits", "probs") and isinstance(base, _BITS):
-            p = jax.nn.sigmoid(base.logits)
-            return value / jnp.maximum(p * (1 - p), LEAST)
-        if name == "logits":  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
-            return value / jnp.maximum(jax.nn.softmax(base.logits, -1), LEAST)
-        if isinstance(base, dist.MultivariateNormal) and name == "loc":
-            return (base.scale_tril @ (jnp.swapaxes(base.scale_tril, -1, -2) @ value[..., None]))[..., 0]
-        if isinstance(base, dist.Normal | dist.LogNormal):
-            return value * jnp.square(base.scale) if name == "loc" else value / 2
-        return value
-
-    return {name: solved(name, value) for name, value in x.items()}
+def _natural(base: Any, name: str, x: Array) -> Array:
+    """F(λ)⁻¹ x of one parameter, where F is known and easily inverted; else x."""
+    if name in ("logits", "probs") and isinstance(base, _BITS):
+        p = jax.nn.sigmoid(base.logits)
+        return x / jnp.maximum(p * (1 - p), LEAST)
+    if name == "logits" and isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
+        return x / jnp.maximum(jax.nn.softmax(base.logits, -1), LEAST)
+    if name == "loc" and isinstance(base, dist.MultivariateNormal):
+        return (base.scale_tril @ (jnp.swapaxes(base.scale_tril, -1, -2) @ x[..., None]))[..., 0]
+    if isinstance(base, dist.Normal | dist.LogNormal):
+        return x * jnp.square(base.scale) if name == "loc" else x / 2
+    return x
 
 
 _BITS = ConcreteBernoulli, AveragedBernoulli, dist.BernoulliLogits, BernoulliProbs
+_CLASSES = ConcreteOneHot, AveragedOneHot, dist.CategoricalLogits, dist.MultinomialLogits
 
 
 def _axis(site: Site, n: int) -> int:
     """Along which axis of the parameters the examples stand."""
-    base = base_of(site.fn)
-    shape = site.fn.batch_shape + site.fn.event_shape[: site.fn.event_dim - base.event_dim]
+    shape = _shape(site.fn, base_of(site.fn))
     dims = [frame.dim for frame in site.frames]
     axis = len(site.fn.batch_shape) + min(dims) if dims else 0
     if not 0 <= axis < len(shape) or shape[axis] != n:

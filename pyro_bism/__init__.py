@@ -17,7 +17,7 @@ from .evaluation import (
     maximum_mean_discrepancy,
     score,
 )
-from .hypergradients import Amortized, Covariance, Detached, Exact, Implicit, Penalty, Unrolled
+from .hypergradients import Amortized, Covariance, Detached, Exact, Functional, Implicit, Penalty, Unrolled
 from .losses import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
@@ -47,6 +47,7 @@ __all__ = [
     "Detached",
     "Exact",
     "FisherDivergence",
+    "Functional",
     "Gibbs",
     "Implicit",
     "Langevin",

@@ -20,6 +20,7 @@ from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import descend, require_unrollable, settle
 from .params import jittered
+from .shifts import shifted_losses
 from .training import Buffers, Trainer, require_guide, require_optim, same_settings
 
 __all__ = ["BiSM", "BiSMInfo"]
@@ -153,7 +154,7 @@ class BiSM(Trainer):
         if program is not None:
             problem.run = program.run  # type: ignore[method-assign]
         if self._carried is None:
-            self._carried = (self.hypergradient.init(phi),)
+            self._carried = (self.hypergradient.init(theta, phi),)
         try:
             inner_loss, inner_norm = self._fit(problem, buffers, program)
             found, length = self._follow(problem, program)
@@ -209,6 +210,7 @@ class BiSM(Trainer):
             inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
             posterior=lambda: pair.posterior_loss(batch, self.loss),
             covariance=lambda num: pair.covariance_loss(batch, self.loss, num),
+            shifted=lambda: shifted_losses(pair, batch, self.loss, self._inner),
             theta=theta,
             phi=phi,
             at=pair.at,
@@ -281,7 +283,8 @@ class BiSM(Trainer):
 
     def _keep(self, kept: Mapping[str, Any]) -> None:
         carried = kept["hypergradient"]
-        fresh = self.hypergradient.init(list(next(reversed(self._pairs.values())).phi.values()))
+        pair = next(reversed(self._pairs.values()))
+        fresh = self.hypergradient.init(list(pair.theta.values()), list(pair.phi.values()))
         if carried is not None and type(carried[0]) is not type(fresh):
             raise ValueError(
                 f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "

@@ -483,13 +483,16 @@ class Pair:
 
         return score
 
-    def outer_loss(self, batch: visible.Batch, loss: OuterLoss) -> Tensor:
+    def outer_loss(self, batch: visible.Batch, loss: OuterLoss, noise: Any = None) -> Tensor:
         """J: the mean over the batch of the loss per example, fresh noise and fresh draws of h.
+
+        :param noise: the loss's own, from an earlier draw.
+
 
         A subsampling plate's N/B is a weight on every example's loss; in the mean over the data, of which
         this is an unbiased estimate, it cancels against the 1/N.
         """
-        noise = loss.draw(batch.v)
+        noise = loss.draw(batch.v) if noise is None else noise
         v = loss.perturb(batch.v, noise)
         draws = self.draws(batch, v, loss.num_particles, joint=loss.average == "loss")
         if loss.average != "loss":

@@ -198,8 +198,13 @@ class Torch:
     def call(self, num=1, num_fit=0, fresh=False):
         """The last of ``num`` results, the state handed on; gradients by name. ``fresh`` gives all, new noise each."""
         strategy, found = self.trained.hypergradient, []
+<<<<<<< HEAD
         state = strategy.init(self.problem.phi)
         self.problem.inner_noise = [self.problem.snapshot()] * num_fit
+=======
+        state = strategy.init(self.problem.theta, self.problem.phi)
+        self.problem.inner_noise = [pyro_bism.params.random_state()] * num_fit
+>>>>>>> cac7d01 (Functional: the adjoint in the space of the guide's distributions (Pyro), shifts by site and parameter)
         for i in range(num):
             torch.manual_seed(i if fresh else 1)
             result = strategy(self.problem, state)
@@ -281,7 +286,7 @@ class Jax:
     def call(self, num=1, num_fit=0, fresh=False):
         strategy, inner_state = self.trained.hypergradient, self.trained.inner_optim.init(self.phi)
         problem = dataclasses.replace(self.problem, inner_keys=jax.random.split(jax.random.key(3), num_fit))
-        state = strategy.init(self.trained.inner_optim, inner_state)
+        state = strategy.init(self.theta, self.trained.inner_optim, inner_state)
 
         def step(carry, key):
             state, _ = carry
@@ -601,6 +606,7 @@ def saddle(host, strategy):
             inner=lambda: (sign * phi.square() + theta * phi).sum(),
             posterior=None,
             covariance=None,
+            shifted=None,
             theta=[theta],
             phi=[phi],
             at=None,
@@ -612,6 +618,7 @@ def saddle(host, strategy):
     problem = numpyro_bism.hypergradients.Bilevel(
         lambda key, theta, phi: (weight * phi).sum() + jnp.square(theta).sum(),
         lambda key, theta, phi: (sign * jnp.square(phi) + theta * phi).sum(),
+        None,
         None,
         None,
         optim,

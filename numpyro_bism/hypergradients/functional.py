@@ -104,25 +104,22 @@ def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[A
     """
 
     def kept(x: Any, are_relaxed: bool) -> Any:
+        """Those of the relaxed sites, or of the others, and zeros."""
         return {
-            name: {
-                k: value if (name in shifted.relaxed) == are_relaxed else jnp.zeros_like(value)
-                for k, value in each.items()
-            }
-            for name, each in x.items()
+            key: value if (key[0] in shifted.relaxed) == are_relaxed else jnp.zeros_like(value)
+            for key, value in x.items()
         }
 
-    def added(x: Any, weights: Array, y: Any) -> Any:
+    def moved(x: Any, weights: Array, y: Any) -> Any:
         return jax.tree.map(jnp.add, x, shifted.scaled(weights, y))
 
     first = shifted.natural(rhs)
     y, r = kept(first, True), kept(rhs, False)
-    if all(name in shifted.relaxed for name in rhs):
+    if all(site in shifted.relaxed for site, _ in rhs):
         image = product(y)
-        rest = jax.tree.map(jnp.subtract, rhs, image)
         size = shifted.dot(rhs, first)
-        curvature = ratio(shifted.dot(y, image).sum(), size.sum())
-        return y, _length(shifted, rest, size), curvature
+        rest = jax.tree.map(jnp.subtract, rhs, image)
+        return y, _length(shifted, rest, size), ratio(shifted.dot(y, image).sum(), size.sum())
     z = shifted.natural(r)
     p, square = z, shifted.dot(r, z)
     start, goes_on = square, square > 0
@@ -134,10 +131,10 @@ def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[A
             curvature = ratio(bend.sum(), square.sum())
         goes_on = goes_on & (bend > 0) & (square > jnp.finfo(square.dtype).eps * start)
         length = jnp.where(goes_on, ratio(square, bend), 0.0)
-        y, r = added(y, length, p), added(r, -length, image)
+        y, r = moved(y, length, p), moved(r, -length, image)
         z = shifted.natural(r)
         previous, square = square, shifted.dot(r, z)
-        p = added(z, jnp.where(goes_on, ratio(square, previous), 0.0), p)
+        p = moved(z, jnp.where(goes_on, ratio(square, previous), 0.0), p)
     return y, _length(shifted, r, start), curvature
 
 

@@ -9,9 +9,10 @@ made by ``init`` and handed back in the result.
 """
 
 from .amortized import Amortized
+from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
-from .problem import Bilevel, Detached, Gradient, Hypergradient, Result, norm, require_hypergradient, slopes
+from .problem import Bilevel, Detached, Gradient, Hypergradient, Result, Shifted, norm, require_hypergradient, slopes
 from .surrogates import Covariance, Exact
 from .unrolled import Unrolled
 
@@ -21,11 +22,13 @@ __all__ = [
     "Covariance",
     "Detached",
     "Exact",
+    "Functional",
     "Gradient",
     "Hypergradient",
     "Implicit",
     "Penalty",
     "Result",
+    "Shifted",
     "Unrolled",
     "norm",
     "require_hypergradient",

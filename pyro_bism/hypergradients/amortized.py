@@ -56,7 +56,7 @@ class Amortized(Hypergradient):
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
 
-    def init(self, phi: Sequence[Tensor]) -> AmortizedState:
+    def init(self, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> AmortizedState:
         zeros = [torch.zeros_like(p) for p in phi]
         return AmortizedState(zeros, zeros, phi[0].new_zeros(2) if phi else torch.zeros(2))
 

@@ -49,7 +49,7 @@ class Penalty(Hypergradient):
         if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
             raise ValueError(f"strength must be positive and finite, or a function of the step, got {self.strength}.")
 
-    def init(self, phi: Sequence[Tensor]) -> PenaltyState:
+    def init(self, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> PenaltyState:
         return PenaltyState([p.detach().clone() for p in phi], [{} for _ in phi], 0)
 
     def __call__(self, problem: Bilevel, state: PenaltyState) -> Result:

@@ -1,7 +1,7 @@
 """The bi-level problem as a strategy meets it, and the strategy that looks away from the inner one."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +14,40 @@ from torch import Tensor
 from ..optim import DifferentiableOptim
 from ..params import random_state, set_random_state
 
-__all__ = ["Bilevel", "Detached", "Gradient", "Hypergradient", "Result", "norm", "require_hypergradient", "slopes"]
+__all__ = [
+    "Bilevel",
+    "Detached",
+    "Gradient",
+    "Hypergradient",
+    "Result",
+    "Shifted",
+    "norm",
+    "require_hypergradient",
+    "slopes",
+]
+
+
+class Shifted(NamedTuple):
+    """J and G on one perturbed batch, as functions of shifts δ of the guide's distributions, by site and parameter.
+
+    :ivar zeros: δ = 0, leaves to differentiate by.
+    :ivar outer: J(δ), the same noise at every call.
+    :ivar inner: G(δ), with fresh draws.
+    :ivar natural: n F⁻¹ x, with F the Fisher information of the guide's distributions.
+    :ivar dot: inner products of shifts, example by example: (n,).
+    :ivar scaled: (weights of the examples, x) to x with these weights.
+    :ivar relaxed: the sites that are relaxed.
+    :ivar is_random: whether G draws latents.
+    """
+
+    zeros: Mapping[tuple[str, str], Tensor]
+    outer: Callable[[Any], Tensor]
+    inner: Callable[[Any], Tensor]
+    natural: Callable[[Any], Any]
+    dot: Callable[[Any, Any], Tensor]
+    scaled: Callable[[Tensor, Any], Any]
+    relaxed: frozenset[str]
+    is_random: bool
 
 
 @dataclass
@@ -25,6 +58,7 @@ class Bilevel:
     :ivar inner: G at the parameters in force.
     :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
     :ivar covariance: the same, from a sample covariance of the given number of draws.
+    :ivar shifted: gives both on shifted distributions.
     :ivar at: the context that puts given tensors in φ's place.
     :ivar placed: the context that puts given values into φ itself, where ``at`` does not reach all that reads it; else
         None.
@@ -38,6 +72,7 @@ class Bilevel:
     inner: Callable[[], Tensor]
     posterior: Callable[[], Tensor]
     covariance: Callable[[int], Tensor]
+    shifted: Callable[[], Shifted]
     theta: Sequence[Tensor]
     phi: Sequence[Tensor]
     at: Callable[[Sequence[Tensor]], AbstractContextManager]
@@ -125,7 +160,7 @@ class Hypergradient(Protocol):
         """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
         return
 
-    def init(self, phi: Sequence[Tensor]) -> Any:
+    def init(self, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
         """The state before the first step; None if there is none."""
         return None
 

@@ -1,0 +1,197 @@
+r"""The guide's distributions, their parameters shifted example by example: q(h|v; λ(v; φ) + δ).
+
+λ are the parameters of every distribution that the guide samples from, mapped to the reals by the host's own bijection
+of their support (a Normal's scale by its logarithm). A shift δ is one number for each of them at every example, the
+same at all v near by. What the inner loss does in δ is the guide's fit with the network taken away: its curvature
+falls apart into the examples', and where q is the posterior it is the Fisher information of q,
+
+.. math:: \frac{∂^2 G_i}{∂δ^2} = F(λ_i) = -E_q \frac{∂^2 \log q}{∂λ^2}.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .densities import Pair, Site, record
+from .distributions import AveragedBernoulli, AveragedOneHot, ConcreteBernoulli, ConcreteOneHot, base_of
+from .hypergradients import Shifted
+from .losses import OuterLoss
+from .visible import Batch
+
+__all__ = ["shifted_losses"]
+
+FIXED = ("temperature", "total_count")  # of a distribution's arguments: no part of what the guide learns
+LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gives next to no draws to learn from
+
+Shifts = Mapping[tuple[str, str], Tensor]  # by site and parameter
+
+
+def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> Shifted:
+    """J and G on one perturbed batch as functions of δ.
+
+    :raises ValueError: where the guide has a site whose distribution can't be shifted.
+    """
+    if pair.change is not None:
+        raise ValueError(
+            f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
+            "computed from other draws and have a density of their own. Take hypergradient=Amortized()."
+        )
+    noise = loss.draw(batch.v)
+    v = loss.perturb(batch.v, noise)
+    args, kwargs = batch.arguments(v)
+    with torch.no_grad(), record(batch.indices) as run:
+        pair.guide(*args, **kwargs)
+    sites = {name: site for name, site in run.sites.items() if not site.is_observed}
+    at = {(name, k): x for name, site in sites.items() for k, x in _parameters(name, site.fn).items()}
+    zeros = {key: torch.zeros_like(x).requires_grad_() for key, x in at.items()}
+    axes = {name: _axis(site, len(v)) for name, site in sites.items()}
+
+    def dot(x: Shifts, y: Shifts) -> Tensor:
+        parts = [torch.moveaxis(x[key] * y[key], axes[key[0]], 0).reshape(len(v), -1).sum(-1) for key in x]
+        return sum(parts[1:], parts[0])
+
+    def scaled(weights: Tensor, x: Shifts) -> Shifts:
+        return {key: value * weights.reshape(-1, *[1] * (value.ndim - axes[key[0]] - 1)) for key, value in x.items()}
+
+    def natural(x: Shifts) -> Shifts:
+        return {key: len(v) * _natural(base_of(sites[key[0]].fn), key[1], value) for key, value in x.items()}
+
+    def with_shifts(shifts: Shifts) -> Pair:
+        return replace(pair, guide=_shifting(pair.guide, shifts))
+
+    def outer(shifts: Shifts) -> Tensor:
+        return with_shifts(shifts).outer_loss(batch, loss, noise)
+
+    def inner(shifts: Shifts) -> Tensor:
+        return inner_loss(with_shifts(shifts), batch, v)
+
+    relaxed = frozenset(pair.softened.difference(pair.averaged))
+    return Shifted(zeros, outer, inner, natural, dot, scaled, relaxed, bool(pair.sampled))
+
+
+class _Shift(Messenger):
+    def __init__(self, shifts: Shifts):
+        super().__init__()
+        self.sites = {name: {k: x for (site, k), x in shifts.items() if site == name} for name, _ in shifts}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.sites:
+            msg["fn"] = _moved(msg["name"], msg["fn"], self.sites[msg["name"]])
+
+
+def _shifting(guide: Callable, shifts: Shifts) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Shift(shifts):
+            return guide(*args, **kwargs)
+
+    return run
+
+
+def _free(name: str, base: Any) -> dict[str, Any]:
+    """The constraint of every parameter that can be shifted.
+
+    :raises ValueError: if there is none.
+    """
+    is_known = not isinstance(base, dist.Delta | dist.TransformedDistribution) or isinstance(base, dist.LogNormal)
+    found = {k: c for k, c in _arguments(base).items() if k not in FIXED} if is_known else {}
+    if not found:
+        raise ValueError(_refusal(name, base))
+    return found
+
+
+def _arguments(base: Any) -> dict[str, Any]:
+    """The arguments that make the distribution, with their constraints; none of two that say the same."""
+    found = {k: c for k, c in base.arg_constraints.items() if k in vars(base) or isinstance(base, dist.LogNormal)}
+    for better, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
+        if better in found:
+            found = {k: c for k, c in found.items() if k not in others}
+    return found
+
+
+def _refusal(name: str, base: Any) -> str:
+    return (
+        f"Functional() shifts the parameters of the distributions that the guide samples from, and knows none of site "
+        f"'{name}' ({type(base).__name__}). Take hypergradient=Amortized()."
+    )
+
+
+def _spread(fn: Any, base: Any, value: Tensor, constraint: Any) -> Tensor:
+    """A parameter of the base with one entry for every one of its variables, none shared."""
+    own = value.shape[value.ndim - constraint.event_dim :]
+    return torch.broadcast_to(value, (*_shape(fn, base), *own))
+
+
+def _shape(fn: Any, base: Any) -> tuple[int, ...]:
+    """Of the base's variables."""
+    return (*fn.batch_shape, *fn.event_shape[: fn.event_dim - base.event_dim])
+
+
+def _parameters(name: str, fn: Any) -> dict[str, Tensor]:
+    """λ, mapped to the reals."""
+    base = base_of(fn)
+    free = _free(name, base)
+    return {k: biject_to(c).inv(_spread(fn, base, getattr(base, k), c)) for k, c in free.items()}
+
+
+def _moved(name: str, fn: Any, shift: Mapping[str, Tensor]) -> Any:
+    """``fn`` at λ + δ."""
+    base, mask = base_of(fn), _mask(fn)
+    given = {k: getattr(base, k) for k in _arguments(base)}
+    for k, constraint in _free(name, base).items():
+        transform = biject_to(constraint)
+        value = _spread(fn, base, given[k], constraint)
+        # a real parameter's way there and back would only cost time
+        is_real = constraint in (constraints.real, constraints.real_vector)
+        given[k] = value + shift[k] if is_real else transform(transform.inv(value) + shift[k])
+    try:
+        moved = type(base)(**given, validate_args=False)
+    except TypeError as error:
+        raise ValueError(_refusal(name, base)) from error
+    moved = moved.to_event(fn.event_dim - base.event_dim)
+    return moved if mask is None else moved.mask(mask)
+
+
+def _mask(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            return fn._mask
+        fn = fn.base_dist
+    return None
+
+
+def _natural(base: Any, name: str, x: Tensor) -> Tensor:
+    """F(λ)⁻¹ x of one parameter, where F is known and easily inverted; else x."""
+    if name in ("logits", "probs") and isinstance(base, _BITS):
+        p = torch.sigmoid(base.logits)
+        return x / (p * (1 - p)).clamp_min(LEAST)
+    if name == "logits" and isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
+        return x / base.logits.softmax(-1).clamp_min(LEAST)
+    if name == "loc" and isinstance(base, dist.MultivariateNormal):
+        return (base.scale_tril @ (base.scale_tril.mT @ x[..., None]))[..., 0]
+    if isinstance(base, dist.Normal | dist.LogNormal):
+        return x * base.scale.square() if name == "loc" else x / 2
+    return x
+
+
+_BITS = ConcreteBernoulli, AveragedBernoulli, dist.Bernoulli
+_CLASSES = ConcreteOneHot, AveragedOneHot, dist.Categorical, dist.OneHotCategorical
+
+
+def _axis(site: Site, n: int) -> int:
+    """Along which axis of the parameters the examples stand."""
+    shape = _shape(site.fn, base_of(site.fn))
+    dims = [frame.dim for frame in site.frames]
+    axis = len(site.fn.batch_shape) + min(dims) if dims else 0
+    if not 0 <= axis < len(shape) or shape[axis] != n:
+        raise ValueError(
+            f"Functional() needs an entry for every example in the guide's site '{site.name}', whose distributions are "
+            f"of shape {shape}. Take hypergradient=Amortized()."
+        )
+    return axis
