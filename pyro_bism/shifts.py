@@ -1,8 +1,8 @@
 r"""The guide's distributions, their parameters shifted example by example: q(h|v; λ(v; φ) + δ).
 
-λ are the parameters of every distribution that the guide samples from, mapped to the reals by the host's own bijection
-of their support (a Normal's scale by its logarithm). A shift δ is one number for each of them at every example, the
-same at all v near by. What the inner loss does in δ is the guide's fit with the network taken away: its curvature
+λ are the parameters of every distribution that the guide samples from, mapped to the reals as the host maps parameters
+under their constraint (a Normal's scale by its logarithm). A shift δ is one number for each of them at every example,
+the same at all v near by. What the inner loss does in δ is the guide's fit with the network taken away: its curvature
 falls apart into the examples', and where q is the posterior it is the Fisher information of q,
 
 .. math:: \frac{∂^2 G_i}{∂δ^2} = F(λ_i) = -E_q \frac{∂^2 \log q}{∂λ^2}.
@@ -17,7 +17,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import transform_to
 
 from .densities import Pair, Site, record
 from .distributions import AveragedBernoulli, AveragedOneHot, ConcreteBernoulli, ConcreteOneHot, base_of
@@ -95,20 +95,23 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
 
 
 def _free(name: str, base: Any) -> dict[str, Any]:
-    """The constraint of every parameter that can be shifted.
+    """The map from the reals of every parameter that can be shifted, and its constraint.
 
     :raises ValueError: if there is none.
     """
     is_known = not isinstance(base, dist.Delta | dist.TransformedDistribution) or isinstance(base, dist.LogNormal)
-    found = {k: c for k, c in _arguments(base).items() if k not in FIXED} if is_known else {}
-    if not found:
+    try:
+        found = {k: (transform_to(c), c) for k, c in _arguments(base).items() if k not in FIXED} if is_known else {}
+    except NotImplementedError:
+        found = {}
+    if not found or any(not hasattr(base, k) for k in found):
         raise ValueError(_refusal(name, base))
     return found
 
 
 def _arguments(base: Any) -> dict[str, Any]:
     """The arguments that make the distribution, with their constraints; none of two that say the same."""
-    found = {k: c for k, c in base.arg_constraints.items() if k in vars(base) or isinstance(base, dist.LogNormal)}
+    found = dict(base.arg_constraints)
     for better, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
         if better in found:
             found = {k: c for k, c in found.items() if k not in others}
@@ -137,15 +140,14 @@ def _parameters(name: str, fn: Any) -> dict[str, Tensor]:
     """λ, mapped to the reals."""
     base = base_of(fn)
     free = _free(name, base)
-    return {k: biject_to(c).inv(_spread(fn, base, getattr(base, k), c)) for k, c in free.items()}
+    return {k: to.inv(_spread(fn, base, getattr(base, k), c)) for k, (to, c) in free.items()}
 
 
 def _moved(name: str, fn: Any, shift: Mapping[str, Tensor]) -> Any:
     """``fn`` at λ + δ."""
     base, mask = base_of(fn), _mask(fn)
     given = {k: getattr(base, k) for k in _arguments(base)}
-    for k, constraint in _free(name, base).items():
-        transform = biject_to(constraint)
+    for k, (transform, constraint) in _free(name, base).items():
         value = _spread(fn, base, given[k], constraint)
         # a real parameter's way there and back would only cost time
         is_real = constraint in (constraints.real, constraints.real_vector)

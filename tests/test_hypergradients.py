@@ -38,7 +38,7 @@ rng = np.random.default_rng(0)
 class LinearGaussian:
     """log p̃ = -½ vᵀAv + vᵀWh - ½ hᵀdiag(eᵍ)h + bᵀv + cᵀh; the guide N(Mv + m, diag(e²ˢ)) can be its posterior."""
 
-    D, inner, x_shape, rate, to_fit = 3, "FisherDivergence", (), 0.2, 600
+    D, inner, x_shape, rate, to_fit, column = 3, "FisherDivergence", (), 0.2, 600, 1.0
     theta = {
         "A": np.array([[1.5, 0.2, -0.1], [0.2, 1.2, 0.3], [-0.1, 0.3, 1.8]]),
         "W": 0.5 * rng.normal(size=(3, 2)),
@@ -85,7 +85,7 @@ class LinearGaussian:
 class RBM:
     """The checkerboard's Gaussian-Bernoulli RBM, hidden units summed out."""
 
-    D, inner, x_shape, rate, to_fit = 2, "TraceEnum_ELBO", (1,), 4.0, 300
+    D, inner, x_shape, rate, to_fit, column = 2, "TraceEnum_ELBO", (1,), 4.0, 300, np.ones(2)
     theta = {
         "W": 2 * rng.normal(size=(2, 4)),
         "b": rng.normal(size=2),
@@ -141,7 +141,7 @@ class Torch:
         torch.manual_seed(0)
         self.case, self.values = case, {**case.theta, **phi}
         self.param = lambda name: pyro.param(name, lambda: torch.tensor(self.values[name]))
-        self.x = torch.tensor(np.random.default_rng(1).normal(size=(n, *case.x_shape, case.D)))
+        self.x = torch.tensor(np.random.default_rng(1).normal(size=(n, *case.x_shape, case.D)) * case.column)
         optim = optim or pyro.optim.SGD({"lr": case.rate})
         self.trained = pyro_bism.BiSM(*programs(self), optim, loss, inner_loss=inner, hypergradient=strategy)
         self.pair = self.trained.pair(self.x)
@@ -234,7 +234,7 @@ class Jax:
     def __init__(self, case, programs, phi, loss, inner, strategy, n, optim):
         self.case, self.values = case, {**case.theta, **phi}
         self.param = lambda name: numpyro.param(name, jnp.asarray(self.values[name]))
-        self.x = jnp.asarray(np.random.default_rng(1).normal(size=(n, *case.x_shape, case.D)))
+        self.x = jnp.asarray(np.random.default_rng(1).normal(size=(n, *case.x_shape, case.D)) * case.column)
         optim = optim or numpyro.optim.SGD(case.rate)
         self.trained = numpyro_bism.BiSM(*programs(self), optim, loss, inner_loss=inner, hypergradient=strategy)
         self.state = self.trained.init(jax.random.key(0), self.x)
@@ -304,7 +304,8 @@ class Jax:
 
     def exact(self, i=1):
         key = jax.random.key(i)
-        if self.trained.hypergradient.differentiates_inner and not self.frozen:
+        strategy = self.trained.hypergradient
+        if isinstance(strategy, numpyro_bism.Functional) or (strategy.differentiates_inner and not self.frozen):
             key = jax.random.split(key)[0]  # as the strategy splits it
         noise = self.trained.loss.draw(jax.random.split(key, 3)[0], self.batch.v)
 
@@ -334,7 +335,12 @@ def host(request):
 def each(names, heavy=()):
     """Both hosts by all names; in NumPyro the ``heavy`` ones, which are mostly compilation, only under ``-m full``."""
     return [
-        pytest.param(package, name, id=f"{host}-{name}", marks=[full] if host == "numpyro" and name in heavy else [])
+        pytest.param(
+            package,
+            name,
+            id=f"{host}-{getattr(name, '__name__', name)}",
+            marks=[full] if host == "numpyro" and name in heavy else [],
+        )
         for name in names
         for host, package in HOSTS.items()
     ]
@@ -390,14 +396,14 @@ def test_detached_is_far_off_there(host):
     assert error(problem.call()[0], problem.exact()) > 0.3
 
 
-SUMMED = {**SOLVED, "exact": (("Exact", {}), 1, 1e-10)}
+SUMMED = {**SOLVED, "exact": (("Exact", {}), 1, 1e-10), "functional": (("Functional", {}), 1, 1e-6)}
 
 
 @pytest.mark.parametrize(("host", "name"), each(SUMMED, heavy=("neumann", "nystrom", "amortized-given-rate")))
 def test_every_parameter_of_the_rbm_gets_its_gradient(host, name):
     strategy, num, tolerance = SUMMED[name]
     problem = at_posterior(host, RBM, strategy)
-    if name != "exact":
+    if name not in ("exact", "functional"):
         problem.freeze()
     found, _ = problem.call(num)
     for parameter, exact in problem.exact().items():
@@ -420,6 +426,7 @@ def test_exact_under_every_outer_loss(host, name):
 
 ESTIMATES = {
     "exact": (LinearGaussian, ("Exact", {}), None, None),
+    "functional": (LinearGaussian, ("Functional", {"memory": 0}), None, None),
     "covariance": (LinearGaussian, ("Covariance", {"num_particles": 3}), None, None),
     "summed": (RBM, ("Covariance", {"num_particles": 2}), None, "summed"),
     "drawn": (RBM, ("Covariance", {"num_particles": 2}), "score-function", "drawn"),
@@ -448,7 +455,10 @@ def test_estimates_are_unbiased_at_the_posterior(host, name):
 
 
 def _traced_exact(problem, i):
-    noise = problem.trained.loss.draw(jax.random.split(jax.random.key(i), 3)[0], problem.batch.v)
+    key = jax.random.key(i)
+    if isinstance(problem.trained.hypergradient, numpyro_bism.Functional):
+        key = jax.random.split(key)[0]  # as the strategy splits it
+    noise = problem.trained.loss.draw(jax.random.split(key, 3)[0], problem.batch.v)
 
     def value(theta):
         return problem.trained.loss(lambda v: problem.case.score(problem, theta, v), problem.batch.v, noise).mean()
@@ -595,6 +605,49 @@ def test_few_states_reach_all_in_the_fewest_steps(host, num_kept):
         assert max(taken) <= next(r for r in range(num_steps + 1) if math.comb(num_kept + r, r) > num_steps)
 
 
+class Scaled(RBM):
+    """The RBM on data of which one column is a hundred times as large: the guide's Hessian is 1e4 times as ill."""
+
+    theta = {**RBM.theta, "W": RBM.theta["W"] / np.array([[100.0], [1.0]]), "s": np.array([4.3, -0.5])}
+    column = np.array([100.0, 1.0])
+
+
+class WrongSide(RBM):
+    """The RBM with a guide that is sure of the opposite."""
+
+    @classmethod
+    def posterior(cls):
+        return {"gW": -3 * cls.theta["W"], "gb": -3 * cls.theta["c"]}
+
+
+@pytest.mark.parametrize(("host", "case"), each([Scaled, WrongSide], heavy=[Scaled]))
+def test_functional_needs_no_conditioning_and_no_minimum(host, case):
+    problem = at_posterior(host, case, ("Functional", {}))
+    found, result = problem.call()
+    if case is Scaled:
+        assert error(found, problem.exact()) < 1e-6
+        assert float(result.residual) < 1e-5
+        np.testing.assert_allclose(float(result.curvature), 1.0, rtol=1e-3)
+    else:
+        detached = at_posterior(host, case, ("Detached", {})).call()[0]
+        lengths = [np.sqrt(sum(np.square(g).sum() for g in each.values())) for each in (found, detached)]
+        assert lengths[0] < 2 * lengths[1]
+
+
+def test_functionals_second_term_is_a_running_mean(host):
+    """Of fresh noise each step: what the gradients of two memories differ in is known from the first alone."""
+    found = {
+        memory: at_posterior(host, RBM, ("Functional", {"memory": memory}), n=5).call(3, fresh=True)[0]
+        for memory in (0.0, 0.6)
+    }
+    # the biases c reach J through the second term alone
+    terms, means = ([-each["c"] for each in found[memory]] for memory in (0.0, 0.6))
+    mean = np.zeros(4)
+    for i, (term, kept) in enumerate(zip(terms, means, strict=True)):
+        mean = mean + max(1 / (i + 1), 0.4) * (term - mean)
+        np.testing.assert_allclose(kept, mean, rtol=1e-8, atol=1e-12)
+
+
 def saddle(host, strategy):
     """G = φ₁² - φ₂² + θφ, J = φ₁ + 2φ₂ + θ²: along φ₂ there is no minimum."""
     if host is Torch:
@@ -642,10 +695,10 @@ def test_a_direction_without_a_minimum_is_told(host, solver):
         np.testing.assert_allclose(np.asarray(gradient), [0.6 - 1 / 5, 0.8 - 2 / 1], rtol=1e-6)
 
 
-WITHOUT = ["Implicit", "Amortized", "Penalty", "Exact", "Covariance", "Unrolled"]
+WITHOUT = ["Implicit", "Amortized", "Functional", "Penalty", "Exact", "Covariance", "Unrolled"]
 
 
-@pytest.mark.parametrize(("host", "name"), each(WITHOUT, heavy=WITHOUT[3:]))
+@pytest.mark.parametrize(("host", "name"), each(WITHOUT, heavy=WITHOUT[2:]))
 def test_a_guide_without_parameters(host, name):
     """Nothing to fit, nothing to differentiate through: ∂J/∂θ, or what the posterior alone gives."""
 
@@ -663,6 +716,7 @@ def test_a_guide_without_parameters(host, name):
         rate=0.5,
         x_shape=(),
         theta=LinearGaussian.theta,
+        column=1.0,
         inner="FisherDivergence",
         posterior=dict,
         programs=programs,

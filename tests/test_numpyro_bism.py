@@ -20,6 +20,7 @@ from numpyro_bism import (
     DenoisingScoreMatching,
     Detached,
     FisherDivergence,
+    Functional,
     Implicit,
     MultiscaleDenoisingScoreMatching,
     Penalty,
@@ -284,7 +285,14 @@ def test_stable_update_leaves_all_but_the_key():
     assert int(after.optim_state[0]) == 2
 
 
-@pytest.mark.parametrize("strategy", [Amortized(), Penalty(optax.linear_schedule(1.0, 100.0, 10))])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(Amortized(), marks=pytest.mark.full),
+        Penalty(optax.linear_schedule(1.0, 100.0, 10)),
+        Functional(num_steps=1),
+    ],
+)
 def test_a_strategys_state_is_part_of_the_state(strategy, tmp_path):
     """Saved as plain arrays, taken up by a new BiSM: the run goes on bit for bit."""
 
@@ -310,14 +318,19 @@ def test_a_state_of_another_strategy_is_refused():
     def fresh(strategy):
         return BiSM(model, guide, numpyro.optim.Adam(1e-2), DenoisingScoreMatching(0.3), hypergradient=strategy)
 
-    for saved, loaded in ((Unrolled(5), Amortized()), (Unrolled(5), Penalty()), (Amortized(), Unrolled(5))):
+    for saved, loaded in ((Unrolled(5), Amortized()), (Unrolled(5), Penalty()), (Functional(), Amortized())):
         state, bism = fresh(saved).init(KEY, X), fresh(loaded)
         with pytest.raises(ValueError, match=f"another hypergradient than {type(loaded).__name__}"):
             bism.update(state, X)
 
 
 @pytest.mark.parametrize(
-    "strategy", [Unrolled(5), Amortized(), *[pytest.param(s, marks=pytest.mark.full) for s in (Implicit(), Penalty())]]
+    "strategy",
+    [
+        Unrolled(5),
+        Amortized(),
+        *[pytest.param(s, marks=pytest.mark.full) for s in (Implicit(), Penalty(), Functional())],
+    ],
 )
 def test_a_diverging_inner_loop_ends_in_an_error_that_names_the_cure(strategy):
     bism = BiSM(

@@ -209,6 +209,8 @@ CASES = [
     (summed, "denoising-score", "enum", ("Amortized", {"step_size": 0.3, "num_steps": 2})),
     (gaussian, "denoising", "elbo", ("Penalty", {"strength": 10.0})),
     (summed, "denoising-score", "enum", ("Exact", {})),
+    (gaussian, "denoising", "elbo", ("Functional", {"num_particles": 1})),
+    (relaxed, "denoising", "elbo", ("Functional", {"num_particles": 1, "memory": 0})),
 ]
 
 

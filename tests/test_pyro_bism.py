@@ -24,6 +24,7 @@ from pyro_bism import (
     DenoisingScoreMatching,
     Detached,
     FisherDivergence,
+    Functional,
     Implicit,
     MultiscaleDenoisingScoreMatching,
     Penalty,
@@ -341,7 +342,7 @@ def test_loss_is_minimised_at_the_truth(loss):
                 assert wrong.mean() > 5 * error
 
 
-@pytest.mark.parametrize("strategy", [Unrolled(5), Amortized(), Penalty(lambda step: 10.0 + step)])
+@pytest.mark.parametrize("strategy", [Unrolled(5), Amortized(), Penalty(lambda step: 10.0 + step), Functional()])
 def test_checkpoint_continues_bit_for_bit(tmp_path, strategy):
     def fresh():
         optim = pyro.optim.Adam({"lr": 1e-2})
@@ -360,7 +361,7 @@ def test_checkpoint_continues_bit_for_bit(tmp_path, strategy):
     assert [later.step(x) for _ in range(3)] == expected
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(Amortized(), Unrolled(5)), (Unrolled(5), Penalty())])
+@pytest.mark.parametrize(("saved", "loaded"), [(Amortized(), Unrolled(5)), (Functional(), Penalty())])
 def test_a_state_of_another_strategy_is_refused(saved, loaded):
     def fresh(strategy):
         return BiSM(model, guide, pyro.optim.Adam({}), DenoisingScoreMatching(0.3), hypergradient=strategy)
@@ -374,6 +375,7 @@ def test_a_state_of_another_strategy_is_refused(saved, loaded):
 
 
 STRATEGIES = [Unrolled(5), Implicit(), Implicit("neumann"), Implicit("nystrom"), Amortized(), Penalty(), Covariance()]
+STRATEGIES += [Functional()]
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own word on it comes first

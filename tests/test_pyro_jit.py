@@ -23,6 +23,7 @@ from pyro_bism import (
     Detached,
     Exact,
     FisherDivergence,
+    Functional,
     Implicit,
     MultiscaleDenoisingScoreMatching,
     Penalty,
@@ -147,6 +148,7 @@ STRATEGIES = {
     "penalty": Penalty(10.0),
     "scheduled-penalty": Penalty(lambda n: 1.0 + n),
     "covariance": Covariance(3),
+    "functional": Functional(num_steps=2),
 }
 
 

@@ -12,6 +12,10 @@ from .problem import Bilevel, Hypergradient, Result, Shifted
 
 __all__ = ["Functional"]
 
+# in units of the Fisher information: a direction with less curvature is taken for one without, as that of a Hessian
+# averaged over a few draws may be by accident
+FLAT = 0.01
+
 
 class FunctionalState(NamedTuple):
     """
@@ -35,8 +39,8 @@ class Functional(Hypergradient):
     second network, here it is solved for). The guide's network takes no part: its second derivatives are not needed,
     its conditioning does not matter, and nothing drifts in directions that G does not see. The system of an example is
     as small as its latents, its curvature at the posterior is the Fisher information of q, and preconditioned by that
-    a few conjugate-gradient steps solve it. An example along whose direction G has no minimum is left out from there
-    on, as in Newton-CG, so that a guide far from the posterior gives a smaller correction and no greater one.
+    a few conjugate-gradient steps solve it. Where they meet a direction without curvature an example's steps end, as in
+    Newton-CG, so that a guide far from the posterior gives a smaller correction and no greater one.
 
     What it assumes: that the guide can fit every example by itself. A guide that is too rigid has another dφ*/dθ; the
     gradient is then that of a flexible one of the same family. And δ is a shift, not a slope: what J owes to how the
@@ -84,6 +88,8 @@ class Functional(Hypergradient):
         keys = jax.random.split(key_inner, self.num_particles if shifted.is_random else 1)
 
         def inner(theta, shifts):
+            if len(keys) == 1:  # no vmap: it would only cost compilation
+                return shifted.inner(keys[0], theta, shifts)
             return jax.vmap(lambda key: shifted.inner(key, theta, shifts))(keys).mean()
 
         # G and its gradient are evaluated once; every product is a pullback through them
@@ -121,7 +127,7 @@ def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[A
         rest = jax.tree.map(jnp.subtract, rhs, image)
         return y, _length(shifted, rest, size), ratio(shifted.dot(y, image).sum(), size.sum())
     z = shifted.natural(r)
-    p, square = z, shifted.dot(r, z)
+    p, p_in_f, square = z, r, shifted.dot(r, z)  # the second is F p
     start, goes_on = square, square > 0
     curvature = jnp.zeros((), square.dtype)
     for i in range(num_steps):
@@ -129,12 +135,13 @@ def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[A
         bend = shifted.dot(p, image)
         if i == 0:
             curvature = ratio(bend.sum(), square.sum())
-        goes_on = goes_on & (bend > 0) & (square > jnp.finfo(square.dtype).eps * start)
+        goes_on = goes_on & (bend > FLAT * shifted.dot(p, p_in_f)) & (square > jnp.finfo(square.dtype).eps * start)
         length = jnp.where(goes_on, ratio(square, bend), 0.0)
         y, r = moved(y, length, p), moved(r, -length, image)
         z = shifted.natural(r)
         previous, square = square, shifted.dot(r, z)
-        p = moved(z, jnp.where(goes_on, ratio(square, previous), 0.0), p)
+        weight = jnp.where(goes_on, ratio(square, previous), 0.0)
+        p, p_in_f = moved(z, weight, p), moved(r, weight, p_in_f)
     return y, _length(shifted, r, start), curvature
 
 

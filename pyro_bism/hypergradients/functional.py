@@ -12,6 +12,10 @@ from .problem import Bilevel, Gradient, Hypergradient, Result, Shifted, added, i
 
 __all__ = ["Functional"]
 
+# in units of the Fisher information: a direction with less curvature is taken for one without, as that of a Hessian
+# averaged over a few draws may be by accident
+FLAT = 0.01
+
 Shifts = Mapping[tuple[str, str], Tensor]
 
 
@@ -37,8 +41,8 @@ class Functional(Hypergradient):
     second network, here it is solved for). The guide's network takes no part: its second derivatives are not needed,
     its conditioning does not matter, and nothing drifts in directions that G does not see. The system of an example is
     as small as its latents, its curvature at the posterior is the Fisher information of q, and preconditioned by that
-    a few conjugate-gradient steps solve it. An example along whose direction G has no minimum is left out from there
-    on, as in Newton-CG, so that a guide far from the posterior gives a smaller correction and no greater one.
+    a few conjugate-gradient steps solve it. Where they meet a direction without curvature an example's steps end, as in
+    Newton-CG, so that a guide far from the posterior gives a smaller correction and no greater one.
 
     What it assumes: that the guide can fit every example by itself. A guide that is too rigid has another dφ*/dθ; the
     gradient is then that of a flexible one of the same family. And δ is a shift, not a slope: what J owes to how the
@@ -146,7 +150,7 @@ def _solved(
         rest = {key: value - image[key] for key, value in rhs.items()}
         return y, _length(shifted, rest, size), ratio(shifted.dot(y, image).sum(), size.sum())
     z = shifted.natural(r)
-    p, square = z, shifted.dot(r, z)
+    p, p_in_f, square = z, r, shifted.dot(r, z)  # the second is F p
     start, goes_on = square, square > 0
     curvature = torch.zeros_like(square.sum())
     for i in range(num_steps):
@@ -154,12 +158,13 @@ def _solved(
         bend = shifted.dot(p, image)
         if i == 0:
             curvature = ratio(bend.sum(), square.sum())
-        goes_on = goes_on & (bend > 0) & (square > torch.finfo(square.dtype).eps * start)
+        goes_on = goes_on & (bend > FLAT * shifted.dot(p, p_in_f)) & (square > torch.finfo(square.dtype).eps * start)
         length = torch.where(goes_on, ratio(square, bend), 0.0)
         y, r = moved(y, length, p), moved(r, -length, image)
         z = shifted.natural(r)
         previous, square = square, shifted.dot(r, z)
-        p = moved(z, torch.where(goes_on, ratio(square, previous), 0.0), p)
+        weight = torch.where(goes_on, ratio(square, previous), 0.0)
+        p, p_in_f = moved(z, weight, p), moved(r, weight, p_in_f)
     return y, _length(shifted, r, start), curvature
 
 

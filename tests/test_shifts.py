@@ -1,0 +1,172 @@
+"""The guide's distributions, shifted: their Fisher information by enumeration, and what can't be shifted."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as ndist
+import numpyro.infer
+import optax
+import pyro
+import pyro.distributions as pdist
+import pyro.infer
+import pytest
+import torch
+
+import numpyro_bism
+import pyro_bism
+
+LOGITS = np.array([[0.3, -1.2, 2.0], [0.1, 0.4, -0.5]])
+SCALE = np.array([[0.7, 0.0], [-0.4, 1.3]])
+
+
+class Torch:
+    bism, p, dist, infer, shifts = pyro_bism, pyro, pdist, pyro.infer, pyro_bism.shifts
+    one_hot = staticmethod(lambda logits: pdist.OneHotCategorical(logits=logits))
+    array = staticmethod(lambda x: torch.tensor(x, dtype=torch.float64))
+
+    @staticmethod
+    def hessian(function, zero):
+        return torch.autograd.functional.hessian(function, zero)
+
+    @staticmethod
+    def step(model, guide, loss, **settings):
+        pyro.clear_param_store()
+        optim = pyro.optim.Adam({"lr": 1e-3})
+        pyro_bism.BiSM(model, guide, optim, loss, hypergradient=pyro_bism.Functional(), **settings).step(
+            torch.tensor(X)
+        )
+
+
+class Jax:
+    bism, p, dist, infer, shifts = numpyro_bism, numpyro, ndist, numpyro.infer, numpyro_bism.shifts
+    one_hot = staticmethod(lambda logits: ndist.MultinomialLogits(logits, 1))
+    array = staticmethod(jnp.asarray)
+
+    @staticmethod
+    def hessian(function, zero):
+        return jax.hessian(function)(zero)
+
+    @staticmethod
+    def step(model, guide, loss, **settings):
+        strategy = numpyro_bism.Functional()
+        bism = numpyro_bism.BiSM(model, guide, optax.adam(1e-3), loss, hypergradient=strategy, **settings)
+        x = jnp.asarray(X)
+        state = bism.init(jax.random.key(0), x)
+        jax.eval_shape(lambda: bism.update(state, x))
+
+
+X = np.random.default_rng(0).normal(size=(6, 2))
+
+
+@pytest.fixture(params=[Torch, Jax], ids=["pyro", "numpyro"])
+def host(request):
+    with jax.enable_x64(request.param is Jax):
+        yield request.param
+
+
+def expected(host, fn):
+    """δ to -E_q log q_δ, up to what does not depend on δ; by parameter."""
+    base, at = host.bism.distributions.base_of(fn), host.shifts._parameters("h", fn)
+    if isinstance(base, host.dist.Normal | host.dist.LogNormal):
+
+        def cross(shift):
+            log_scale = at["scale"] + shift["scale"]
+            square = shift["loc"] ** 2 + host.array(1.0) * base.scale**2
+            return (
+                log_scale + 0.5 * square * (-2 * log_scale).exp()
+                if host is Torch
+                else log_scale + 0.5 * square * jnp.exp(-2 * log_scale)
+            ).sum()
+
+        return cross
+    if isinstance(base, host.dist.MultivariateNormal):
+        precision = host.array(np.linalg.inv(SCALE @ SCALE.T))
+        return lambda shift: 0.5 * ((shift["loc"] @ precision) * shift["loc"]).sum()
+    fn = host.bism.distributions.hard(fn)
+    is_one_hot = "logits" in at and fn.event_shape
+    support = host.array(np.eye(3)[:, None] + np.zeros((2, 1))) if is_one_hot else fn.enumerate_support()
+    log_q = fn.log_prob(support)
+    weights = log_q.exp() if host is Torch else jnp.exp(log_q)
+
+    def cross(shift):
+        return -(weights * host.shifts._moved("h", fn, shift).log_prob(support)).sum()
+
+    return cross
+
+
+FAMILIES = {
+    "normal": lambda h: h.dist.Normal(h.array(LOGITS), h.array(np.exp(LOGITS))).to_event(1),
+    "log-normal": lambda h: h.dist.LogNormal(h.array(LOGITS), h.array(np.exp(LOGITS))),
+    "multivariate": lambda h: h.dist.MultivariateNormal(h.array(LOGITS[:, :2]), scale_tril=h.array(SCALE)),
+    "bits": lambda h: h.dist.Bernoulli(logits=h.array(LOGITS)),
+    "bits-by-probs": lambda h: h.dist.Bernoulli(probs=1 / (1 + np.exp(-1)) * h.array(np.ones((2, 3)))),
+    "relaxed": lambda h: h.bism.ConcreteBernoulli(0.1, h.array(LOGITS)),
+    "classes": lambda h: h.dist.Categorical(logits=h.array(LOGITS)),
+    "one-hot": lambda h: h.one_hot(h.array(LOGITS)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_natural_is_the_inverse_fisher_information(host, family):
+    fn = FAMILIES[family](host)
+    at = host.shifts._parameters("h", fn)
+    zeros = {k: 0 * x for k, x in at.items() if not (family == "multivariate" and k == "scale_tril")}
+    base = host.bism.distributions.base_of(fn)
+    cross = expected(host, fn)
+    for k, zero in zeros.items():
+        information = host.hessian(lambda x, k=k: cross({**zeros, k: x}), zero)
+        fisher = np.asarray(information).reshape(math.prod(zero.shape), -1)
+        # of a softmax's logits a slope adds up to 0 along the classes
+        slope = fisher @ np.random.default_rng(0).normal(size=len(fisher))
+        natural = np.asarray(host.shifts._natural(base, k, host.array(slope.reshape(zero.shape))))
+        np.testing.assert_allclose(fisher @ natural.reshape(-1), slope, rtol=1e-6, atol=1e-9)
+
+
+def test_every_variable_has_a_shift_of_its_own(host):
+    """Also where the guide's examples share a scale, or all is expanded from one number."""
+    shared = host.dist.Normal(host.array(LOGITS), host.array(1.0)).to_event(1)
+    expanded = host.dist.Normal(host.array(0.0), host.array(2.0)).expand([2, 3]).mask(False)
+    for fn in (shared, expanded):
+        at = host.shifts._parameters("h", fn)
+        assert {k: tuple(x.shape) for k, x in at.items()} == {"loc": (2, 3), "scale": (2, 3)}
+        moved = host.shifts._moved("h", fn, {k: 0 * x for k, x in at.items()})
+        assert (moved.batch_shape, moved.event_shape) == (fn.batch_shape, fn.event_shape)
+        value = host.array(0.3 * LOGITS)
+        np.testing.assert_allclose(np.asarray(moved.log_prob(value)), np.asarray(fn.log_prob(value)), rtol=1e-9)
+
+
+def programs(host, draw):
+    def model(x):
+        w = host.p.param("w", host.array(0.5))
+        with host.p.plate("data", len(x)):
+            host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            h = host.p.sample("h", host.dist.Normal(0.0, 1.0))
+            host.p.factor("energy", w * h * x.sum(-1) - (x**2).sum(-1))
+
+    def guide(x):
+        m = host.p.param("m", host.array(0.1))
+        with host.p.plate("data", len(x)):
+            host.p.sample("h", draw(host, m * x.sum(-1)))
+
+    return model, guide
+
+
+def test_what_it_can_not_shift_is_named(host):
+    denoising = host.bism.DenoisingScoreMatching(0.3)
+    points = programs(host, lambda h, m: h.dist.Delta(m))
+    with pytest.raises(ValueError, match=r"knows none of site 'h' \(Delta\).*Amortized"):
+        host.step(*points, denoising)
+    flow = host.dist.transforms.AffineTransform(0.1, 2.0)
+    sent = programs(host, lambda h, m: h.dist.TransformedDistribution(h.dist.Normal(m, 1.0), [flow]))
+    with pytest.raises(ValueError, match=r"knows none of site 'h' \(TransformedDistribution\).*Amortized"):
+        host.step(*sent, denoising)
+    plain = programs(host, lambda h, m: h.dist.Normal(m, 1.0))
+    with pytest.raises(ValueError, match=r"ScoreMatching differentiates the score.*Exact"):
+        host.step(*plain, host.bism.ScoreMatching())
+    with pytest.raises(ValueError, match="memory must be"):
+        host.bism.Functional(memory=1.0)
+    with pytest.raises(ValueError, match="num_steps must be"):
+        host.bism.Functional(num_steps=0)
