@@ -198,13 +198,8 @@ class Torch:
     def call(self, num=1, num_fit=0, fresh=False):
         """The last of ``num`` results, the state handed on; gradients by name. ``fresh`` gives all, new noise each."""
         strategy, found = self.trained.hypergradient, []
-<<<<<<< HEAD
-        state = strategy.init(self.problem.phi)
-        self.problem.inner_noise = [self.problem.snapshot()] * num_fit
-=======
         state = strategy.init(self.problem.theta, self.problem.phi)
-        self.problem.inner_noise = [pyro_bism.params.random_state()] * num_fit
->>>>>>> cac7d01 (Functional: the adjoint in the space of the guide's distributions (Pyro), shifts by site and parameter)
+        self.problem.inner_noise = [self.problem.snapshot()] * num_fit
         for i in range(num):
             torch.manual_seed(i if fresh else 1)
             result = strategy(self.problem, state)

@@ -22,10 +22,10 @@ def race(latents: str, strategies: list[str], goal: float, limit: int) -> dict[s
     import jax
     import numpy as np
     import optax
-    from hypergradients import Setting, trainer
     from tqdm import tqdm
 
     from checkerboard import expected_log_likelihood
+    from hypergradients import Setting, trainer
 
     setting = Setting("checkerboard")
     x = setting.train[:, None]
