@@ -173,7 +173,7 @@ def _frozen_batch_norm() -> Iterator[None]:
 
     def running(method, args, kwargs, context):
         module = context.module
-        if not (isinstance(module, linen.BatchNorm) and context.method_name == "__call__"):
+        if linen is None or not (isinstance(module, linen.BatchNorm) and context.method_name == "__call__"):
             return method(*args, **kwargs)
         own = module.use_running_average
         object.__setattr__(module, "use_running_average", True)  # linen takes its flag from one of two places
