@@ -1132,30 +1132,40 @@ def _change_of_variables(
     model_sites: Mapping[str, Site],
 ) -> guides.ChangeOfVariables | None:
     """:raises ValueError: where the guide's density can't be had at fixed h."""
-    pair, params = start.pair, start.pair.params(start.theta, start.phi, start.mutable)
+    pair = start.pair
     deltas = [name for name, site in latents.items() if site.is_delta]
     auxiliary = [name for name in latents if name not in model_sites and name not in deltas]
     if not (auxiliary or deltas):
         return None
-    keys = pair.draw(rng_key, params, batch, batch.v)[0].keys  # one key for all runs: what differs is v's doing
-
-    def guide_at(v: Array, values: Mapping[str, Array]) -> dict[str, Site]:
-        return pair.guide_at(rng_key, params, batch, v, values, keys)
-
-    values = {name: site.value for name, site in guide_at(batch.v, {}).items()}
-    change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas) if auxiliary else None
-    if change is not None:
-        change.check(guide_at, batch.v, values)
-    computed = () if change is None else change.computed
-    points, other = [name for name in deltas if name not in computed], jax.random.fold_in(rng_key, 1)
-    guides.check_points(
-        guide_at,
-        lambda v, values: pair.guide_at(other, params, batch, v, values, ()),
-        batch.v,
-        values,
-        points,
-    )
+    change, other = None, jax.random.fold_in(rng_key, 1)
+    # off the initial values too: at a scale of 1, or at weights of zero, a wrong density may be right
+    for phi in (start.phi, jittered(rng_key, start.phi)):
+        params = pair.params(start.theta, phi, start.mutable)
+        keys = pair.draw(rng_key, params, batch, batch.v)[0].keys  # one key for all runs: what differs is v's doing
+        at, anew = (
+            partial(_guide_at, pair, key, params, batch, keys=used) for key, used in ((rng_key, keys), (other, ()))
+        )
+        values = {name: site.value for name, site in at(batch.v, {}).items()}
+        if auxiliary and change is None:
+            change = guides.change_of_variables(at, batch.v, values, auxiliary, deltas)
+        if change is not None:
+            change.check(at, batch.v, values)
+        computed = () if change is None else change.computed
+        points = [name for name in deltas if name not in computed]
+        guides.check_points(at, anew, batch.v, values, points)
     return change
+
+
+def _guide_at(
+    pair: Pair,
+    rng_key: Array,
+    params: Mapping[str, Any],
+    batch: visible.Batch,
+    v: Array,
+    values: Mapping[str, Array],
+    keys: Sequence[Array],
+) -> dict[str, Site]:
+    return pair.guide_at(rng_key, params, batch, v, values, keys)
 
 
 def _check_scores(

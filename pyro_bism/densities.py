@@ -1024,14 +1024,17 @@ def _with_change(
         return pair
     with torch.random.fork_rng(devices=[]):
         guide_at, change = _seeded(pair, batch), None
-        values = {name: site.value.detach() for name, site in guide_at(batch.v, {}).items()}
-        if auxiliary:
-            change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas)
-        if change is not None:
-            change.check(guide_at, batch.v, values)
-        computed = () if change is None else change.computed
-        points = [name for name in deltas if name not in computed]
-        guides.check_points(guide_at, _seeded(pair, batch), batch.v, values, points)
+        # off the initial values too: at a scale of 1, or at weights of zero, a wrong density may be right
+        for parameters in (nullcontext(), params.jittered(list(pair.phi.values()))):
+            with parameters:
+                values = {name: site.value.detach() for name, site in guide_at(batch.v, {}).items()}
+                if auxiliary and change is None:
+                    change = guides.change_of_variables(guide_at, batch.v, values, auxiliary, deltas)
+                if change is not None:
+                    change.check(guide_at, batch.v, values)
+                computed = () if change is None else change.computed
+                points = [name for name in deltas if name not in computed]
+                guides.check_points(guide_at, _seeded(pair, batch), batch.v, values, points)
     return replace(pair, change=change)
 
 

@@ -211,6 +211,12 @@ def without_density(host, x, e):
     return host.dist.Delta(m + s * e, event_dim=1)
 
 
+def right_at_the_start(host, x, e):
+    """Of a scale that is 1 there, so that a log_density of 0 is the right one before the first step alone."""
+    m = moments(host, x)[0]
+    return host.dist.Delta(m + host.xp.exp(host.param("raw", 0.0)) * e, event_dim=1)
+
+
 def of_another_size(host, x, e):
     m, s = moments(host, x)[:2]
     return host.dist.Delta(m + s * e[:, :1], log_density=-host.xp.log(s).sum(-1), event_dim=1)
@@ -230,6 +236,7 @@ def mixed_over(host, x, e):
     ("make", "message"),
     [
         (without_density, r"'h'.*log_density of 0 in the first row.*AmortizedGuide"),
+        (right_at_the_start, r"'h'.*log_density of 0 in the first row.*AmortizedGuide"),
         (of_another_size, r"such a map has no density|no inverse"),
         (across_rows, r"'h': a row is computed from other rows' draws of 'e_'"),
         (mixed_over, r"auxiliary site 'e_' is not determined"),
