@@ -46,7 +46,7 @@ def test_hypergradient_is_the_derivative_of_the_whole_map(name, num_steps):
         state = optim.init({"m": jnp.ones(3), "s": jnp.ones(3), "dead": jnp.zeros(2)})
         theta, direction = jnp.array([0.1, 0.2, -0.3, 0.4]), jnp.array([1.0, -0.5, 0.3, 0.7])
         strategy = Unrolled(num_steps) if num_steps else Detached()
-        whole = jax.jit(lambda t: strategy(key, Bilevel(outer, inner, outer, outer, optim, None), t, state, None))
+        whole = jax.jit(lambda t: strategy(key, Bilevel(outer, inner, outer, outer, None, optim, None), t, state, None))
 
         def at(t):
             return whole(theta + t * direction)[0]
