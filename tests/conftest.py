@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-# Dear in NumPyro, by compilation, and proved in kind by a twin that runs every time: the other package's, a smaller one,
-# or the same with another loss. `pytest -m full` runs them.
+# Dear in NumPyro, by compilation, and proved in kind by a twin that runs every time: the other package's, a smaller
+# one, or the same with another loss. `pytest -m full` runs them.
 TWINS = """
 test_coupled_rows.py::test_evaluation_takes_all_rows_given_in_order[numpyro-25]
 test_guides.py::test_a_guide_for_latents_of_every_kind[numpyro-flow]

@@ -780,7 +780,7 @@ def test_covariance_takes_the_energy_example_by_example(host):
         return model, LinearGaussian.programs(h)[1]
 
     case = types.SimpleNamespace(
-        **{k: getattr(LinearGaussian, k) for k in ("D", "rate", "x_shape", "theta", "inner", "posterior")}
+        **{k: getattr(LinearGaussian, k) for k in ("D", "rate", "x_shape", "column", "theta", "inner", "posterior")}
     )
     case.programs = lambda h: programs(h, False)
     found, _ = at_posterior(host, case, ("Covariance", {})).call()

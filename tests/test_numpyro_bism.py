@@ -302,7 +302,10 @@ def test_a_strategys_state_is_part_of_the_state(strategy, tmp_path):
     bism = fresh()
     half = bism.run(KEY, 3, X, progress_bar=False).state
     whole = bism.run(None, 3, X, progress_bar=False, init_state=half)
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(half.hypergradient_state))
+    moved = [np.abs(x).max() > 0 for x in jax.tree.leaves(half.hypergradient_state)]
+    assert (
+        any(moved) if isinstance(strategy, Functional) else all(moved)
+    )  # a parameter that no latent meets has no term
     leaves, tree = jax.tree.flatten(half._replace(rng_key=jax.random.key_data(half.rng_key)))
     np.savez(tmp_path / "state.npz", *leaves)
     with np.load(tmp_path / "state.npz") as archive:
