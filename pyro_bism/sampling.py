@@ -251,7 +251,9 @@ def _start(energy: Energy, data: Point, which: Tensor, init: Any, density: Densi
         for name in x:
             latent = energy.latents.get(name)
             if latent is None:
-                centre, spread = data[VISIBLE].mean(0), 2 * data[VISIBLE].std(0, correction=0) + 1e-6
+                centre = data[VISIBLE].mean(0)
+                # not std: where all of v is discrete there is no column, and it warns
+                spread = 2 * (data[VISIBLE] - centre).square().mean(0).sqrt() + 1e-6
                 new = centre + spread * torch.randn_like(x[name])
             elif latent.kind == "real":
                 new = 4 * torch.rand_like(x[name]) - 2  # as init_to_uniform

@@ -406,3 +406,21 @@ def test_spectral_norm_under_exact_score_matching(norm):
             pyro.factor("energy", (layer(v) * h).sum(-1) - 0.5 * (v**2).sum(-1))
 
     assert np.isfinite(backend.step(backend.bism(pyro_bism.ScoreMatching(), model=model), backend.data))
+
+
+def test_annealing_and_chains_of_bits_alone():
+    """There is no column of real numbers then, of whose spread torch would warn; log Z of independent bits."""
+
+    def model(x):
+        b = pyro.param("b", torch.tensor([0.5, -1.0, 2.0]))
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", torch_dist.Bernoulli(0.5).expand([3]).to_event(1).mask(False), obs=x)
+            pyro.factor("energy", v @ b)
+
+    x = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    rival = pyro_bism.PseudoLikelihood(model, pyro.optim.Adam({"lr": 1e-2}))
+    found = pyro_bism.ais(rival, x, num_temperatures=20, num_chains=200, progress_bar=False)
+    exact = np.log1p(np.exp(0.5)) + np.log1p(np.exp(-1.0)) + np.log1p(np.exp(2.0))
+    assert abs(found.log_normalizer - exact) < max(4 * found.standard_error, 1e-4)
+    settings = {"num_warmup": 0, "num_samples": 2, "num_chains": 2, "progress_bar": False}
+    pyro_bism.run_chains(rival, x, kernel=pyro_bism.Gibbs(), init="noise", **settings)

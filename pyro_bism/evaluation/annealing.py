@@ -212,7 +212,10 @@ def _base(
     """p₀ as a density, and its draws."""
     v = data[VISIBLE]
     if base is None:
-        loc, scale = v.mean(0), v.std(0, correction=0)
+        loc = v.mean(0)
+        scale = (
+            (v - loc).square().mean(0).sqrt()
+        )  # not std: where all of v is discrete there is no column, and it warns
         scale = torch.where(scale > 0, scale, 1.0)
     else:
         loc, scale = (torch.as_tensor(a, dtype=v.dtype).expand(v.shape[1:]) for a in base)
