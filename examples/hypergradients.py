@@ -44,6 +44,8 @@ STRATEGIES = {
     "Implicit('nystrom', 10, damping=1e-3)": ("summed",),
     "Amortized()": ("relaxed", "summed"),
     "Amortized(num_steps=3)": ("summed",),
+    "Functional()": ("relaxed", "summed"),
+    "Functional(memory=0)": ("summed",),
     "Penalty(10)": ("summed",),
     "Penalty(100)": ("relaxed", "summed"),
     "Penalty(1000)": ("summed",),
@@ -59,6 +61,7 @@ ON_FACES = {
     "Implicit(num_steps=20)": ("summed",),
     "Implicit(num_steps=20, damping=0.01)": ("summed",),
     "Amortized()": ("relaxed", "summed"),
+    "Functional()": ("relaxed", "summed"),
     "Penalty(100)": ("summed",),
     "Covariance(2)": ("summed",),
     "Exact()": ("summed",),
@@ -391,7 +394,7 @@ def picture(tables, path):
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    kinds = ["Detached", "Unrolled", "Implicit", "Amortized", "Penalty", "Covariance", "Exact"]
+    kinds = ["Detached", "Unrolled", "Implicit", "Amortized", "Penalty", "Covariance", "Exact", "Functional"]
     figure, axes = plt.subplots(1, len(tables), figsize=(5.6 * len(tables), 4.6), layout="constrained", squeeze=False)
     for axis, (title, found) in zip(axes[0], tables.items(), strict=True):
         for row in found:
