@@ -34,8 +34,8 @@ class BiSMInfo(NamedTuple):
     :ivar inner_grad_norm: ‖∇_φ G‖ there: small and steady if the guide is fitted.
     :ivar hypergradient_norm: ‖dJ/dθ‖: a run of growing values says that the unroll is about to explode.
     :ivar residual: relative residual of the hypergradient's linear system: near 0 it is solved; 0 if there is none.
-    :ivar curvature: the least curvature of G that its solver met; at or below 0 φ is at no minimum. Infinite if it
-        looks at none.
+    :ivar curvature: the least curvature of G that its solver met (a mean under ``Functional``); at or below 0 φ is at
+        no minimum. Infinite if it looks at none.
     :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
     :ivar verdict: 0 as long as training has not run away, else a number; ``in_words`` says it in a sentence.
     """
