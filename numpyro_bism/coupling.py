@@ -219,8 +219,7 @@ def _drawn(rng_key: Array, start: _Start) -> tuple[dict[str, Array], _Own]:
     with block(), seed(rng_seed=key_model), record(start.params, {**drawn, **batch.indices}, pair.softened) as p:
         start.model(*args, **kwargs)
     visible = {site.name: p.sites[site.name] for site in batch.sites}
-    lead = [(s, jnp.ndim(s.value) - s.fn.event_dim) for s in visible.values()]
-    plates = {frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims}
+    plates = set(pair.data_plates)
     latents = {}
     for name, site in p.sites.items():
         axis = None if site.is_observed else _axis(site, plates, jnp.shape(site.value), len(batch.v), site.fn.event_dim)

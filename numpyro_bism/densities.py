@@ -247,6 +247,7 @@ class Pair:
     :ivar num_plate_dims: how many dimensions the plates take.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     :ivar averaged: the guide's sites that are summed out by their mean.
+    :ivar data_plates: the plates along the leading axis of the visible values.
     :ivar reads_rows: whether the programs read of a subsampled argument nothing but the plate's rows.
     :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
     :ivar trained_rows: of a pair that takes all rows: how many there were while training.
@@ -268,6 +269,7 @@ class Pair:
     reads_rows: bool = False
     shapes: Mapping[str, Any] = field(default_factory=dict)
     averaged: tuple[str, ...] = ()
+    data_plates: frozenset[str] = frozenset()
     change: guides.ChangeOfVariables | None = None
     trained_rows: int | None = None
 
@@ -721,6 +723,12 @@ def _per_example(name: str, log_prob: Array, n: int) -> Array:
     return log_prob.reshape(n, -1).sum(-1)
 
 
+def data_plates(visible_sites: Iterable[Site]) -> frozenset[str]:
+    """The plates along the leading axis of the visible values."""
+    lead = [(s, jnp.ndim(s.value) - s.fn.event_dim) for s in visible_sites]
+    return frozenset(frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims)
+
+
 def joint_per_example(sites: Iterable[Site], n: int) -> Array:
     """The sites' joint log density of every example, shape (n,).
 
@@ -834,6 +842,7 @@ def analyse(
             max(dims),
             tuple(name for name in sampled if not latents[name].fn.has_rsample),
             averaged=averaged,
+            data_plates=data_plates(p.sites[site.name] for site in sites),
         )
         if loss is not None:
             strategy.check(loss, pair)

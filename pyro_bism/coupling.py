@@ -201,8 +201,7 @@ def _drawn(start: _Start) -> tuple[dict[str, Tensor], _Own]:
     with record({**drawn, **batch.indices}, pair.softened) as p:
         start.model(*args, **kwargs)
     visible = {site.name: p.sites[site.name] for site in batch.sites}
-    lead = [(s, s.value.dim() - s.fn.event_dim) for s in visible.values()]
-    plates = {frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims}
+    plates = set(start.pair.data_plates)
     latents = {}
     for name, site in p.sites.items():
         axis = None if site.is_observed else _axis(site, plates, site.value.shape, len(batch.v), site.fn.event_dim)

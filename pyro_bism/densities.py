@@ -232,6 +232,7 @@ class Pair:
     :ivar is_stated: whether the programs read φ through ``pyro.param`` statements alone.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     :ivar averaged: the guide's sites that are summed out by their mean.
+    :ivar data_plates: the plates along the leading axis of the visible values.
     :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
     :ivar astray: the parameters of φ that stand-ins do not take the place of; looked for where steps are unrolled.
     """
@@ -253,6 +254,7 @@ class Pair:
     is_stated: bool = False
     unreparameterised: tuple[str, ...] = ()
     averaged: tuple[str, ...] = ()
+    data_plates: frozenset[str] = frozenset()
     change: guides.ChangeOfVariables | None = None
     astray: tuple[str, ...] = ()
 
@@ -579,6 +581,12 @@ def _slope(log_weights: Sequence[Tensor], v: Tensor, loss: OuterLoss) -> Tensor:
     return torch.autograd.grad(total / len(log_weights), v, create_graph=True)[0]
 
 
+def data_plates(visible_sites: Iterable[Site]) -> frozenset[str]:
+    """The plates along the leading axis of the visible values."""
+    lead = [(s, s.value.dim() - s.fn.event_dim) for s in visible_sites]
+    return frozenset(frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims)
+
+
 def joint_per_example(sites: Iterable[Site], n: int) -> Tensor:
     """The sites' joint log density of every example, shape (n,).
 
@@ -747,6 +755,7 @@ def _describe(
         params.frozen((*p.params.values(), *q.params.values()), ran),
         unreparameterised=tuple(name for name in sampled if not latents[name].fn.has_rsample),
         averaged=averaged,
+        data_plates=data_plates(p.sites[site.name] for site in sites),
     )
     subsamples = {**q.subsamples, **p.subsamples}
     handed = frozenset(name for name, plate in plates.items() if plate.is_handed)

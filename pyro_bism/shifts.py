@@ -8,7 +8,7 @@ falls apart into the examples', and where q is the posterior it is the Fisher in
 .. math:: \frac{∂^2 G_i}{∂δ^2} = F(λ_i) = -E_q \frac{∂^2 \log q}{∂λ^2}.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
     sites = {name: site for name, site in run.sites.items() if not site.is_observed}
     at = {(name, k): x for name, site in sites.items() for k, x in _parameters(name, site.fn).items()}
     zeros = {key: torch.zeros_like(x).requires_grad_() for key, x in at.items()}
-    axes = {name: _axis(site, len(v)) for name, site in sites.items()}
+    axes = {name: _axis(site, pair.data_plates, len(v)) for name, site in sites.items()}
 
     def dot(x: Shifts, y: Shifts) -> Tensor:
         parts = [torch.moveaxis(x[key] * y[key], axes[key[0]], 0).reshape(len(v), -1).sum(-1) for key in x]
@@ -186,11 +186,11 @@ _BITS = ConcreteBernoulli, AveragedBernoulli, dist.Bernoulli
 _CLASSES = ConcreteOneHot, AveragedOneHot, dist.Categorical, dist.OneHotCategorical
 
 
-def _axis(site: Site, n: int) -> int:
+def _axis(site: Site, plates: Collection[str], n: int) -> int:
     """Along which axis of the parameters the examples stand."""
     shape = _shape(site.fn, base_of(site.fn))
-    dims = [frame.dim for frame in site.frames]
-    axis = len(site.fn.batch_shape) + min(dims) if dims else 0
+    dims = [frame.dim for frame in site.frames if frame.name in plates]
+    axis = len(site.fn.batch_shape) + dims[0] if dims else 0
     if not 0 <= axis < len(shape) or shape[axis] != n:
         raise ValueError(
             f"Functional() needs an entry for every example in the guide's site '{site.name}', whose distributions are "

@@ -1,6 +1,7 @@
 """The guide's distributions, shifted: their Fisher information by enumeration, and what can't be shifted."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -170,3 +171,14 @@ def test_what_it_can_not_shift_is_named(host):
         host.bism.Functional(memory=1.0)
     with pytest.raises(ValueError, match="num_steps must be"):
         host.bism.Functional(num_steps=0)
+
+
+def test_examples_are_told_from_as_many_units(host):
+    fn = host.dist.Normal(host.array(np.zeros((6, 6))), 1.0)
+    frames = {name: types.SimpleNamespace(name=name, dim=dim) for name, dim in (("units", -2), ("data", -1))}
+    site = types.SimpleNamespace(name="h", fn=fn, frames=list(frames.values()))
+    assert host.shifts._axis(site, {"data"}, 6) == 1
+    site.frames = [frames["units"]]  # the data in no plate: along the first axis
+    assert host.shifts._axis(site, set(), 6) == 0
+    with pytest.raises(ValueError, match="an entry for every example"):
+        host.shifts._axis(site, set(), 5)
