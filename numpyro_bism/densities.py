@@ -495,7 +495,6 @@ class Pair:
 
         :param noise: the loss's own, from an earlier draw.
 
-
         A subsampling plate's N/B is a weight on every example's loss; in the mean over the data, of which
         this is an unbiased estimate, it cancels against the 1/N.
         """

@@ -22,7 +22,16 @@ from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
 from .densities import Pair, Site, record
-from .distributions import AveragedBernoulli, AveragedOneHot, ConcreteBernoulli, ConcreteOneHot, base_of
+from .distributions import (
+    AveragedBernoulli,
+    AveragedOneHot,
+    ConcreteBernoulli,
+    ConcreteOneHot,
+    base_of,
+    rebuild,
+    unmasked,
+)
+from .divergences import FisherDivergence
 from .hypergradients import Shifted
 from .losses import OuterLoss
 from .visible import Batch
@@ -54,6 +63,11 @@ def shifted_losses(
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
             "computed from other draws and have a density of their own. Take hypergradient=Amortized()."
         )
+    if isinstance(inner_loss, FisherDivergence):
+        raise ValueError(
+            "Functional() takes the inner loss's curvature in units of the Fisher information, which that of "
+            "FisherDivergence() is not. Take an ELBO as inner_loss, or hypergradient=Implicit()."
+        )
     key_noise, key_guide, key_outer = jax.random.split(rng_key, 3)
     noise = loss.draw(key_noise, batch.v)
     v = loss.perturb(batch.v, noise)
@@ -61,6 +75,8 @@ def shifted_losses(
     with seed(rng_seed=key_guide), record(params(theta), batch.indices) as run:
         pair.guide(*args, **kwargs)
     sites = {name: site for name, site in run.sites.items() if not site.is_observed}
+    for site in sites.values():
+        _require_plain(site)
     at = {(name, k): x for name, site in sites.items() for k, x in _parameters(name, site.fn).items()}
     zeros = jax.tree.map(jnp.zeros_like, at)
     axes = {name: _axis(site, pair.data_plates, len(v)) for name, site in sites.items()}
@@ -106,34 +122,41 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
     return run
 
 
+def _require_plain(site: Site) -> None:
+    """:raises ValueError: where a scale or a mask of the user's lies over a site: G's curvature is not F then."""
+    scale: Any = 1.0 if site.scale is None else site.scale
+    for frame in site.frames:
+        full_size, size = site.plates[frame.name]
+        scale = scale * (size / full_size)
+    is_scaled = not (isinstance(scale, int | float) and abs(scale - 1) < 1e-6)
+    if is_scaled or unmasked(site.fn) is not site.fn:
+        raise ValueError(
+            f"Functional(): guide site '{site.name}' stands under a scale or a mask; the inner loss's curvature is not the "
+            "Fisher information of its distribution then. Take it off, or take hypergradient=Amortized()."
+        )
+
+
 def _free(name: str, base: Any) -> dict[str, Any]:
     """The map from the reals of every parameter that can be shifted, and its constraint.
 
-    :raises ValueError: if there is none.
+    :raises ValueError: for a distribution whose Fisher information is not known here.
     """
-    is_known = not isinstance(base, dist.Delta | dist.TransformedDistribution) or isinstance(base, dist.LogNormal)
-    try:
-        found = {k: (biject_to(c), c) for k, c in _arguments(base).items() if k not in FIXED} if is_known else {}
-    except NotImplementedError:
-        found = {}
-    if not found or any(not hasattr(base, k) for k in found):
+    if type(base) not in _FAMILIES:
         raise ValueError(_refusal(name, base))
-    return found
+    return {k: (biject_to(c), c) for k, c in _arguments(base).items() if k not in FIXED}
 
 
 def _arguments(base: Any) -> dict[str, Any]:
     """The arguments that make the distribution, with their constraints; none of two that say the same."""
     found = dict(base.arg_constraints)
-    for better, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
-        if better in found:
-            found = {k: c for k, c in found.items() if k not in others}
-    return found
+    return {k: c for k, c in found.items() if not (k == "probs" and "logits" in found)}
 
 
 def _refusal(name: str, base: Any) -> str:
     return (
-        f"Functional() shifts the parameters of the distributions that the guide samples from, and knows none of site "
-        f"'{name}' ({type(base).__name__}). Take hypergradient=Amortized()."
+        "Functional() shifts the parameters of the distributions that the guide samples from, in units of their Fisher "
+        "information, which it knows of normal, log-normal, Bernoulli and categorical ones (logits), and of relaxed "
+        f"bits and classes; site '{name}' is a {type(base).__name__}. Take hypergradient=Amortized()."
     )
 
 
@@ -157,45 +180,29 @@ def _parameters(name: str, fn: Any) -> dict[str, Array]:
 
 def _moved(name: str, fn: Any, shift: Mapping[str, Array]) -> Any:
     """``fn`` at λ + δ."""
-    base, mask = base_of(fn), _mask(fn)
+    base = base_of(fn)
     given = {k: jnp.asarray(getattr(base, k)) for k in _arguments(base)}
     for k, (transform, constraint) in _free(name, base).items():
         value = _spread(fn, base, given[k], constraint)
         # a real parameter's way there and back would only cost time
         is_real = constraint in (constraints.real, constraints.real_vector)
         given[k] = value + shift[k] if is_real else transform(transform.inv(value) + shift[k])
-    try:
-        moved = type(base)(**given, validate_args=False)
-    except TypeError as error:
-        raise ValueError(_refusal(name, base)) from error
-    moved = moved.to_event(fn.event_dim - base.event_dim)
-    return moved if mask is None else moved.mask(mask)
-
-
-def _mask(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            return fn._mask
-        fn = fn.base_dist
-    return None
+    return rebuild(fn, lambda base: type(base)(**given, validate_args=False))
 
 
 def _natural(base: Any, name: str, x: Array) -> Array:
-    """F(λ)⁻¹ x of one parameter, where F is known and easily inverted; else x."""
-    if name in ("logits", "probs") and isinstance(base, _BITS):
+    """F(λ)⁻¹ x of one parameter."""
+    if isinstance(base, _BITS):
         p = jax.nn.sigmoid(base.logits)
         return x / jnp.maximum(p * (1 - p), LEAST)
-    if name == "logits" and isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
+    if isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
         return x / jnp.maximum(jax.nn.softmax(base.logits, -1), LEAST)
-    if name == "loc" and isinstance(base, dist.MultivariateNormal):
-        return (base.scale_tril @ (jnp.swapaxes(base.scale_tril, -1, -2) @ x[..., None]))[..., 0]
-    if isinstance(base, dist.Normal | dist.LogNormal):
-        return x * jnp.square(base.scale) if name == "loc" else x / 2
-    return x
+    return x * jnp.square(base.scale) if name == "loc" else x / 2
 
 
 _BITS = ConcreteBernoulli, AveragedBernoulli, dist.BernoulliLogits, BernoulliProbs
 _CLASSES = ConcreteOneHot, AveragedOneHot, dist.CategoricalLogits, dist.MultinomialLogits
+_FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal}
 
 
 def _axis(site: Site, plates: Collection[str], n: int) -> int:

@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from .densities import Pair, Site, record
-from .distributions import AveragedBernoulli, AveragedOneHot, ConcreteBernoulli, ConcreteOneHot, base_of
+from .distributions import (
+    AveragedBernoulli,
+    AveragedOneHot,
+    ConcreteBernoulli,
+    ConcreteOneHot,
+    base_of,
+    rebuild,
+    unmasked,
+)
+from .divergences import FisherDivergence
 from .hypergradients import Shifted
 from .losses import OuterLoss
 from .visible import Batch
@@ -43,12 +52,19 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
             "computed from other draws and have a density of their own. Take hypergradient=Amortized()."
         )
+    if isinstance(inner_loss, FisherDivergence):
+        raise ValueError(
+            "Functional() takes the inner loss's curvature in units of the Fisher information, which that of "
+            "FisherDivergence() is not. Take an ELBO as inner_loss, or hypergradient=Implicit()."
+        )
     noise = loss.draw(batch.v)
     v = loss.perturb(batch.v, noise)
     args, kwargs = batch.arguments(v)
     with torch.no_grad(), record(batch.indices) as run:
         pair.guide(*args, **kwargs)
     sites = {name: site for name, site in run.sites.items() if not site.is_observed}
+    for site in sites.values():
+        _require_plain(site)
     at = {(name, k): x for name, site in sites.items() for k, x in _parameters(name, site.fn).items()}
     zeros = {key: torch.zeros_like(x).requires_grad_() for key, x in at.items()}
     axes = {name: _axis(site, pair.data_plates, len(v)) for name, site in sites.items()}
@@ -94,34 +110,43 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
     return run
 
 
+def _require_plain(site: Site) -> None:
+    """:raises ValueError: where a scale or a mask of the user's lies over a site: G's curvature is not F then."""
+    scale: Any = site.scale
+    for frame in site.frames:
+        scale = scale * (frame.size / frame.full_size)
+    if (
+        not (isinstance(scale, int | float) and abs(scale - 1) < 1e-6)
+        or unmasked(site.fn) is not site.fn
+        or site.mask is not None
+    ):
+        raise ValueError(
+            f"Functional(): guide site '{site.name}' stands under a scale or a mask; the inner loss's curvature is not the "
+            "Fisher information of its distribution then. Take it off, or take hypergradient=Amortized()."
+        )
+
+
 def _free(name: str, base: Any) -> dict[str, Any]:
     """The map from the reals of every parameter that can be shifted, and its constraint.
 
-    :raises ValueError: if there is none.
+    :raises ValueError: for a distribution whose Fisher information is not known here.
     """
-    is_known = not isinstance(base, dist.Delta | dist.TransformedDistribution) or isinstance(base, dist.LogNormal)
-    try:
-        found = {k: (transform_to(c), c) for k, c in _arguments(base).items() if k not in FIXED} if is_known else {}
-    except NotImplementedError:
-        found = {}
-    if not found or any(not hasattr(base, k) for k in found):
+    if type(base) not in _FAMILIES:
         raise ValueError(_refusal(name, base))
-    return found
+    return {k: (transform_to(c), c) for k, c in _arguments(base).items() if k not in FIXED}
 
 
 def _arguments(base: Any) -> dict[str, Any]:
     """The arguments that make the distribution, with their constraints; none of two that say the same."""
     found = dict(base.arg_constraints)
-    for better, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
-        if better in found:
-            found = {k: c for k, c in found.items() if k not in others}
-    return found
+    return {k: c for k, c in found.items() if not (k == "probs" and "logits" in found)}
 
 
 def _refusal(name: str, base: Any) -> str:
     return (
-        f"Functional() shifts the parameters of the distributions that the guide samples from, and knows none of site "
-        f"'{name}' ({type(base).__name__}). Take hypergradient=Amortized()."
+        "Functional() shifts the parameters of the distributions that the guide samples from, in units of their Fisher "
+        "information, which it knows of normal, log-normal, Bernoulli and categorical ones (logits), and of relaxed "
+        f"bits and classes; site '{name}' is a {type(base).__name__}. Take hypergradient=Amortized()."
     )
 
 
@@ -145,45 +170,29 @@ def _parameters(name: str, fn: Any) -> dict[str, Tensor]:
 
 def _moved(name: str, fn: Any, shift: Mapping[str, Tensor]) -> Any:
     """``fn`` at λ + δ."""
-    base, mask = base_of(fn), _mask(fn)
+    base = base_of(fn)
     given = {k: getattr(base, k) for k in _arguments(base)}
     for k, (transform, constraint) in _free(name, base).items():
         value = _spread(fn, base, given[k], constraint)
         # a real parameter's way there and back would only cost time
         is_real = constraint in (constraints.real, constraints.real_vector)
         given[k] = value + shift[k] if is_real else transform(transform.inv(value) + shift[k])
-    try:
-        moved = type(base)(**given, validate_args=False)
-    except TypeError as error:
-        raise ValueError(_refusal(name, base)) from error
-    moved = moved.to_event(fn.event_dim - base.event_dim)
-    return moved if mask is None else moved.mask(mask)
-
-
-def _mask(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            return fn._mask
-        fn = fn.base_dist
-    return None
+    return rebuild(fn, lambda base: type(base)(**given, validate_args=False))
 
 
 def _natural(base: Any, name: str, x: Tensor) -> Tensor:
-    """F(λ)⁻¹ x of one parameter, where F is known and easily inverted; else x."""
-    if name in ("logits", "probs") and isinstance(base, _BITS):
+    """F(λ)⁻¹ x of one parameter."""
+    if isinstance(base, _BITS):
         p = torch.sigmoid(base.logits)
         return x / (p * (1 - p)).clamp_min(LEAST)
-    if name == "logits" and isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
+    if isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
         return x / base.logits.softmax(-1).clamp_min(LEAST)
-    if name == "loc" and isinstance(base, dist.MultivariateNormal):
-        return (base.scale_tril @ (base.scale_tril.mT @ x[..., None]))[..., 0]
-    if isinstance(base, dist.Normal | dist.LogNormal):
-        return x * base.scale.square() if name == "loc" else x / 2
-    return x
+    return x * base.scale.square() if name == "loc" else x / 2
 
 
 _BITS = ConcreteBernoulli, AveragedBernoulli, dist.Bernoulli
 _CLASSES = ConcreteOneHot, AveragedOneHot, dist.Categorical, dist.OneHotCategorical
+_FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal}
 
 
 def _axis(site: Site, plates: Collection[str], n: int) -> int:

@@ -39,17 +39,22 @@ class Functional(Hypergradient):
     second network, here it is solved for). The guide's network takes no part: its second derivatives are not needed,
     its conditioning does not matter, and nothing drifts in directions that G does not see. The system of an example is
     as small as its latents, its curvature at the posterior is the Fisher information of q, and preconditioned by that
-    a few conjugate-gradient steps solve it. Where they meet a direction without curvature an example's steps end, as in
-    Newton-CG, so that a guide far from the posterior gives a smaller correction and no greater one.
+    a few conjugate-gradient steps solve it. Where they meet a direction with next to no curvature in units of F, an
+    example's steps end, as in Newton-CG: a guide far from the posterior gives a truncated correction.
 
-    What it assumes: that the guide can fit every example by itself. A guide that is too rigid has another dφ*/dθ; the
-    gradient is then that of a flexible one of the same family. And δ is a shift, not a slope: what J owes to how the
-    distributions turn with v is zero where q is the posterior, and left out elsewhere. For denoising losses.
+    What it assumes: that the guide fits every example by itself, with distributions of this family whose parameters are
+    free and independent. A guide that is too rigid, or a scale that it holds constant, has another dφ*/dθ; where one
+    site's distribution is computed from another's draw, one shift stands for all values of the draw; examples that the
+    model couples (batch normalisation) are solved as if they were not. And δ is a shift, not a slope: what J owes to
+    how the distributions turn with v is zero where q is the posterior, and left out elsewhere. For denoising losses, an
+    ELBO inside, and normal, log-normal, Bernoulli and categorical sites; others are refused.
 
-    Relaxed sites get F⁻¹ ∂J/∂δ itself: conjugate gradients fail on the Hessian of a few relaxed draws.
+    Relaxed sites get F⁻¹ ∂J/∂δ itself, whatever the curvature is: conjugate gradients fail on the Hessian of a few
+    relaxed draws. Beside other sites their part of the coupled system is left out.
 
     ``info.residual`` is that of the examples' systems in the norm of F⁻¹ (of relaxed sites mostly the noise of single
-    draws), ``info.curvature`` the mean curvature along ∂J/∂δ in units of F: 1 where the guide is the posterior.
+    draws; of the others alone where there are both), ``info.curvature`` the curvature along F⁻¹ ∂J/∂δ in units of F, of
+    all examples: 1 where the guide is the posterior.
 
     :param num_particles: draws of h that the Hessian is a mean of, where it is random.
     :param num_steps: conjugate-gradient steps at most.
@@ -86,7 +91,10 @@ class Functional(Hypergradient):
         self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: FunctionalState
     ) -> Result:
         key_shifted, key_inner = jax.random.split(rng_key)
-        shifted = problem.shifted(key_shifted, theta, problem.optim.get_params(inner_state))
+        phi = problem.optim.get_params(inner_state)
+        if not jax.tree.leaves(phi):
+            return Result(*jax.value_and_grad(problem.outer, argnums=1)(rng_key, theta, phi), state)
+        shifted = problem.shifted(key_shifted, theta, phi)
         loss, (direct, rhs) = jax.value_and_grad(shifted.outer, argnums=(0, 1))(theta, shifted.zeros)
         keys = jax.random.split(key_inner, self.num_particles if shifted.is_random else 1)
 
