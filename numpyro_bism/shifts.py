@@ -131,8 +131,8 @@ def _require_plain(site: Site) -> None:
     is_scaled = not (isinstance(scale, int | float) and abs(scale - 1) < 1e-6)
     if is_scaled or unmasked(site.fn) is not site.fn:
         raise ValueError(
-            f"Functional(): guide site '{site.name}' stands under a scale or a mask; the inner loss's curvature is not the "
-            "Fisher information of its distribution then. Take it off, or take hypergradient=Amortized()."
+            f"Functional(): guide site '{site.name}' stands under a scale or a mask: the inner loss's curvature is not "
+            "the Fisher information of its distribution then. Take it off, or take hypergradient=Amortized()."
         )
 
 

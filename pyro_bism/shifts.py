@@ -121,8 +121,8 @@ def _require_plain(site: Site) -> None:
         or site.mask is not None
     ):
         raise ValueError(
-            f"Functional(): guide site '{site.name}' stands under a scale or a mask; the inner loss's curvature is not the "
-            "Fisher information of its distribution then. Take it off, or take hypergradient=Amortized()."
+            f"Functional(): guide site '{site.name}' stands under a scale or a mask: the inner loss's curvature is not "
+            "the Fisher information of its distribution then. Take it off, or take hypergradient=Amortized()."
         )
 
 
