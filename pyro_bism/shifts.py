@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import transform_to
 
-from .densities import Pair, Site, record
+from .densities import Pair, Site, is_enumerated, record
 from .distributions import (
     AveragedBernoulli,
     AveragedOneHot,
@@ -60,7 +60,7 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
     noise = loss.draw(batch.v)
     v = loss.perturb(batch.v, noise)
     args, kwargs = batch.arguments(v)
-    with torch.no_grad(), record(batch.indices) as run:
+    with torch.no_grad(), record(batch.indices) as run, _FirstValue():
         pair.guide(*args, **kwargs)
     sites = {name: site for name, site in run.sites.items() if not site.is_observed}
     for site in sites.values():
@@ -90,6 +90,14 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
 
     relaxed = frozenset(pair.softened.difference(pair.averaged))
     return Shifted(zeros, outer, inner, natural, dot, scaled, relaxed, bool(pair.sampled))
+
+
+class _FirstValue(Messenger):
+    """Gives summed-out sites the first of their values: a captured step would keep their draws, which nobody reads."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and is_enumerated(msg["infer"]):
+            msg["value"], msg["done"] = msg["fn"].enumerate_support(expand=True)[0], True
 
 
 class _Shift(Messenger):
@@ -138,7 +146,7 @@ def _free(name: str, base: Any) -> dict[str, Any]:
 
 def _arguments(base: Any) -> dict[str, Any]:
     """The arguments that make the distribution, with their constraints; none of two that say the same."""
-    found = dict(base.arg_constraints)
+    found = base.arg_constraints
     return {k: c for k, c in found.items() if not (k == "probs" and "logits" in found)}
 
 
