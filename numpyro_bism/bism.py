@@ -55,10 +55,7 @@ class BiSMInfo(NamedTuple):
         return runaways.in_words(self.verdict)
 
     def __str__(self) -> str:
-        if any(isinstance(x, jax.core.Tracer) for x in self):
-            return repr(self)
-        numbers = ", ".join(f"{name} {float(x):.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
-        return f"{numbers}; {self.in_words}"
+        return runaways.shown(self)
 
 
 class BiSMState(NamedTuple):

@@ -108,7 +108,7 @@ class _Own(NamedTuple):
     :ivar masses: the guide's point masses: they follow from v and the other latents.
     """
 
-    plates: set[str]
+    plates: frozenset[str]
     latents: dict[str, tuple[int, Site]]
     visible: dict[str, Site]
     masses: set[str]
@@ -219,7 +219,7 @@ def _drawn(rng_key: Array, start: _Start) -> tuple[dict[str, Array], _Own]:
     with block(), seed(rng_seed=key_model), record(start.params, {**drawn, **batch.indices}, pair.softened) as p:
         start.model(*args, **kwargs)
     visible = {site.name: p.sites[site.name] for site in batch.sites}
-    plates = set(pair.data_plates)
+    plates = pair.data_plates
     latents = {}
     for name, site in p.sites.items():
         axis = None if site.is_observed else _axis(site, plates, jnp.shape(site.value), len(batch.v), site.fn.event_dim)
@@ -230,7 +230,7 @@ def _drawn(rng_key: Array, start: _Start) -> tuple[dict[str, Array], _Own]:
     return drawn, _Own(plates, latents, visible, masses)
 
 
-def _axis(site: Site, plates: set[str], shape: Sequence[int], n: int, event_dim: int = 0) -> int | None:
+def _axis(site: Site, plates: frozenset[str], shape: Sequence[int], n: int, event_dim: int = 0) -> int | None:
     """Along which axis of a site's value, or of its log density, the examples stand; None if there is none."""
     dims = [frame.dim for frame in site.frames if frame.name in plates]
     axis = len(shape) - event_dim + dims[0] if dims else 0

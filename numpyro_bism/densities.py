@@ -493,10 +493,10 @@ class Pair:
     ) -> Array:
         """J: the mean over the batch of the loss per example, fresh noise and fresh draws of h.
 
-        :param noise: the loss's own, from an earlier draw.
-
         A subsampling plate's N/B is a weight on every example's loss; in the mean over the data, of which
         this is an unbiased estimate, it cancels against the 1/N.
+
+        :param noise: the loss's own, from an earlier draw; None draws it.
         """
         key_noise, key_draw, key_score = jax.random.split(rng_key, 3)
         noise = loss.draw(key_noise, batch.v) if noise is None else noise
@@ -722,9 +722,9 @@ def _per_example(name: str, log_prob: Array, n: int) -> Array:
     return log_prob.reshape(n, -1).sum(-1)
 
 
-def data_plates(visible_sites: Iterable[Site]) -> frozenset[str]:
-    """The plates along the leading axis of the visible values."""
-    lead = [(s, jnp.ndim(s.value) - s.fn.event_dim) for s in visible_sites]
+def leading_plates(sites: Iterable[Site]) -> frozenset[str]:
+    """The plates along the leading axis of the sites' values: of the visible ones those whose rows are the batch."""
+    lead = [(s, jnp.ndim(s.value) - s.fn.event_dim) for s in sites]
     return frozenset(frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims)
 
 
@@ -841,7 +841,7 @@ def analyse(
             max(dims),
             tuple(name for name in sampled if not latents[name].fn.has_rsample),
             averaged=averaged,
-            data_plates=data_plates(p.sites[site.name] for site in sites),
+            data_plates=leading_plates(p.sites[site.name] for site in sites),
         )
         if loss is not None:
             strategy.check(loss, pair)
@@ -1150,9 +1150,8 @@ def _change_of_variables(
     for phi in (start.phi, jittered(rng_key, start.phi)):
         params = pair.params(start.theta, phi, start.mutable)
         keys = pair.draw(rng_key, params, batch, batch.v)[0].keys  # one key for all runs: what differs is v's doing
-        at, anew = (
-            partial(_guide_at, pair, key, params, batch, keys=used) for key, used in ((rng_key, keys), (other, ()))
-        )
+        at = partial(pair.guide_at, rng_key, params, batch, keys=keys)
+        anew = partial(pair.guide_at, other, params, batch)
         values = {name: site.value for name, site in at(batch.v, {}).items()}
         if auxiliary and change is None:
             change = guides.change_of_variables(at, batch.v, values, auxiliary, deltas)
@@ -1162,18 +1161,6 @@ def _change_of_variables(
         points = [name for name in deltas if name not in computed]
         guides.check_points(at, anew, batch.v, values, points)
     return change
-
-
-def _guide_at(
-    pair: Pair,
-    rng_key: Array,
-    params: Mapping[str, Any],
-    batch: visible.Batch,
-    v: Array,
-    values: Mapping[str, Array],
-    keys: Sequence[Array],
-) -> dict[str, Site]:
-    return pair.guide_at(rng_key, params, batch, v, values, keys)
 
 
 def _check_scores(

@@ -139,6 +139,14 @@ def in_words(verdict: Any, words: Words = BISM) -> str:
     return f"training has run away: {what}, and what was learnt since is not to be trusted. {words.cure}"
 
 
+def shown(info: Any, words: Words = BISM) -> str:
+    """An info whose last field is the verdict: its numbers, and the verdict as a sentence."""
+    if any(isinstance(x, jax.core.Tracer) for x in info):
+        return repr(info)
+    numbers = ", ".join(f"{name} {float(x):.4g}" for name, x in zip(info._fields[:-1], info[:-1], strict=True))
+    return f"{numbers}; {in_words(info.verdict, words)}"
+
+
 def warn(before: Any, after: Any, words: Words = BISM) -> bool:
     """Say it where it is new; inside a compiled function nobody knows yet.
 

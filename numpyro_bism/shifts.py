@@ -148,7 +148,7 @@ def _free(name: str, base: Any) -> dict[str, Any]:
 
 def _arguments(base: Any) -> dict[str, Any]:
     """The arguments that make the distribution, with their constraints; none of two that say the same."""
-    found = dict(base.arg_constraints)
+    found = base.arg_constraints
     return {k: c for k, c in found.items() if not (k == "probs" and "logits" in found)}
 
 

@@ -55,8 +55,7 @@ class BiSMInfo(NamedTuple):
         return runaways.in_words(self.verdict)
 
     def __str__(self) -> str:
-        numbers = ", ".join(f"{name} {x:.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
-        return f"{numbers}; {self.in_words}"
+        return runaways.shown(self)
 
 
 class BiSM(Trainer):

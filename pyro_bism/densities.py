@@ -488,10 +488,10 @@ class Pair:
     def outer_loss(self, batch: visible.Batch, loss: OuterLoss, noise: Any = None) -> Tensor:
         """J: the mean over the batch of the loss per example, fresh noise and fresh draws of h.
 
-        :param noise: the loss's own, from an earlier draw.
-
         A subsampling plate's N/B is a weight on every example's loss; in the mean over the data, of which
         this is an unbiased estimate, it cancels against the 1/N.
+
+        :param noise: the loss's own, from an earlier draw; None draws it.
         """
         noise = loss.draw(batch.v) if noise is None else noise
         v = loss.perturb(batch.v, noise)
@@ -580,9 +580,9 @@ def _slope(log_weights: Sequence[Tensor], v: Tensor, loss: OuterLoss) -> Tensor:
     return torch.autograd.grad(total / len(log_weights), v, create_graph=True)[0]
 
 
-def data_plates(visible_sites: Iterable[Site]) -> frozenset[str]:
-    """The plates along the leading axis of the visible values."""
-    lead = [(s, s.value.dim() - s.fn.event_dim) for s in visible_sites]
+def leading_plates(sites: Iterable[Site]) -> frozenset[str]:
+    """The plates along the leading axis of the sites' values: of the visible ones those whose rows are the batch."""
+    lead = [(s, s.value.dim() - s.fn.event_dim) for s in sites]
     return frozenset(frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims)
 
 
@@ -754,7 +754,7 @@ def _describe(
         params.frozen((*p.params.values(), *q.params.values()), ran),
         unreparameterised=tuple(name for name in sampled if not latents[name].fn.has_rsample),
         averaged=averaged,
-        data_plates=data_plates(p.sites[site.name] for site in sites),
+        data_plates=leading_plates(p.sites[site.name] for site in sites),
     )
     subsamples = {**q.subsamples, **p.subsamples}
     handed = frozenset(name for name, plate in plates.items() if plate.is_handed)

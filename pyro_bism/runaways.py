@@ -13,7 +13,7 @@ itself, in nats, has a scale.
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WARM_UP = 20  # steps: the optimisers' first ones, and those in which a kept linear system finds its solution
 EARLIEST = 5  # steps before a verdict: of fewer one that a high rate overshoots would decide
@@ -132,6 +132,12 @@ def in_words(verdict: int, words: Words = BISM) -> str:
         subject = (words.loss, words.gradient, "the inner loss's curvature")[code - 1]
         what = f"{subject} grew more than {'100,000' if code == CURVATURE else '1,000'}-fold"
     return f"training has run away: {what}, and what was learnt since is not to be trusted. {words.cure}"
+
+
+def shown(info: Any, words: Words = BISM) -> str:
+    """An info whose last field is the verdict: its numbers, and the verdict as a sentence."""
+    numbers = ", ".join(f"{name} {x:.4g}" for name, x in zip(info._fields[:-1], info[:-1], strict=True))
+    return f"{numbers}; {in_words(info.verdict, words)}"
 
 
 def warn(before: Watch, after: Watch, words: Words = BISM) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import visible
 from .brief import brief
 from .distributions import base_of
-from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, random_labels, select
+from .energies import VISIBLE, Density, Energy, Integral, Latent, Point, moments, random_labels, select
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin, require_kernel
 from .modes import in_own_modes
 from .visible import _is_real
@@ -251,10 +251,8 @@ def _start(energy: Energy, data: Point, which: Tensor, init: Any, density: Densi
         for name in x:
             latent = energy.latents.get(name)
             if latent is None:
-                centre = data[VISIBLE].mean(0)
-                # not std: where all of v is discrete there is no column, and it warns
-                spread = 2 * (data[VISIBLE] - centre).square().mean(0).sqrt() + 1e-6
-                new = centre + spread * torch.randn_like(x[name])
+                centre, spread = moments(data[VISIBLE])
+                new = centre + (2 * spread + 1e-6) * torch.randn_like(x[name])
             elif latent.kind == "real":
                 new = 4 * torch.rand_like(x[name]) - 2  # as init_to_uniform
             else:

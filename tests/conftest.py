@@ -14,7 +14,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of a parallel r
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-from pathlib import Path
 
 import pytest
 
@@ -72,17 +71,15 @@ test_words.py::test_strict_modes_of_jax[numpy_rank_promotion]
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """:data:`TWINS` are marked before the selection by marks; one that is no longer there is an error."""
-    twins, found, whole = set(TWINS.split("\n")) - {""}, set(), {}
-    for item in items:
-        name = f"{Path(item.path).name}::{item.nodeid.partition('::')[2]}"
-        whole[Path(item.path).name] = "::" not in "".join(item.session.config.args)
-        if name in twins:
-            item.add_marker(pytest.mark.full)
-            found.add(name)
-    lost = [name for name in twins - found if whole.get(name.partition("::")[0])]
-    if lost:
+    names = {f"{item.path.name}::{item.nodeid.partition('::')[2]}": item for item in items}
+    twins = set(TWINS.split("\n")) - {""}
+    for name in twins & names.keys():
+        names[name].add_marker(pytest.mark.full)
+    files = {item.path.name for item in items}
+    lost = [name for name in twins - names.keys() if name.partition("::")[0] in files]
+    if lost and not any("::" in arg for arg in config.args):  # of a file some tests are asked for by name
         raise pytest.UsageError(f"TWINS in conftest.py names tests that are not there: {sorted(lost)}")
 
 

@@ -1,5 +1,6 @@
 """One floor plan, twice: the two packages have the same files, the same public names, the same settings."""
 
+import ast
 import dataclasses
 import inspect
 from pathlib import Path
@@ -67,6 +68,32 @@ def test_neither_imports_the_other():
                     )
 
 
+# what names no host in a file of which the rest does
+TWINS = {
+    "coupling.py": "_one_number _axis",
+    "evaluation/annealing.py": "AIS.doubt",
+    "hypergradients/functional.py": "Functional.__post_init__ Functional.check",
+    "hypergradients/problem.py": "require_hypergradient",
+    "hypergradients/surrogates.py": "Exact.check Covariance.__post_init__ Covariance.check",
+    "hypergradients/unrolled.py": "Unrolled.__post_init__ Unrolled.differentiates_inner Unrolled.unrolls _reversal",
+    "rows.py": "explain",
+    "runaways.py": "Words",
+    "shifts.py": "_Shift.__init__ _shifting _arguments _refusal _shape _axis",
+}
+
+
+def _definitions(path):
+    """The text of every function, class and method of a file, by its name."""
+    text = path.read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.get_source_segment(text, node)
+            methods = [each for each in getattr(node, "body", ()) if isinstance(each, ast.FunctionDef)]
+            found |= {f"{node.name}.{each.name}": ast.get_source_segment(text, each) for each in methods}
+    return found
+
+
 def test_what_is_numpy_alone_is_the_same_to_the_letter():
     """Neither package may import the other, so this stands twice; copied text must not drift."""
     names = ("psis_khat", "_has_tail", "_believed", "_arviz_khat", "_settings", "_fields")
@@ -79,6 +106,10 @@ def test_what_is_numpy_alone_is_the_same_to_the_letter():
     for name in ("place", "coordinates"):
         ours, theirs = (inspect.getsource(getattr(p.diagnostics._Layout, name)) for p in (pyro_bism, numpyro_bism))
         assert ours == theirs, name
+    for file, names in TWINS.items():
+        ours, theirs = (_definitions(ROOT / package / file) for package in ("pyro_bism", "numpyro_bism"))
+        for name in names.split():
+            assert ours[name] == theirs[name], (file, name)
     for file in ("brief.py", "energies/degrees.py", "energies/quadrature.py"):
         ours, theirs = ((ROOT / name / file).read_text() for name in ("pyro_bism", "numpyro_bism"))
         assert ours == theirs, file

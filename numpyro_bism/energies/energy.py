@@ -14,7 +14,7 @@ from numpyro.handlers import block as hidden
 from numpyro.handlers import seed
 
 from .. import visible
-from ..densities import Site, joint_per_example, record
+from ..densities import Site, joint_per_example, leading_plates, record
 from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard
 from .density import (
     VISIBLE,
@@ -309,12 +309,8 @@ class Energy:
 
     def _batch_plates(self, recorded: Mapping[str, Site]) -> frozenset[str]:
         """The plates whose rows are the batch, but for those that are handed them: these are the user's."""
-        found = set()
-        for name in (*(site.name for site in self.sites), *self.latents):
-            site = recorded[name]
-            axis = site.fn.event_dim - jnp.ndim(site.value)
-            found |= {frame.name for frame in site.frames if frame.dim == axis}
-        return frozenset(found) - self.batch.handed
+        names = (*(site.name for site in self.sites), *self.latents)
+        return leading_plates(recorded[name] for name in names) - self.batch.handed
 
     def _can_resize(self, params: Mapping[str, Any], x: Point, like: "Energy | None" = None) -> bool:
         """Tried, at one row more: plates of a fixed size and subsampled ones say no.

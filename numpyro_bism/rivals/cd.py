@@ -1,6 +1,5 @@
 """Contrastive divergence and its persistent form, with any kernel."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,9 +72,6 @@ class CD(Rival):
         self.persistent = persistent
         self.num_chains = num_chains
 
-    def _scale(self, target: Target, batch: Batch) -> float:
-        return nats(target, batch)
-
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         if self.persistent and not target.energy.is_homogeneous:
             raise ValueError(
@@ -117,14 +113,6 @@ class CD(Rival):
         else:
             loss = energy.log_joint(params, y).mean() - energy.log_joint(params, jax.lax.stop_gradient(x)).mean()
         return loss, (y, state) if self.persistent else None
-
-
-def nats(target: Target, batch: Batch) -> float:
-    """The scale of log p̃ between chains and data: a nat a number of discrete data, which bound its gradient too.
-
-    Continuous data have none: a scale of the model that starts off theirs by a factor of 100 is 5,000 nats a number.
-    """
-    return float(batch.v.shape[1]) if all(site.is_discrete for site in target.energy.sites) else math.inf
 
 
 def advance(

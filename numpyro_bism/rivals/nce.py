@@ -126,6 +126,7 @@ class NCE(Rival):
         summed out.
     """
 
+    scale = 1.0  # of a classifier that knows nothing, log 2 a decision
     words = Words.of_rival("or with noise nearer to the data, or clip the gradient")
 
     def __init__(
@@ -148,9 +149,6 @@ class NCE(Rival):
         self.num_noise = num_noise
         self.conditional = conditional
         self.log_normalizer = log_normalizer
-
-    def _scale(self, target: Target, batch: Batch) -> float:
-        return 1.0  # of a classifier that knows nothing, log 2 a decision
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         check_width(self.noise, target)

@@ -16,7 +16,7 @@ from ..kernels import Kernel, require_kernel
 from ..modes import in_own_modes
 from ..runaways import Words
 from ..visible import Batch
-from .cd import advance, draw_hidden, nats
+from .cd import advance, draw_hidden
 from .rival import Rival, Target
 
 __all__ = ["PersistentVI"]
@@ -156,9 +156,6 @@ class PersistentVI(Rival):
         if not values:
             raise ValueError("The guide has no sample site: it should draw the model's global parameters.")
         return given(pair.model, values)
-
-    def _scale(self, target: Target, batch: Batch) -> float:
-        return nats(target, batch)
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         pair = target.pair

@@ -40,13 +40,11 @@ class PseudoLikelihood(Rival):
 
     takes_discrete = True
     moves_visible = True
+    scale = 1.0  # of a classifier that knows nothing, log 2 a decision
     words = Words.of_rival("or with weight decay, a prior: a unit that the others foretell has no finite couplings")
 
     def __init__(self, model: Callable, optim: Any, *, visible: Sequence[str] | None = None, **static_kwargs: Any):
         super().__init__(model, optim, visible, static_kwargs)
-
-    def _scale(self, target: Target, batch: Batch) -> float:
-        return 1.0  # of a classifier that knows nothing, log 2 a decision
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         energy = target.energy

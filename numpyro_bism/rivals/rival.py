@@ -44,10 +44,7 @@ class RivalInfo(NamedTuple):
         return runaways.in_words(self.verdict, runaways.RIVAL)
 
     def __str__(self) -> str:
-        if any(isinstance(x, jax.core.Tracer) for x in self):
-            return repr(self)
-        numbers = ", ".join(f"{name} {float(x):.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
-        return f"{numbers}; {self.in_words}"
+        return runaways.shown(self, runaways.RIVAL)
 
 
 class RivalState(NamedTuple):
@@ -122,6 +119,7 @@ class Rival(Trainer):
     :cvar moves_visible: whether the conditionals of the visible values are wanted.
     :cvar partial_guide: whether the guide is of the model's global sites alone.
     :cvar is_contrast: whether the loss is a difference that crosses zero.
+    :cvar scale: of the loss, in nats; infinite if it has none.
     :cvar words: how it is said that training has run away.
     """
 
@@ -130,6 +128,7 @@ class Rival(Trainer):
     moves_visible = False
     partial_guide = False
     is_contrast = False
+    scale = math.inf
     words = runaways.RIVAL
     info_type: Any = RivalInfo
 
@@ -190,8 +189,13 @@ class Rival(Trainer):
         return pair.model
 
     def _scale(self, target: Target, batch: visible.Batch) -> float:
-        """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known."""
-        return math.inf
+        """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known.
+
+        Of log p̃ between chains and data a nat a number of discrete data, which bound its gradient too. Continuous data
+        have none: a scale of the model that starts off theirs by a factor of 100 is 5,000 nats a number.
+        """
+        is_bounded = self.is_contrast and all(site.is_discrete for site in target.energy.sites)
+        return float(batch.v.shape[1]) if is_bounded else self.scale
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: visible.Batch, rng_key: Array) -> Target:
         """The target, with what the method finds out of the model off its initial parameters.

@@ -46,10 +46,7 @@ class VNCEInfo(NamedTuple):
         return runaways.in_words(self.verdict, VNCE.words)
 
     def __str__(self) -> str:
-        if any(isinstance(x, jax.core.Tracer) for x in self):
-            return repr(self)
-        numbers = ", ".join(f"{name} {float(x):.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
-        return f"{numbers}; {self.in_words}"
+        return runaways.shown(self, VNCE.words)
 
 
 class VNCE(Rival):
@@ -82,6 +79,7 @@ class VNCE(Rival):
 
     sums_latents = False
     info_type = VNCEInfo
+    scale = 1.0  # of a classifier that knows nothing, log 2 a decision
     words = Words.of_rival("or more inner steps, so that the guide keeps up, or with noise nearer to the data")
 
     def __init__(
@@ -118,9 +116,6 @@ class VNCE(Rival):
         self.num_inner_steps = num_inner_steps
         self.log_normalizer = log_normalizer
         self._inner = None if inner_loss is None else divergences.as_inner_loss(inner_loss)
-
-    def _scale(self, target: Target, batch: Batch) -> float:
-        return 1.0  # of a classifier that knows nothing, log 2 a decision
 
     def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
         check_width(self.noise, target)

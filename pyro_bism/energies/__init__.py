@@ -13,7 +13,7 @@ What can be summed, integrated or drawn in closed form is proved from the progra
 - *free*: all else.
 """
 
-from .density import VISIBLE, Block, Density, Latent, Point, pack, random_labels, replaced, select, unpack
+from .density import VISIBLE, Block, Density, Latent, Point, moments, pack, random_labels, replaced, select, unpack
 from .energy import Energy
 from .integrals import Integral, named, repeated
 from .proof import COVARIATES, prove
@@ -31,6 +31,7 @@ __all__ = [
     "NoIntegral",
     "OutOfReach",
     "Point",
+    "moments",
     "named",
     "pack",
     "prove",

@@ -162,6 +162,13 @@ class Density:
         return replace(other, log_prob=log_prob, precisions={block.names: precision(block) for block in constant})
 
 
+def moments(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every column."""
+    centre = v.mean(0)
+    # not std: where all of v is discrete there is no column, of which it warns
+    return centre, (v - centre).square().mean(0).sqrt()
+
+
 def pack(x: Point, names: Sequence[str]) -> Tensor:
     """These variables side by side, shape (m, d)."""
     return torch.cat([x[name].reshape(len(x[name]), math.prod(x[name].shape[1:])) for name in names], -1)

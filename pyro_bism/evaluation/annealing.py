@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from ..brief import brief
-from ..energies import VISIBLE, Density, Energy, Point, random_labels, select
+from ..energies import VISIBLE, Density, Energy, Point, moments, random_labels, select
 from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from ..modes import in_own_modes
 from .normalizer import energy_of
@@ -212,10 +212,7 @@ def _base(
     """p₀ as a density, and its draws."""
     v = data[VISIBLE]
     if base is None:
-        loc = v.mean(0)
-        scale = (
-            (v - loc).square().mean(0).sqrt()
-        )  # not std: where all of v is discrete there is no column, and it warns
+        loc, scale = moments(v)
         scale = torch.where(scale > 0, scale, 1.0)
     else:
         loc, scale = (torch.as_tensor(a, dtype=v.dtype).expand(v.shape[1:]) for a in base)

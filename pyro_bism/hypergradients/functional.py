@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .linear import ratio
+from .linear import pulled_back, ratio
 from .problem import Bilevel, Gradient, Hypergradient, Result, Shifted, added, in_theta
 
 __all__ = ["Functional"]
@@ -102,21 +102,15 @@ class Functional(Hypergradient):
         # G and its gradient are evaluated once; every product is a pass back through them
         inner = torch.stack(draws).mean()
         slopes = torch.autograd.grad(inner, leaves, create_graph=True, allow_unused=True)
-        moving = [(name, g) for name, g in zip(names, slopes, strict=True) if g is not None and g.requires_grad]
-
-        def products(y: Shifts, inputs: Sequence[Tensor]) -> Gradient:
-            if not moving:
-                return [None] * len(inputs)
-            ends, weights = [g for _, g in moving], [y[name] for name, _ in moving]
-            return torch.autograd.grad(ends, inputs, weights, retain_graph=True, allow_unused=True)
 
         def product(y: Shifts) -> Shifts:
-            return _shifts(names, products(y, leaves), leaves)
+            return _shifts(names, pulled_back(slopes, list(y.values()), leaves), leaves)
 
         y, residual, curvature = _solved(shifted, product, rhs, self.num_steps)
+        crosses = pulled_back(slopes, list(y.values()), theta)
         rate = torch.clamp(1 / (state.num_steps + 1), min=1 - self.memory)
         mean, gradient = [], []
-        for kept, part, cross in zip(state.mean, direct, products(y, theta), strict=True):
+        for kept, part, cross in zip(state.mean, direct, crosses, strict=True):
             now = kept + rate.to(kept) * ((torch.zeros_like(kept) if cross is None else cross) - kept)
             mean.append(now)
             gradient.append(None if part is None and cross is None else added(part, -now))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .problem import Bilevel, Gradient, added
 
-__all__ = ["LinearSystem", "descended", "flat", "nystrom", "ratio", "unflat"]
+__all__ = ["LinearSystem", "descended", "flat", "nystrom", "pulled_back", "ratio", "unflat"]
 
 
 class LinearSystem:
@@ -27,15 +27,10 @@ class LinearSystem:
         self.rhs = flat(gradients[len(theta) :], self._phi)
         self._theta = theta
         # G and its gradient are evaluated once; every product is a pass back through them
-        found = torch.autograd.grad(problem.inner(), self._phi, create_graph=True, allow_unused=True)
-        self._moving = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
+        self._slopes = torch.autograd.grad(problem.inner(), self._phi, create_graph=True, allow_unused=True)
 
     def _products(self, x: Tensor, inputs: Sequence[Tensor]) -> Gradient:
-        if not self._moving:
-            return [None] * len(inputs)
-        parts = unflat(x, self._phi)
-        outputs, weights = [g for _, g in self._moving], [parts[i] for i, _ in self._moving]
-        return torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
+        return pulled_back(self._slopes, unflat(x, self._phi), inputs)
 
     def hessian(self, x: Tensor) -> Tensor:
         """∂²G/∂φ² x, flat."""
@@ -52,6 +47,15 @@ class LinearSystem:
 
     def _total(self, cross: Gradient) -> Gradient:
         return [added(a, None if b is None else -b) for a, b in zip(self.direct, cross, strict=True)]
+
+
+def pulled_back(slopes: Gradient, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradient:
+    """Σ_i weight_i · ∂slope_i/∂inputs, which may be asked for again."""
+    moving = [(g, w) for g, w in zip(slopes, weights, strict=True) if g is not None and g.requires_grad]
+    if not moving:
+        return [None] * len(inputs)
+    ends, along = zip(*moving, strict=True)
+    return torch.autograd.grad(ends, inputs, along, retain_graph=True, allow_unused=True)
 
 
 def flat(values: Gradient, like: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,5 @@
 """Contrastive divergence and its persistent form, with any kernel."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,9 +69,6 @@ class CD(Rival):
         self.persistent = persistent
         self.num_chains = num_chains
 
-    def _scale(self, target: Target, batch: Batch) -> float:
-        return nats(target, batch)
-
     def _check(self, target: Target, batch: Batch) -> Target:
         if self.persistent and not target.energy.is_homogeneous:
             raise ValueError(
@@ -110,14 +106,6 @@ class CD(Rival):
         else:
             loss = energy.log_joint(y).mean() - energy.log_joint(x).mean()
         return loss, (y, state) if self.persistent else None
-
-
-def nats(target: Target, batch: Batch) -> float:
-    """The scale of log p̃ between chains and data: a nat a number of discrete data, which bound its gradient too.
-
-    Continuous data have none: a scale of the model that starts off theirs by a factor of 100 is 5,000 nats a number.
-    """
-    return float(batch.v.shape[1]) if all(site.is_discrete for site in target.energy.sites) else math.inf
 
 
 def advance(kernel: Kernel, density: Density, x: Point, state: Any, num_steps: int) -> tuple[Point, Any]:

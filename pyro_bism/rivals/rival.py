@@ -47,8 +47,7 @@ class RivalInfo(NamedTuple):
         return runaways.in_words(self.verdict, runaways.RIVAL)
 
     def __str__(self) -> str:
-        numbers = ", ".join(f"{name} {x:.4g}" for name, x in zip(self._fields[:-1], self[:-1], strict=True))
-        return f"{numbers}; {self.in_words}"
+        return runaways.shown(self, runaways.RIVAL)
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,7 @@ class Rival(Trainer):
     :cvar moves_visible: whether the conditionals of the visible values are wanted.
     :cvar partial_guide: whether the guide is of the model's global sites alone.
     :cvar is_contrast: whether the loss is a difference that crosses zero.
+    :cvar scale: of the loss, in nats; infinite if it has none.
     :cvar words: how it is said that training has run away.
     :cvar num_inner_steps: steps of φ for each of θ, where the guide has a loss of its own.
     """
@@ -176,6 +176,7 @@ class Rival(Trainer):
     moves_visible = False
     partial_guide = False
     is_contrast = False
+    scale = math.inf
     words = runaways.RIVAL
     num_inner_steps = 0
     info_type: Any = RivalInfo
@@ -233,8 +234,13 @@ class Rival(Trainer):
         return []
 
     def _scale(self, target: Target, batch: visible.Batch) -> float:
-        """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known."""
-        return math.inf
+        """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known.
+
+        Of log p̃ between chains and data a nat a number of discrete data, which bound its gradient too. Continuous data
+        have none: a scale of the model that starts off theirs by a factor of 100 is 5,000 nats a number.
+        """
+        is_bounded = self.is_contrast and all(site.is_discrete for site in target.energy.sites)
+        return float(batch.v.shape[1]) if is_bounded else self.scale
 
     def _check(self, target: Target, batch: visible.Batch) -> Target:
         """The target, with what the method finds out of the model off its initial parameters.
