@@ -14,13 +14,13 @@ from .all_rows import require_no_local
 from .brief import named
 from .coupling import check_rows
 from .guides import refuse_autoguide
-from .hypergradients import Amortized, Bilevel, Hypergradient, fused, require_hypergradient
+from .hypergradients import Amortized, Bilevel, Functional, Hypergradient, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import as_optim, inner_copy, require_single_steps
 from .params import jittered
-from .shifts import shifted_losses
+from .shifts import require_shiftable, shifted_losses
 from .training import BiSMRunResult, Trainer, norm, require_guide
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
@@ -277,8 +277,10 @@ class BiSM(Trainer):
 
     def _analyse(self, leaves, spec, rng_key, init_params) -> densities.Analysis:
         refuse_autoguide(self.guide)
+        shiftable: frozenset[tuple[str, str]] | None = None
 
         def look(start, batch, rng_key):
+            nonlocal shiftable
             averages.check(start, batch, rng_key, self.loss, self.inner_loss)
             key_theta, key_phi, key_rows = jax.random.split(rng_key, 3)
             theta, phi = jittered(key_theta, start.theta), jittered(key_phi, start.phi)
@@ -286,6 +288,8 @@ class BiSM(Trainer):
             normalises = not self.loss.needs_uncoupled_examples
             params = start.pair.params(theta, phi, start.mutable)
             check_rows(key_rows, start.pair, params, batch, normalises_batch=normalises)
+            if isinstance(self.hypergradient, Functional):
+                shiftable = require_shiftable(key_rows, start.pair, params, batch, self.loss, self._inner)
 
         start = densities.analyse(
             self.model,
@@ -301,7 +305,7 @@ class BiSM(Trainer):
             look=look,
         )
         divergences.check(self.inner_loss, start.pair)
-        return start
+        return start._replace(pair=replace(start.pair, shiftable=shiftable))
 
     @in_own_modes
     def energy(

@@ -21,7 +21,7 @@ from numpyro.distributions.discrete import BernoulliProbs
 from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
-from .densities import Pair, Site, record
+from .densities import Pair, Site, is_enumerated, record
 from .distributions import (
     AveragedBernoulli,
     AveragedOneHot,
@@ -34,14 +34,110 @@ from .distributions import (
 from .divergences import FisherDivergence
 from .hypergradients import Shifted
 from .losses import OuterLoss
+from .params import constrain, jittered, unconstrain
 from .visible import Batch
 
-__all__ = ["shifted_losses"]
+__all__ = ["require_shiftable", "shifted_losses"]
 
 FIXED = ("temperature", "total_count")  # of a distribution's arguments: no part of what the guide learns
 LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gives next to no draws to learn from
 
 Shifts = Mapping[tuple[str, str], Array]  # by site and parameter
+
+
+def require_shiftable(
+    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, loss: OuterLoss, inner_loss: Callable
+) -> frozenset[tuple[str, str]]:
+    """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
+
+    The guide runs three times, on concrete numbers.
+
+    :param params: what the programs are given, off the initial values (:func:`params.jittered`): what weights of zero
+        keep from the distributions would not be seen.
+    :raises ValueError: where ``Functional`` has no right value.
+    """
+    phi = {name: params[name] for name in pair.phi}
+    if not jax.tree.leaves(phi):  # ∂J/∂θ is the whole gradient then, whatever the guide is
+        return frozenset()
+    _require_kind(pair, inner_loss)
+    key_noise, key_phi, *keys = jax.random.split(rng_key, 5)
+    v = loss.perturb(batch.v, loss.draw(key_noise, batch.v))
+    sites, again = _sites(keys[0], pair, params, batch, v), _sites(keys[1], pair, params, batch, v, -1)
+    axes = _require_sites(sites, pair, len(v))
+    at = _learnt(sites)
+    _require_same(at, _learnt(again))
+    elsewhere = constrain(pair.phi, jittered(key_phi, unconstrain(pair.phi, phi)))
+    moved = _learnt(_sites(keys[2], pair, {**params, **elsewhere}, batch, v))
+    return frozenset(key for key, x in at.items() if _is_reached(key, _differ(x, moved[key]).any(axes[key[0]])))
+
+
+def _require_kind(pair: Pair, inner_loss: Callable) -> None:
+    if pair.change is not None:
+        raise ValueError(
+            f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
+            "computed from other draws and have a density of their own. Take hypergradient=Amortized()."
+        )
+    if isinstance(inner_loss, FisherDivergence):
+        raise ValueError(
+            "Functional() takes the inner loss's curvature in units of the Fisher information, which that of "
+            "FisherDivergence() is not. Take an ELBO as inner_loss, or hypergradient=Implicit()."
+        )
+
+
+def _require_sites(sites: Mapping[str, Site], pair: Pair, n: int) -> dict[str, int]:
+    """Along which axis of each site's parameters the examples stand."""
+    if not sites:
+        raise ValueError(
+            "Functional() shifts the distributions that the guide samples from, but this guide samples nothing, though "
+            f"it has parameters: {sorted(pair.phi)}. Take hypergradient=Amortized()."
+        )
+    for name, site in sites.items():
+        _free(name, base_of(site.fn))
+        _require_plain(site)
+    return {name: _axis(site, pair.data_plates, n) for name, site in sites.items()}
+
+
+def _require_same(at: Shifts, again: Shifts) -> None:
+    """:raises ValueError: where a distribution is another at other draws."""
+    for key in sorted({*at, *again}):
+        x, y = at.get(key), again.get(key)
+        if x is not None and y is not None and x.shape == y.shape and not bool(_differ(x, y).any()):
+            continue
+        raise ValueError(
+            f"Functional() moves each of the guide's distributions by one shift an example: that of site '{key[0]}' "
+            "depends on other draws of the guide (another site's value, or dropout), and one shift can't stand for all "
+            "of them. Take hypergradient=Amortized()."
+        )
+
+
+def _is_reached(key: tuple[str, str], moves: Array) -> bool:
+    """Whether φ moves a parameter, from whether it moves its entries, at any of the examples.
+
+    :raises ValueError: where it moves some of them.
+    """
+    if bool(moves.any()) and not bool(moves.all()):
+        raise ValueError(
+            f"Functional() shifts all entries of a distribution's parameter or none: of '{key[1]}' of the guide's site "
+            f"'{key[0]}' some are constants that no parameter of the guide moves, others not. Take "
+            "hypergradient=Amortized(), or compute all of them from the guide's parameters."
+        )
+    return bool(moves.any())
+
+
+def _learnt(sites: Mapping[str, Site]) -> dict[tuple[str, str], Array]:
+    """λ of all sites, as far as the distributions depend on it: of the logits of classes their differences."""
+    found = {}
+    for name, site in sites.items():
+        is_class = isinstance(base_of(site.fn), _CLASSES)
+        for k, x in _parameters(name, site.fn).items():
+            found[name, k] = jax.nn.log_softmax(x, -1) if is_class else x
+    return found
+
+
+def _differ(x: Array, y: Array) -> Array:
+    """Entry by entry, beyond rounding."""
+    tolerance = float(jnp.finfo(x.dtype).eps) ** 0.75
+    return ~jnp.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def shifted_losses(
@@ -53,33 +149,19 @@ def shifted_losses(
     inner_loss: Callable,
     theta: Any,
 ) -> Shifted:
-    """J and G on one perturbed batch as functions of (θ, δ).
+    """J and G on one perturbed batch as functions of (θ, δ), of a pair that :func:`require_shiftable` has seen.
 
     :param params: what the programs are given, as a function of θ.
-    :raises ValueError: where the guide has a site whose distribution can't be shifted.
     """
-    if pair.change is not None:
-        raise ValueError(
-            f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
-            "computed from other draws and have a density of their own. Take hypergradient=Amortized()."
-        )
-    if isinstance(inner_loss, FisherDivergence):
-        raise ValueError(
-            "Functional() takes the inner loss's curvature in units of the Fisher information, which that of "
-            "FisherDivergence() is not. Take an ELBO as inner_loss, or hypergradient=Implicit()."
-        )
     key_noise, key_guide, key_outer = jax.random.split(rng_key, 3)
     noise = loss.draw(key_noise, batch.v)
     v = loss.perturb(batch.v, noise)
-    args, kwargs = batch.arguments(v)
-    with seed(rng_seed=key_guide), record(params(theta), batch.indices) as run:
-        pair.guide(*args, **kwargs)
-    sites = {name: site for name, site in run.sites.items() if not site.is_observed}
-    for site in sites.values():
-        _require_plain(site)
+    sites = _sites(key_guide, pair, params(theta), batch, v)
     at = {(name, k): x for name, site in sites.items() for k, x in _parameters(name, site.fn).items()}
+    if pair.shiftable is not None:
+        at = {key: x for key, x in at.items() if key in pair.shiftable}
     zeros = jax.tree.map(jnp.zeros_like, at)
-    axes = {name: _axis(site, pair.data_plates, len(v)) for name, site in sites.items()}
+    axes = {name: _axis(sites[name], pair.data_plates, len(v)) for name, _ in at}
 
     def dot(x: Shifts, y: Shifts) -> Array:
         parts = [jnp.moveaxis(x[key] * y[key], axes[key[0]], 0).reshape(len(v), -1).sum(-1) for key in x]
@@ -102,6 +184,28 @@ def shifted_losses(
 
     relaxed = frozenset(pair.softened.difference(pair.averaged))
     return Shifted(zeros, outer, inner, natural, dot, scaled, relaxed, bool(pair.sampled))
+
+
+def _sites(
+    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array, index: int = 0
+) -> dict[str, Site]:
+    """What the guide samples at v; each summed-out site has the value of its support at ``index``."""
+    args, kwargs = batch.arguments(v)
+    with seed(rng_seed=rng_key), record(params, batch.indices) as run, _Summed(index):
+        pair.guide(*args, **kwargs)
+    return {name: site for name, site in run.sites.items() if not site.is_observed}
+
+
+class _Summed(Messenger):
+    """Gives summed-out sites one of their values: their draws nobody reads."""
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"] and is_enumerated(msg["infer"]):
+            msg["value"] = msg["fn"].enumerate_support(expand=True)[self.index]
 
 
 class _Shift(Messenger):
@@ -183,6 +287,8 @@ def _moved(name: str, fn: Any, shift: Mapping[str, Array]) -> Any:
     base = base_of(fn)
     given = {k: jnp.asarray(getattr(base, k)) for k in _arguments(base)}
     for k, (transform, constraint) in _free(name, base).items():
+        if k not in shift:
+            continue
         value = _spread(fn, base, given[k], constraint)
         # a real parameter's way there and back would only cost time
         is_real = constraint in (constraints.real, constraints.real_vector)

@@ -14,13 +14,13 @@ from . import averages, densities, divergences, energies, runaways
 from .brief import named
 from .coupling import check_rows
 from .guides import refuse_autoguide, runs_model
-from .hypergradients import Amortized, Bilevel, Hypergradient, Result, norm, require_hypergradient, slopes
+from .hypergradients import Amortized, Bilevel, Functional, Hypergradient, Result, norm, require_hypergradient, slopes
 from .jit import BilevelProgram
 from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import descend, require_unrollable, settle
 from .params import jittered
-from .shifts import shifted_losses
+from .shifts import require_shiftable, shifted_losses
 from .training import Buffers, Trainer, require_guide, require_optim, same_settings
 
 __all__ = ["BiSM", "BiSMInfo"]
@@ -266,6 +266,9 @@ class BiSM(Trainer):
         with jittered([*pair.theta.values(), *pair.phi.values()]):
             # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
             check_rows(pair, pair.batch(leaves, spec), normalises_batch=not self.loss.needs_uncoupled_examples)
+            if isinstance(self.hypergradient, Functional):
+                shiftable = require_shiftable(pair, pair.batch(leaves, spec), self.loss, self._inner)
+                pair = replace(pair, shiftable=shiftable)
         phi = list(pair.phi.values())
         settle(self.optim, list(pair.theta.values()))
         settle(self.inner_optim, phi)

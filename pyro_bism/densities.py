@@ -234,6 +234,7 @@ class Pair:
     :ivar averaged: the guide's sites that are summed out by their mean.
     :ivar data_plates: the plates along the leading axis of the visible values.
     :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
+    :ivar shiftable: the parameters of the guide's distributions that ``Functional`` shifts; None before it has looked.
     :ivar astray: the parameters of φ that stand-ins do not take the place of; looked for where steps are unrolled.
     """
 
@@ -256,6 +257,7 @@ class Pair:
     averaged: tuple[str, ...] = ()
     data_plates: frozenset[str] = frozenset()
     change: guides.ChangeOfVariables | None = None
+    shiftable: frozenset[tuple[str, str]] | None = None
     astray: tuple[str, ...] = ()
 
     def is_current(self) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
@@ -32,9 +33,10 @@ from .distributions import (
 from .divergences import FisherDivergence
 from .hypergradients import Shifted
 from .losses import OuterLoss
+from .params import buffers_kept, jittered
 from .visible import Batch
 
-__all__ = ["shifted_losses"]
+__all__ = ["require_shiftable", "shifted_losses"]
 
 FIXED = ("temperature", "total_count")  # of a distribution's arguments: no part of what the guide learns
 LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gives next to no draws to learn from
@@ -42,11 +44,34 @@ LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gi
 Shifts = Mapping[tuple[str, str], Tensor]  # by site and parameter
 
 
-def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> Shifted:
-    """J and G on one perturbed batch as functions of δ.
+def require_shiftable(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> frozenset[tuple[str, str]]:
+    """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
 
-    :raises ValueError: where the guide has a site whose distribution can't be shifted.
+    The guide runs three times, and leaves no trace. To be called inside of :func:`params.jittered`: what weights of
+    zero keep from the distributions would not be seen.
+
+    :raises ValueError: where ``Functional`` has no right value.
     """
+    if not pair.phi:  # ∂J/∂θ is the whole gradient then, whatever the guide is
+        return frozenset()
+    _require_kind(pair, inner_loss)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False), pyro.poutine.block():
+        v = loss.perturb(batch.v, loss.draw(batch.v))
+
+        def look(index: int = 0) -> dict[str, Site]:
+            with buffers_kept(pair.buffers):  # those that move at every pass would tell of draws
+                return _sites(pair, batch, v, index)
+
+        sites, again = look(), look(-1)
+        axes = _require_sites(sites, pair, len(v))
+        at = _learnt(sites)
+        _require_same(at, _learnt(again))
+        with jittered(list(pair.phi.values())):
+            moved = _learnt(look())
+    return frozenset(key for key, x in at.items() if _is_reached(key, _differ(x, moved[key]).any(axes[key[0]])))
+
+
+def _require_kind(pair: Pair, inner_loss: Callable) -> None:
     if pair.change is not None:
         raise ValueError(
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
@@ -57,17 +82,75 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
             "Functional() takes the inner loss's curvature in units of the Fisher information, which that of "
             "FisherDivergence() is not. Take an ELBO as inner_loss, or hypergradient=Implicit()."
         )
+
+
+def _require_sites(sites: Mapping[str, Site], pair: Pair, n: int) -> dict[str, int]:
+    """Along which axis of each site's parameters the examples stand."""
+    if not sites:
+        raise ValueError(
+            "Functional() shifts the distributions that the guide samples from, but this guide samples nothing, though "
+            f"it has parameters: {sorted(pair.phi)}. Take hypergradient=Amortized()."
+        )
+    for name, site in sites.items():
+        _free(name, base_of(site.fn))
+        _require_plain(site)
+    return {name: _axis(site, pair.data_plates, n) for name, site in sites.items()}
+
+
+def _require_same(at: Shifts, again: Shifts) -> None:
+    """:raises ValueError: where a distribution is another at other draws."""
+    for key in sorted({*at, *again}):
+        x, y = at.get(key), again.get(key)
+        if x is not None and y is not None and x.shape == y.shape and not bool(_differ(x, y).any()):
+            continue
+        raise ValueError(
+            f"Functional() moves each of the guide's distributions by one shift an example: that of site '{key[0]}' "
+            "depends on other draws of the guide (another site's value, or dropout), and one shift can't stand for all "
+            "of them. Take hypergradient=Amortized()."
+        )
+
+
+def _is_reached(key: tuple[str, str], moves: Tensor) -> bool:
+    """Whether φ moves a parameter, from whether it moves its entries, at any of the examples.
+
+    :raises ValueError: where it moves some of them.
+    """
+    if bool(moves.any()) and not bool(moves.all()):
+        raise ValueError(
+            f"Functional() shifts all entries of a distribution's parameter or none: of '{key[1]}' of the guide's site "
+            f"'{key[0]}' some are constants that no parameter of the guide moves, others not. Take "
+            "hypergradient=Amortized(), or compute all of them from the guide's parameters."
+        )
+    return bool(moves.any())
+
+
+def _learnt(sites: Mapping[str, Site]) -> dict[tuple[str, str], Tensor]:
+    """λ of all sites, as far as the distributions depend on it: of the logits of classes their differences."""
+    found = {}
+    for name, site in sites.items():
+        is_class = isinstance(base_of(site.fn), _CLASSES)
+        for k, x in _parameters(name, site.fn).items():
+            found[name, k] = x.log_softmax(-1) if is_class else x
+    return found
+
+
+def _differ(x: Tensor, y: Tensor) -> Tensor:
+    """Entry by entry, beyond rounding."""
+    tolerance = torch.finfo(x.dtype).eps ** 0.75
+    return ~torch.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> Shifted:
+    """J and G on one perturbed batch as functions of δ, of a pair that :func:`require_shiftable` has seen."""
     noise = loss.draw(batch.v)
     v = loss.perturb(batch.v, noise)
-    args, kwargs = batch.arguments(v)
-    with torch.no_grad(), record(batch.indices) as run, _FirstValue():
-        pair.guide(*args, **kwargs)
-    sites = {name: site for name, site in run.sites.items() if not site.is_observed}
-    for site in sites.values():
-        _require_plain(site)
+    with torch.no_grad():
+        sites = _sites(pair, batch, v)
     at = {(name, k): x for name, site in sites.items() for k, x in _parameters(name, site.fn).items()}
+    if pair.shiftable is not None:
+        at = {key: x for key, x in at.items() if key in pair.shiftable}
     zeros = {key: torch.zeros_like(x).requires_grad_() for key, x in at.items()}
-    axes = {name: _axis(site, pair.data_plates, len(v)) for name, site in sites.items()}
+    axes = {name: _axis(sites[name], pair.data_plates, len(v)) for name, _ in at}
 
     def dot(x: Shifts, y: Shifts) -> Tensor:
         parts = [torch.moveaxis(x[key] * y[key], axes[key[0]], 0).reshape(len(v), -1).sum(-1) for key in x]
@@ -92,12 +175,24 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
     return Shifted(zeros, outer, inner, natural, dot, scaled, relaxed, bool(pair.sampled))
 
 
-class _FirstValue(Messenger):
-    """Gives summed-out sites the first of their values: a captured step would keep their draws, which nobody reads."""
+def _sites(pair: Pair, batch: Batch, v: Tensor, index: int = 0) -> dict[str, Site]:
+    """What the guide samples at v; each summed-out site has the value of its support at ``index``."""
+    args, kwargs = batch.arguments(v)
+    with record(batch.indices) as run, _Summed(index):
+        pair.guide(*args, **kwargs)
+    return {name: site for name, site in run.sites.items() if not site.is_observed}
+
+
+class _Summed(Messenger):
+    """Gives summed-out sites one of their values: a captured step would keep their draws, which nobody reads."""
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and is_enumerated(msg["infer"]):
-            msg["value"], msg["done"] = msg["fn"].enumerate_support(expand=True)[0], True
+            msg["value"], msg["done"] = msg["fn"].enumerate_support(expand=True)[self.index], True
 
 
 class _Shift(Messenger):
@@ -181,6 +276,8 @@ def _moved(name: str, fn: Any, shift: Mapping[str, Tensor]) -> Any:
     base = base_of(fn)
     given = {k: getattr(base, k) for k in _arguments(base)}
     for k, (transform, constraint) in _free(name, base).items():
+        if k not in shift:
+            continue
         value = _spread(fn, base, given[k], constraint)
         # a real parameter's way there and back would only cost time
         is_real = constraint in (constraints.real, constraints.real_vector)

@@ -32,6 +32,20 @@ class Torch:
         return torch.autograd.functional.hessian(function, zero)
 
     @staticmethod
+    def stack(*columns):
+        return torch.stack(columns, -1)
+
+    @staticmethod
+    def look(model, guide):
+        """What can be shifted, without a step."""
+        pyro.clear_param_store()
+        leaves, spec = torch.utils._pytree.tree_flatten(((torch.tensor(X),), {}))
+        pair = pyro_bism.densities.analyse(model, guide, leaves, spec, None, None, pyro_bism.Functional())
+        loss = pyro_bism.DenoisingScoreMatching(0.3)
+        with pyro_bism.params.jittered([*pair.theta.values(), *pair.phi.values()]):
+            return pyro_bism.shifts.require_shiftable(pair, pair.batch(leaves, spec), loss, None)
+
+    @staticmethod
     def step(model, guide, loss, **settings):
         pyro.clear_param_store()
         optim = pyro.optim.Adam({"lr": 1e-3})
@@ -48,6 +62,23 @@ class Jax:
     @staticmethod
     def hessian(function, zero):
         return jax.hessian(function)(zero)
+
+    @staticmethod
+    def stack(*columns):
+        return jnp.stack(columns, -1)
+
+    @staticmethod
+    def look(model, guide):
+        """What can be shifted, without a step."""
+        key = jax.random.key(0)
+        leaves, spec = jax.tree.flatten(((jnp.asarray(X),), {}))
+        start = numpyro_bism.densities.analyse(
+            model, guide, leaves, spec, key, None, None, None, numpyro_bism.Functional(), {}
+        )
+        params = start.pair.params(*numpyro_bism.params.jittered(key, (start.theta, start.phi)), start.mutable)
+        batch = start.pair.batch(key, leaves, spec)
+        loss = numpyro_bism.DenoisingScoreMatching(0.3)
+        return numpyro_bism.shifts.require_shiftable(key, start.pair, params, batch, loss, None)
 
     @staticmethod
     def step(model, guide, loss, **settings):
@@ -172,6 +203,72 @@ def test_what_it_can_not_shift_is_named(host):
         host.bism.Functional(memory=1.0)
     with pytest.raises(ValueError, match="num_steps must be"):
         host.bism.Functional(num_steps=0)
+
+
+def dropped(host, x):
+    """Half of the entries, others at every pass."""
+    if host is Torch:
+        return torch.nn.functional.dropout(x)
+    return x * jax.random.bernoulli(numpyro.prng_key(), 0.5, x.shape)
+
+
+def chained(host, first, second):
+    """Two latents; ``second`` is given the first one's draw, and what the guide computes from v."""
+
+    def model(x):
+        w = host.p.param("w", host.array(0.5))
+        with host.p.plate("data", len(x)):
+            host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            g = host.p.sample("g", host.dist.Normal(0.0, 1.0))
+            h = host.p.sample("h", first(host, 0.0 * x[..., 0]))
+            host.p.factor("energy", w * (g + h) * x.sum(-1) - (x**2).sum(-1))
+
+    def guide(x):
+        m, n = (host.p.param(name, host.array(0.1)) for name in "mn")
+        with host.p.plate("data", len(x)):
+            infer = {} if first is gaussian else {"enumerate": "parallel"}
+            h = host.p.sample("h", first(host, m * x.sum(-1)), infer=infer)
+            host.p.sample("g", host.dist.Normal(second(host, h, n * x[..., 0]), 1.0))
+
+    return model, guide
+
+
+def bits(host, logits):
+    return host.dist.Bernoulli(logits=logits)
+
+
+def classes(host, logits):
+    return host.dist.Categorical(logits=host.stack(logits, 0 * logits))
+
+
+def gaussian(host, loc):
+    return host.dist.Normal(loc, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(gaussian, lambda host, h, loc: loc + 1e-3 * h, id="draws"),
+        pytest.param(bits, lambda host, h, loc: loc + h, id="summed-out"),
+        pytest.param(gaussian, lambda host, h, loc: dropped(host, loc), id="dropout"),
+    ],
+)
+def test_a_distribution_that_depends_on_draws_is_refused(host, first, second):
+    with pytest.raises(ValueError, match=r"that of site 'g' depends on other draws.*Amortized"):
+        host.look(*chained(host, first, second))
+
+
+def test_what_no_parameter_of_the_guide_moves_is_not_shifted(host):
+    plain = programs(host, lambda h, m: h.dist.Normal(m, 2.0))
+    assert host.look(*plain) == {("h", "loc")}
+    both = chained(host, bits, lambda host, h, loc: loc)
+    assert host.look(*both) == {("h", "logits"), ("g", "loc")}
+    still = programs(host, lambda h, m: h.dist.Normal(0 * m, 1.0))
+    assert host.look(*still) == frozenset()
+    with pytest.raises(ValueError, match=r"of 'loc' of the guide's site 'h' some are constants.*Amortized"):
+        host.shifts._is_reached(("h", "loc"), host.array([1.0, 0.0]) > 0)
+    reference = chained(host, classes, lambda host, h, loc: loc)  # one class has a logit of 0
+    assert host.look(*reference) == {("h", "logits"), ("g", "loc")}
 
 
 def test_examples_are_told_from_as_many_units(host):

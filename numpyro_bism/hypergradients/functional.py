@@ -92,9 +92,9 @@ class Functional(Hypergradient):
     ) -> Result:
         key_shifted, key_inner = jax.random.split(rng_key)
         phi = problem.optim.get_params(inner_state)
-        if not jax.tree.leaves(phi):
+        shifted = problem.shifted(key_shifted, theta, phi) if jax.tree.leaves(phi) else None
+        if shifted is None or not shifted.zeros:  # φ reaches no distribution
             return Result(*jax.value_and_grad(problem.outer, argnums=1)(rng_key, theta, phi), state)
-        shifted = problem.shifted(key_shifted, theta, phi)
         loss, (direct, rhs) = jax.value_and_grad(shifted.outer, argnums=(0, 1))(theta, shifted.zeros)
         keys = jax.random.split(key_inner, self.num_particles if shifted.is_random else 1)
 

@@ -91,9 +91,9 @@ class Functional(Hypergradient):
         return FunctionalState([torch.zeros_like(p) for p in theta], count.detach())
 
     def __call__(self, problem: Bilevel, state: FunctionalState) -> Result:
-        if not problem.phi:
+        shifted = problem.shifted() if problem.phi else None
+        if shifted is None or not shifted.zeros:  # φ reaches no distribution
             return in_theta(problem.outer(), problem.theta)._replace(state=state)
-        shifted = problem.shifted()
         theta, names, leaves = list(problem.theta), list(shifted.zeros), list(shifted.zeros.values())
         outer = shifted.outer(shifted.zeros)
         found = torch.autograd.grad(outer, [*theta, *leaves], allow_unused=True)
