@@ -18,6 +18,7 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.discrete import BernoulliProbs
+from numpyro.distributions.util import matrix_to_tril_vec, vec_to_tril_matrix
 from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
@@ -253,14 +254,16 @@ def _free(name: str, base: Any) -> dict[str, Any]:
 def _arguments(base: Any) -> dict[str, Any]:
     """The arguments that make the distribution, with their constraints; none of two that say the same."""
     found = base.arg_constraints
-    return {k: c for k, c in found.items() if not (k == "probs" and "logits" in found)}
+    again = ("covariance_matrix", "precision_matrix") if "scale_tril" in found else ("probs",) * ("logits" in found)
+    return {k: c for k, c in found.items() if k not in again}
 
 
 def _refusal(name: str, base: Any) -> str:
     return (
         "Functional() shifts the parameters of the distributions that the guide samples from, in units of their Fisher "
-        "information, which it knows of normal, log-normal, Bernoulli and categorical ones (logits), and of relaxed "
-        f"bits and classes; site '{name}' is a {type(base).__name__}. Take hypergradient=Amortized()."
+        "information, which it knows of normal, multivariate normal, log-normal, Bernoulli and categorical ones "
+        f"(logits), and of relaxed bits and classes; site '{name}' is a {type(base).__name__}. Take "
+        "hypergradient=Amortized()."
     )
 
 
@@ -303,12 +306,39 @@ def _natural(base: Any, name: str, x: Array) -> Array:
         return x / jnp.maximum(p * (1 - p), LEAST)
     if isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
         return x / jnp.maximum(jax.nn.softmax(base.logits, -1), LEAST)
+    if isinstance(base, dist.MultivariateNormal):
+        return _natural_factor(base.scale_tril, x) if name == "scale_tril" else _times_covariance(base.scale_tril, x)
     return x * jnp.square(base.scale) if name == "loc" else x / 2
+
+
+def _times_covariance(factor: Array, x: Array) -> Array:
+    return (factor @ (factor.mT @ x[..., None]))[..., 0]
+
+
+def _natural_factor(factor: Array, x: Array) -> Array:
+    """F⁻¹ x of a Cholesky factor L, as a vector: the entries below its diagonal, the logarithms of the diagonal.
+
+    With dL = L Φ it is ½ tr (Σ⁻¹ dΣ)² = ‖Φ off its diagonal‖² + 2 ‖its diagonal‖², and ⟨x, dL⟩ = ⟨Lᵀx, Φ⟩.
+    """
+
+    def scaled(matrix: Array, diagonal: Array) -> Array:
+        return jnp.tril(matrix, -1) + _diagonal(matrix)[..., None] * diagonal[..., None] * jnp.eye(n)
+
+    n = factor.shape[-1]
+    inverse = 1 / _diagonal(factor)
+    below = vec_to_tril_matrix(x[..., :-n], diagonal=-1)
+    slope = below + (x[..., -n:] * inverse)[..., None] * jnp.eye(n)  # in L
+    found = factor @ scaled(factor.mT @ slope, jnp.full_like(inverse, 0.5))
+    return jnp.concatenate([matrix_to_tril_vec(found, diagonal=-1), _diagonal(found) * inverse], -1)
+
+
+def _diagonal(matrix: Array) -> Array:
+    return jnp.diagonal(matrix, axis1=-2, axis2=-1)
 
 
 _BITS = ConcreteBernoulli, AveragedBernoulli, dist.BernoulliLogits, BernoulliProbs
 _CLASSES = ConcreteOneHot, AveragedOneHot, dist.CategoricalLogits, dist.MultinomialLogits
-_FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal}
+_FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal, dist.MultivariateNormal}
 
 
 def _axis(site: Site, plates: Collection[str], n: int) -> int:

@@ -130,6 +130,9 @@ def _learnt(sites: Mapping[str, Site]) -> dict[tuple[str, str], Tensor]:
     for name, site in sites.items():
         is_class = isinstance(base_of(site.fn), _CLASSES)
         for k, x in _parameters(name, site.fn).items():
+            if k == "scale_tril":
+                rows, columns = torch.tril_indices(*x.shape[-2:])
+                x = x[..., rows, columns]
             found[name, k] = x.log_softmax(-1) if is_class else x
     return found
 
@@ -242,14 +245,16 @@ def _free(name: str, base: Any) -> dict[str, Any]:
 def _arguments(base: Any) -> dict[str, Any]:
     """The arguments that make the distribution, with their constraints; none of two that say the same."""
     found = base.arg_constraints
-    return {k: c for k, c in found.items() if not (k == "probs" and "logits" in found)}
+    again = ("covariance_matrix", "precision_matrix") if "scale_tril" in found else ("probs",) * ("logits" in found)
+    return {k: c for k, c in found.items() if k not in again}
 
 
 def _refusal(name: str, base: Any) -> str:
     return (
         "Functional() shifts the parameters of the distributions that the guide samples from, in units of their Fisher "
-        "information, which it knows of normal, log-normal, Bernoulli and categorical ones (logits), and of relaxed "
-        f"bits and classes; site '{name}' is a {type(base).__name__}. Take hypergradient=Amortized()."
+        "information, which it knows of normal, multivariate normal, log-normal, Bernoulli and categorical ones "
+        f"(logits), and of relaxed bits and classes; site '{name}' is a {type(base).__name__}. Take "
+        "hypergradient=Amortized()."
     )
 
 
@@ -292,12 +297,32 @@ def _natural(base: Any, name: str, x: Tensor) -> Tensor:
         return x / (p * (1 - p)).clamp_min(LEAST)
     if isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
         return x / base.logits.softmax(-1).clamp_min(LEAST)
+    if isinstance(base, dist.MultivariateNormal):
+        return _natural_factor(base.scale_tril, x) if name == "scale_tril" else _times_covariance(base.scale_tril, x)
     return x * base.scale.square() if name == "loc" else x / 2
+
+
+def _times_covariance(factor: Tensor, x: Tensor) -> Tensor:
+    return (factor @ (factor.mT @ x.unsqueeze(-1))).squeeze(-1)
+
+
+def _natural_factor(factor: Tensor, x: Tensor) -> Tensor:
+    """F⁻¹ x of a Cholesky factor L, the logarithms of its diagonal in place of that.
+
+    With dL = L Φ it is ½ tr (Σ⁻¹ dΣ)² = ‖Φ off its diagonal‖² + 2 ‖its diagonal‖², and ⟨x, dL⟩ = ⟨Lᵀx, Φ⟩.
+    """
+
+    def scaled(matrix: Tensor, diagonal: Tensor) -> Tensor:
+        return matrix.tril(-1) + torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1) * diagonal)
+
+    inverse = 1 / factor.diagonal(dim1=-2, dim2=-1)
+    slope = scaled(x, inverse)  # in L
+    return scaled(factor @ scaled(factor.mT @ slope, torch.full_like(inverse, 0.5)), inverse)
 
 
 _BITS = ConcreteBernoulli, AveragedBernoulli, dist.Bernoulli
 _CLASSES = ConcreteOneHot, AveragedOneHot, dist.Categorical, dist.OneHotCategorical
-_FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal}
+_FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal, dist.MultivariateNormal}
 
 
 def _axis(site: Site, plates: Collection[str], n: int) -> int:

@@ -1,5 +1,6 @@
 """The guide's distributions, shifted: their Fisher information by enumeration, and what can't be shifted."""
 
+import dataclasses
 import math
 import types
 
@@ -20,6 +21,7 @@ import numpyro_bism
 import pyro_bism
 
 LOGITS = np.array([[0.3, -1.2, 2.0], [0.1, 0.4, -0.5]])
+FACTOR = np.array([[0.7, 0.0, 0.0], [-0.4, 1.3, 0.0], [0.9, 0.2, 0.5]])
 
 
 class Torch:
@@ -30,6 +32,31 @@ class Torch:
     @staticmethod
     def hessian(function, zero):
         return torch.autograd.functional.hessian(function, zero)
+
+    exp, divergence = staticmethod(torch.exp), staticmethod(torch.distributions.kl_divergence)
+
+    @staticmethod
+    def gradients(model, guide, as_if_free=False):
+        """Functional's dJ/dθ (or what it is if φ moves every parameter), and J's own ∂J/∂θ, the same noise in both."""
+        pyro.clear_param_store()
+        strategy, x = pyro_bism.Functional(memory=0), torch.tensor(X)
+        loss, inner = pyro_bism.DenoisingScoreMatching(0.3), pyro.infer.TraceMeanField_ELBO()
+        optim = pyro.optim.Adam({"lr": 1e-3})
+        bism = pyro_bism.BiSM(model, guide, optim, loss, inner_loss=inner, hypergradient=strategy)
+        pair = bism.pair(x)
+        leaves, spec = torch.utils._pytree.tree_flatten(((x,), {}))
+        theta, phi = list(pair.theta.values()), list(pair.phi.values())
+
+        def named(found):
+            return {name: x.numpy() for name, x in zip(pair.theta, found, strict=True)}
+
+        pair = dataclasses.replace(pair, shiftable=None) if as_if_free else pair
+        problem = bism._problem(pair, pair.batch(leaves, spec), theta, phi)
+        torch.manual_seed(1)
+        found = strategy(problem, strategy.init(theta, phi)).gradient
+        torch.manual_seed(1)
+        shifted = problem.shifted()
+        return named(found), named(torch.autograd.grad(shifted.outer(shifted.zeros), theta))
 
     @staticmethod
     def stack(*columns):
@@ -61,7 +88,33 @@ class Jax:
 
     @staticmethod
     def hessian(function, zero):
-        return jax.hessian(function)(zero)
+        return jax.jit(jax.hessian(function))(zero)
+
+    exp, divergence = staticmethod(jnp.exp), staticmethod(ndist.kl_divergence)
+
+    @staticmethod
+    def gradients(model, guide, as_if_free=False):
+        """Functional's dJ/dθ (or what it is if φ moves every parameter), and J's own ∂J/∂θ, the same noise in both."""
+        key, strategy, x = jax.random.key(0), numpyro_bism.Functional(memory=0), jnp.asarray(X)
+        loss, inner = numpyro_bism.DenoisingScoreMatching(0.3), numpyro.infer.TraceMeanField_ELBO()
+        bism = numpyro_bism.BiSM(model, guide, optax.adam(1e-3), loss, inner_loss=inner, hypergradient=strategy)
+        state = bism.init(key, x)
+        leaves, spec = jax.tree.flatten(((x,), {}))
+        pair = bism.pair(leaves, spec)
+        theta, phi = bism._unpack(pair, state)
+        inner_state = state.inner_optim_state
+
+        pair = dataclasses.replace(pair, shiftable=None) if as_if_free else pair
+        problem = bism._problem(pair, pair.batch(key, leaves, spec), None, None)
+
+        @jax.jit
+        def found():
+            start = strategy.init(theta, bism.inner_optim, inner_state)
+            shifted = problem.shifted(jax.random.split(key)[0], theta, phi)
+            gradient = strategy(key, problem, theta, inner_state, start).gradient
+            return gradient, jax.grad(shifted.outer)(theta, shifted.zeros)
+
+        return jax.tree.map(np.asarray, found())
 
     @staticmethod
     def stack(*columns):
@@ -113,6 +166,8 @@ def expected(host, fn):
             ).sum()
 
         return cross
+    if isinstance(base, host.dist.MultivariateNormal):  # up to the entropy of q
+        return lambda shift: host.divergence(fn, host.shifts._moved("h", fn, shift)).sum()
     fn = host.bism.distributions.hard(fn)
     is_one_hot = "logits" in at and fn.event_shape
     support = host.array(np.eye(3)[:, None] + np.zeros((2, 1))) if is_one_hot else fn.enumerate_support()
@@ -128,6 +183,8 @@ def expected(host, fn):
 FAMILIES = {
     "normal": lambda h: h.dist.Normal(h.array(LOGITS), h.array(np.exp(LOGITS))).to_event(1),
     "log-normal": lambda h: h.dist.LogNormal(h.array(LOGITS), h.array(np.exp(LOGITS))),
+    "multivariate": lambda h: h.dist.MultivariateNormal(h.array(LOGITS), scale_tril=h.array(FACTOR)),
+    "by-covariance": lambda h: h.dist.MultivariateNormal(h.array(LOGITS), h.array(FACTOR @ FACTOR.T)),
     "bits": lambda h: h.dist.Bernoulli(logits=h.array(LOGITS)),
     "bits-by-probs": lambda h: h.dist.Bernoulli(probs=1 / (1 + np.exp(-1)) * h.array(np.ones((2, 3)))),
     "relaxed": lambda h: h.bism.ConcreteBernoulli(0.1, h.array(LOGITS)),
@@ -269,6 +326,73 @@ def test_what_no_parameter_of_the_guide_moves_is_not_shifted(host):
         host.shifts._is_reached(("h", "loc"), host.array([1.0, 0.0]) > 0)
     reference = chained(host, classes, lambda host, h, loc: loc)  # one class has a logit of 0
     assert host.look(*reference) == {("h", "logits"), ("g", "loc")}
+
+
+def factor(host, t):
+    """A Cholesky factor of three numbers."""
+    e = host.exp(t)
+    return host.stack(host.stack(e[0], t[1]), host.stack(0 * e[0], e[2]))
+
+
+def correlated(host, loc, t):
+    return host.dist.MultivariateNormal(loc, scale_tril=factor(host, t))
+
+
+def fixed(host, loc, t):
+    return host.dist.Normal(loc, 0.7).to_event(1)
+
+
+def independent(host, loc, t):
+    return host.dist.Normal(loc, host.exp(t[:2])).to_event(1)
+
+
+def linear_gaussian(host, posterior, q):
+    """p̃(v, h) = exp f(v) p(h|v), and a guide whose mean is the posterior's.
+
+    f(v) = (b + T c)·v - ‖v‖², and c and t are the posterior's offset and scales.
+    """
+    B = host.array([[0.5, -0.3], [0.8, 1.1]])
+    T, t = host.array(LINK), [-0.5, 0.6, 0.2]
+
+    def model(x):
+        b, c = host.p.param("b", host.array([0.4, -0.2])), host.p.param("c", host.array([0.3, 0.9]))
+        s = host.p.param("t", host.array(t))
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            host.p.sample("h", posterior(host, v @ B + c, s))
+            host.p.factor("energy", v @ (b + T @ c) - (v**2).sum(-1))
+
+    def guide(x):
+        M, m = host.p.param("M", 1.0 * B), host.p.param("m", host.array([0.3, 0.9]))
+        s = host.p.param("s", host.array(t)) if q is not fixed else None
+        with host.p.plate("data", len(x)):
+            host.p.sample("h", q(host, x @ M + m, s))
+
+    return model, guide
+
+
+LINK = np.array([[0.2, -0.6], [0.7, 0.4]])
+
+
+def test_functional_with_a_multivariate_guide_gives_the_marginals_gradient(host):
+    """log p(v) = f(v): the correlated posterior's own parameters have no part in it."""
+    found, own = host.gradients(*linear_gaussian(host, correlated, correlated))
+    np.testing.assert_allclose(found["b"], own["b"], rtol=1e-9)
+    np.testing.assert_allclose(found["c"], LINK.T @ own["b"], rtol=1e-6)
+    np.testing.assert_allclose(found["t"], 0.0, atol=1e-9)
+    assert min(abs(own["t"])) > 0.01
+    assert min(abs(own["c"] - found["c"])) > 0.01
+
+
+def test_a_scale_that_the_guide_holds_constant_is_not_shifted(host):
+    """Of the guide the means alone follow θ, to the posterior's: t moves J by itself, c through f."""
+    case = linear_gaussian(host, independent, fixed)
+    found, own = host.gradients(*case)
+    np.testing.assert_allclose(found["t"], own["t"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found["c"], LINK.T @ own["b"], rtol=1e-6)
+    if host is Torch:  # where every parameter is shifted it is another
+        found, own = host.gradients(*case, as_if_free=True)
+        assert max(abs(found["t"] - own["t"])) > 0.01
 
 
 def test_examples_are_told_from_as_many_units(host):

@@ -44,12 +44,15 @@ class Functional(Hypergradient):
     a few conjugate-gradient steps solve it. Where they meet a direction with next to no curvature in units of F, an
     example's steps end, as in Newton-CG: a guide far from the posterior gives a truncated correction.
 
-    What it assumes: that the guide fits every example by itself, with distributions of this family whose parameters are
-    free and independent. A guide that is too rigid, or a scale that it holds constant, has another dφ*/dθ; where one
-    site's distribution is computed from another's draw, one shift stands for all values of the draw; examples that the
-    model couples (batch normalisation) are solved as if they were not. And δ is a shift, not a slope: what J owes to
-    how the distributions turn with v is zero where q is the posterior, and left out elsewhere. For denoising losses, an
-    ELBO inside, and normal, log-normal, Bernoulli and categorical sites; others are refused.
+    What it assumes: that the guide fits every example by itself, with distributions whose parameters are free and
+    independent. Where a network is too rigid for that, or examples share what each would need for itself, dφ*/dθ is
+    another. What no parameter of the guide moves (a constant scale) is not shifted. Examples that the model couples
+    (batch normalisation) are solved as if they were not. And δ is a shift, not a slope: what J owes to how the
+    distributions turn with v is zero where q is the posterior, and left out elsewhere.
+
+    It is for denoising losses, an ELBO inside, and normal, multivariate normal, log-normal, Bernoulli and categorical
+    sites. Others are refused before the first step, and so are sites under scales or masks, latents computed from other
+    draws, and distributions that depend on another site's draw or on dropout: one shift can't stand for all of them.
 
     Relaxed sites get F⁻¹ ∂J/∂δ itself, whatever the curvature is: conjugate gradients fail on the Hessian of a few
     relaxed draws. Beside other sites their part of the coupled system is left out.
