@@ -69,7 +69,8 @@ def require_shiftable(
     _require_same(at, _learnt(again))
     elsewhere = constrain(pair.phi, jittered(key_phi, unconstrain(pair.phi, phi)))
     moved = _learnt(_sites(keys[2], pair, {**params, **elsewhere}, batch, v))
-    return frozenset(key for key, x in at.items() if _is_reached(key, _differ(x, moved[key]).any(axes[key[0]])))
+    # to the last bit: a parameter that moves a little is better shifted than taken for a constant
+    return frozenset(key for key, x in at.items() if _is_reached(key, (x != moved[key]).any(axes[key[0]])))
 
 
 def _require_kind(pair: Pair, inner_loss: Callable) -> None:

@@ -68,7 +68,8 @@ def require_shiftable(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Cal
         _require_same(at, _learnt(again))
         with jittered(list(pair.phi.values())):
             moved = _learnt(look())
-    return frozenset(key for key, x in at.items() if _is_reached(key, _differ(x, moved[key]).any(axes[key[0]])))
+    # to the last bit: a parameter that moves a little is better shifted than taken for a constant
+    return frozenset(key for key, x in at.items() if _is_reached(key, (x != moved[key]).any(axes[key[0]])))
 
 
 def _require_kind(pair: Pair, inner_loss: Callable) -> None:

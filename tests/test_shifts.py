@@ -92,46 +92,50 @@ class Jax:
 
     exp, divergence = staticmethod(jnp.exp), staticmethod(ndist.kl_divergence)
 
-    @staticmethod
-    def gradients(model, guide, as_if_free=False):
+    @classmethod
+    def gradients(cls, model, guide, as_if_free=False):
         """Functional's dJ/dθ (or what it is if φ moves every parameter), and J's own ∂J/∂θ, the same noise in both."""
-        key, strategy, x = jax.random.key(0), numpyro_bism.Functional(memory=0), jnp.asarray(X)
-        loss, inner = numpyro_bism.DenoisingScoreMatching(0.3), numpyro.infer.TraceMeanField_ELBO()
-        bism = numpyro_bism.BiSM(model, guide, optax.adam(1e-3), loss, inner_loss=inner, hypergradient=strategy)
-        state = bism.init(key, x)
-        leaves, spec = jax.tree.flatten(((x,), {}))
-        pair = bism.pair(leaves, spec)
-        theta, phi = bism._unpack(pair, state)
-        inner_state = state.inner_optim_state
+        start, batch = cls.analysed(model, guide)
+        shiftable = None if as_if_free else cls.look(model, guide)
+        pair = dataclasses.replace(start.pair, shiftable=shiftable)
+        key, strategy = jax.random.key(1), numpyro_bism.Functional(memory=0)
+        inner = numpyro_bism.divergences.as_inner_loss(numpyro.infer.TraceMeanField_ELBO())
 
-        pair = dataclasses.replace(pair, shiftable=None) if as_if_free else pair
-        problem = bism._problem(pair, pair.batch(key, leaves, spec), None, None)
+        def shifted(key, theta, phi):
+            def params(theta):
+                return pair.params(theta, phi, None)
+
+            return numpyro_bism.shifts.shifted_losses(key, pair, params, batch, LOSS[1], inner, theta)
+
+        optim = numpyro.optim.SGD(0.1)
+        problem = numpyro_bism.hypergradients.Bilevel(None, None, None, None, shifted, optim, None)
 
         @jax.jit
-        def found():
-            start = strategy.init(theta, bism.inner_optim, inner_state)
-            shifted = problem.shifted(jax.random.split(key)[0], theta, phi)
-            gradient = strategy(key, problem, theta, inner_state, start).gradient
-            return gradient, jax.grad(shifted.outer)(theta, shifted.zeros)
+        def found(theta, phi):
+            losses, state = shifted(jax.random.split(key)[0], theta, phi), optim.init(phi)
+            gradient = strategy(key, problem, theta, state, strategy.init(theta, optim, state)).gradient
+            return gradient, jax.grad(losses.outer)(theta, losses.zeros)
 
-        return jax.tree.map(np.asarray, found())
+        return jax.tree.map(np.asarray, found(start.theta, start.phi))
 
     @staticmethod
     def stack(*columns):
         return jnp.stack(columns, -1)
 
     @staticmethod
-    def look(model, guide):
-        """What can be shifted, without a step."""
-        key = jax.random.key(0)
+    def analysed(model, guide):
+        """Without a loss: what compiles for long is no part of it."""
+        key, strategy = jax.random.key(0), numpyro_bism.Functional()
         leaves, spec = jax.tree.flatten(((jnp.asarray(X),), {}))
-        start = numpyro_bism.densities.analyse(
-            model, guide, leaves, spec, key, None, None, None, numpyro_bism.Functional(), {}
-        )
+        start = numpyro_bism.densities.analyse(model, guide, leaves, spec, key, None, None, None, strategy, {})
+        return start, start.pair.batch(key, leaves, spec)
+
+    @classmethod
+    def look(cls, model, guide):
+        """What can be shifted, without a step."""
+        key, (start, batch) = jax.random.key(0), cls.analysed(model, guide)
         params = start.pair.params(*numpyro_bism.params.jittered(key, (start.theta, start.phi)), start.mutable)
-        batch = start.pair.batch(key, leaves, spec)
-        loss = numpyro_bism.DenoisingScoreMatching(0.3)
-        return numpyro_bism.shifts.require_shiftable(key, start.pair, params, batch, loss, None)
+        return numpyro_bism.shifts.require_shiftable(key, start.pair, params, batch, LOSS[1], None)
 
     @staticmethod
     def step(model, guide, loss, **settings):
@@ -143,6 +147,7 @@ class Jax:
 
 
 X = np.random.default_rng(0).normal(size=(6, 2))
+LOSS = pyro_bism.DenoisingScoreMatching(0.3), numpyro_bism.DenoisingScoreMatching(0.3)
 
 
 @pytest.fixture(params=[Torch, Jax], ids=["pyro", "numpyro"])
@@ -313,6 +318,32 @@ def gaussian(host, loc):
 def test_a_distribution_that_depends_on_draws_is_refused(host, first, second):
     with pytest.raises(ValueError, match=r"that of site 'g' depends on other draws.*Amortized"):
         host.look(*chained(host, first, second))
+
+
+def test_a_guide_that_samples_nothing_is_refused(host):
+    def model(x):
+        w = host.p.param("w", host.array(0.5))
+        with host.p.plate("data", len(x)):
+            host.p.sample("v", host.dist.Normal(w, 1.0).expand([2]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"this guide samples nothing, though it has parameters: \['m'\].*Amortized"):
+        host.look(model, lambda x: host.p.param("m", host.array(0.1)))
+    assert host.look(model, lambda x: None) == frozenset()
+
+
+def test_the_look_leaves_buffers_where_they_were():
+    """Those of the old spectral_norm move at every pass, and the weight with them: no dependence on draws."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.utils.spectral_norm(torch.nn.Linear(2, 2))).double()
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", pdist.Normal(net(x).sum(-1), 1.0))
+
+    before = {name: x.clone() for name, x in net.named_buffers()}
+    assert Torch.look(programs(Torch, gaussian)[0], guide) == {("h", "loc")}
+    assert all(torch.equal(x, before[name]) for name, x in net.named_buffers())
 
 
 def test_what_no_parameter_of_the_guide_moves_is_not_shifted(host):
