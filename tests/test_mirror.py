@@ -78,7 +78,8 @@ TWINS = {
     "hypergradients/unrolled.py": "Unrolled.__post_init__ Unrolled.differentiates_inner Unrolled.unrolls _reversal",
     "rows.py": "explain",
     "runaways.py": "Words",
-    "shifts.py": "_Shift.__init__ _shifting _arguments _refusal _shape _axis",
+    "shifts.py": "_require_kind _require_sites _require_same _Summed.__init__ _Shift.__init__ _shifting _arguments "
+    "_refusal _shape _axis",
 }
 
 
