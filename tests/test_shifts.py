@@ -35,50 +35,48 @@ class Torch:
 
     exp, divergence = staticmethod(torch.exp), staticmethod(torch.distributions.kl_divergence)
 
-    @staticmethod
-    def gradients(model, guide, as_if_free=False):
+    @classmethod
+    def gradients(cls, model, guide, as_if_free=False):
         """Functional's dJ/dθ (or what it is if φ moves every parameter), and J's own ∂J/∂θ, the same noise in both."""
-        pyro.clear_param_store()
-        strategy, x = pyro_bism.Functional(memory=0), torch.tensor(X)
-        loss, inner = pyro_bism.DenoisingScoreMatching(0.3), pyro.infer.TraceMeanField_ELBO()
-        optim = pyro.optim.Adam({"lr": 1e-3})
-        bism = pyro_bism.BiSM(model, guide, optim, loss, inner_loss=inner, hypergradient=strategy)
-        pair = bism.pair(x)
-        leaves, spec = torch.utils._pytree.tree_flatten(((x,), {}))
+        shiftable, (pair, batch) = cls.look(model, guide), cls.analysed(model, guide)
+        pair = dataclasses.replace(pair, shiftable=None if as_if_free else shiftable)
+        inner = pyro_bism.divergences.as_inner_loss(pyro.infer.TraceMeanField_ELBO())
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
 
-        def named(found):
-            return {name: x.numpy() for name, x in zip(pair.theta, found, strict=True)}
+        def shifted():
+            torch.manual_seed(1)
+            return pyro_bism.shifts.shifted_losses(pair, batch, LOSS[0], inner)
 
-        pair = dataclasses.replace(pair, shiftable=None) if as_if_free else pair
-        problem = bism._problem(pair, pair.batch(leaves, spec), theta, phi)
-        torch.manual_seed(1)
+        strategy, losses = pyro_bism.Functional(memory=0), shifted()
+        own = torch.autograd.grad(losses.outer(losses.zeros), theta)
+        problem = types.SimpleNamespace(theta=theta, phi=phi, shifted=shifted)
         found = strategy(problem, strategy.init(theta, phi)).gradient
-        torch.manual_seed(1)
-        shifted = problem.shifted()
-        return named(found), named(torch.autograd.grad(shifted.outer(shifted.zeros), theta))
+        return tuple({name: x.numpy() for name, x in zip(pair.theta, each, strict=True)} for each in (found, own))
 
     @staticmethod
     def stack(*columns):
         return torch.stack(columns, -1)
 
     @staticmethod
-    def look(model, guide):
-        """What can be shifted, without a step."""
+    def analysed(model, guide):
         pyro.clear_param_store()
         leaves, spec = torch.utils._pytree.tree_flatten(((torch.tensor(X),), {}))
         pair = pyro_bism.densities.analyse(model, guide, leaves, spec, None, None, pyro_bism.Functional())
-        loss = pyro_bism.DenoisingScoreMatching(0.3)
+        return pair, pair.batch(leaves, spec)
+
+    @classmethod
+    def look(cls, model, guide):
+        """What can be shifted, without a step."""
+        pair, batch = cls.analysed(model, guide)
         with pyro_bism.params.jittered([*pair.theta.values(), *pair.phi.values()]):
-            return pyro_bism.shifts.require_shiftable(pair, pair.batch(leaves, spec), loss, None)
+            return pyro_bism.shifts.require_shiftable(pair, batch, LOSS[0], None)
 
     @staticmethod
-    def step(model, guide, loss, **settings):
+    def begin(model, guide, loss, **settings):
         pyro.clear_param_store()
         optim = pyro.optim.Adam({"lr": 1e-3})
-        pyro_bism.BiSM(model, guide, optim, loss, hypergradient=pyro_bism.Functional(), **settings).step(
-            torch.tensor(X)
-        )
+        bism = pyro_bism.BiSM(model, guide, optim, loss, hypergradient=pyro_bism.Functional(), **settings)
+        return bism.pair(torch.tensor(X)).shiftable
 
 
 class Jax:
@@ -138,12 +136,11 @@ class Jax:
         return numpyro_bism.shifts.require_shiftable(key, start.pair, params, batch, LOSS[1], None)
 
     @staticmethod
-    def step(model, guide, loss, **settings):
+    def begin(model, guide, loss, **settings):
         strategy = numpyro_bism.Functional()
         bism = numpyro_bism.BiSM(model, guide, optax.adam(1e-3), loss, hypergradient=strategy, **settings)
-        x = jnp.asarray(X)
-        state = bism.init(jax.random.key(0), x)
-        jax.eval_shape(lambda: bism.update(state, x))
+        bism.init(jax.random.key(0), jnp.asarray(X))
+        return bism.pair(*jax.tree.flatten(((jnp.asarray(X),), {}))).shiftable
 
 
 X = np.random.default_rng(0).normal(size=(6, 2))
@@ -248,19 +245,20 @@ def test_what_it_can_not_shift_is_named(host):
     denoising = host.bism.DenoisingScoreMatching(0.3)
     points = programs(host, lambda h, m: h.dist.Delta(m))
     with pytest.raises(ValueError, match=r"site 'h' is a Delta.*Amortized"):
-        host.step(*points, denoising)
+        host.begin(*points, denoising)
     flow = host.dist.transforms.AffineTransform(0.1, 2.0)
     sent = programs(host, lambda h, m: h.dist.TransformedDistribution(h.dist.Normal(m, 1.0), [flow]))
     with pytest.raises(ValueError, match=r"site 'h' is a TransformedDistribution.*Amortized"):
-        host.step(*sent, denoising)
+        host.begin(*sent, denoising)
     masked = programs(host, lambda h, m: h.dist.Normal(m, 1.0).mask(m > 0))
     with pytest.raises(ValueError, match=r"'h' stands under a scale or a mask.*Amortized"):
-        host.step(*masked, denoising)
+        host.begin(*masked, denoising)
     plain = programs(host, lambda h, m: h.dist.Normal(m, 1.0))
+    assert host.begin(*plain, denoising) == {("h", "loc")}
     with pytest.raises(ValueError, match=r"FisherDivergence\(\) is not.*ELBO"):
-        host.step(*plain, denoising, inner_loss=host.bism.FisherDivergence())
+        host.begin(*plain, denoising, inner_loss=host.bism.FisherDivergence())
     with pytest.raises(ValueError, match=r"ScoreMatching differentiates the score.*Exact"):
-        host.step(*plain, host.bism.ScoreMatching())
+        host.begin(*plain, host.bism.ScoreMatching())
     with pytest.raises(ValueError, match="memory must be"):
         host.bism.Functional(memory=1.0)
     with pytest.raises(ValueError, match="num_steps must be"):
