@@ -287,7 +287,7 @@ def _parameters(name: str, fn: Any) -> dict[str, Array]:
 
 
 def _moved(name: str, fn: Any, shift: Mapping[str, Array]) -> Any:
-    """``fn`` at λ + δ."""
+    """``fn`` at λ + δ, see :func:`_shifted`."""
     base = base_of(fn)
     given = {k: jnp.asarray(getattr(base, k)) for k in _arguments(base)}
     for k, (transform, constraint) in _free(name, base).items():
@@ -296,8 +296,24 @@ def _moved(name: str, fn: Any, shift: Mapping[str, Array]) -> Any:
         value = _spread(fn, base, given[k], constraint)
         # a real parameter's way there and back would only cost time
         is_real = constraint in (constraints.real, constraints.real_vector)
-        given[k] = value + shift[k] if is_real else transform(transform.inv(value) + shift[k])
+        free = _shifted(base, value if is_real else transform.inv(value), shift[k])
+        given[k] = free if is_real else transform(free)
     return rebuild(fn, lambda base: type(base)(**given, validate_args=False))
+
+
+def _shifted(base: Any, free: Array, shift: Array) -> Array:
+    """λ + δ; of bits and classes, up to third order in δ, the logits of p + F δ.
+
+    The slope in δ is the same, and G, seen along it, the negative entropy and an expectation that is linear in every
+    unit's p: the curvature of one unit is F however far the guide is from the posterior. In logits a unit that is surer
+    of itself than the posterior has a negative one, with nothing wrong in its derivative.
+    """
+    if isinstance(base, _BITS):
+        return free + shift - 0.5 * (1 - 2 * jax.nn.sigmoid(free)) * jnp.square(shift)
+    if isinstance(base, _CLASSES):
+        centred = shift - (jax.nn.softmax(free, -1) * shift).sum(-1, keepdims=True)
+        return free + centred - 0.5 * jnp.square(centred)
+    return free + shift
 
 
 def _natural(base: Any, name: str, x: Array) -> Array:

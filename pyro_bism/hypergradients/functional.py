@@ -59,7 +59,7 @@ class Functional(Hypergradient):
 
     ``info.residual`` is that of the examples' systems in the norm of F⁻¹ (of relaxed sites mostly the noise of single
     draws; of the others alone where there are both), ``info.curvature`` the curvature along F⁻¹ ∂J/∂δ in units of F, of
-    all examples: 1 where the guide is the posterior.
+    all examples: 1 where the guide is the posterior; for bits that the energy does not couple, at every guide.
 
     :param num_particles: draws of h that the Hessian is a mean of, where it is random.
     :param num_steps: conjugate-gradient steps at most.
