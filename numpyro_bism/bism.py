@@ -14,7 +14,7 @@ from .all_rows import require_no_local
 from .brief import named
 from .coupling import check_rows
 from .guides import refuse_autoguide
-from .hypergradients import Amortized, Bilevel, Functional, Hypergradient, fused, require_hypergradient
+from .hypergradients import Amortized, Bilevel, Functional, Hypergradient, chosen, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
 from .modes import in_own_modes
@@ -101,7 +101,10 @@ class BiSM(Trainer):
         then keep pace: the K inner steps of a step have its rate.
     :param inner_loss: an ELBO of NumPyro, or :class:`FisherDivergence`.
     :param num_inner_steps: K.
-    :param hypergradient: a strategy of :mod:`numpyro_bism.hypergradients`; the paper's is ``Unrolled(5)``.
+    :param hypergradient: a strategy of :mod:`numpyro_bism.hypergradients`; the paper's is ``Unrolled(5)``. None chooses
+        when the programs are first run, and the attribute holds the choice from then on: ``Functional()`` under a
+        denoising loss, where it knows the guide's distributions; ``Exact()`` under a loss that differentiates the
+        score, where no site is relaxed; else ``Amortized()``.
     :param visible: names of the visible sites; None takes all observed sample sites.
     :param static_kwargs: keyword arguments of model and guide that stay the same, as in SVI.
     :raises ValueError: at construction for bad settings, at :meth:`init` for misuse (see the docs).
@@ -117,7 +120,7 @@ class BiSM(Trainer):
         inner_optim: Any = None,
         inner_loss: Any = None,
         num_inner_steps: int = 5,
-        hypergradient: Hypergradient = Amortized(),  # noqa: B008  (frozen)
+        hypergradient: Hypergradient | None = None,
         visible: Sequence[str] | None = None,
         **static_kwargs: Any,
     ):
@@ -131,7 +134,8 @@ class BiSM(Trainer):
             )
         if num_inner_steps < 0:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
-        require_hypergradient(hypergradient)
+        if hypergradient is not None:
+            require_hypergradient(hypergradient)
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
         self.model = model
@@ -162,7 +166,7 @@ class BiSM(Trainer):
             self.optim.init(start.theta),
             inner_state,
             start.mutable or None,
-            self.hypergradient.init(start.theta, self.inner_optim, inner_state),
+            self._strategy.init(start.theta, self.inner_optim, inner_state),
             rng_key,
             BiSMInfo._make([*[unknown] * 7, jnp.zeros((), int)]),
             runaways.begin(),
@@ -199,7 +203,7 @@ class BiSM(Trainer):
         # without inner steps the losses are for info alone
         num = max(self.num_inner_steps, 1)
         keys = jax.random.split(key_inner, num) if self.num_inner_steps else key_inner[None]
-        ahead = self.hypergradient.ahead(key_outer)
+        ahead = self._strategy.ahead(key_outer)
         problem = self._problem(pair, batch, mutable, keys[: self.num_inner_steps])
         draw, inner = taken_apart(problem.inner, key_inner, theta, phi)
         noise = jax.vmap(draw)(jnp.concatenate([keys, ahead]))
@@ -217,13 +221,13 @@ class BiSM(Trainer):
         )
         if self.num_inner_steps:
             inner_state = fitted
-        fresh = jax.eval_shape(lambda: self.hypergradient.init(theta, self.inner_optim, inner_state))
+        fresh = jax.eval_shape(lambda: self._strategy.init(theta, self.inner_optim, inner_state))
         if not _alike(fresh, state.hypergradient_state):
             raise ValueError(
-                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
+                f"The state was made with another hypergradient than {type(self._strategy).__name__}: it lacks "
                 "what that one carries from step to step, or has more. Take the state of this BiSM's init() or run()."
             )
-        found = self.hypergradient(key_outer, problem, theta, inner_state, state.hypergradient_state)
+        found = self._strategy(key_outer, problem, theta, inner_state, state.hypergradient_state)
         loss, gradient, length = found.loss, found.gradient, norm(found.gradient)
         if mutable is not None:
             v = self.loss.perturb(batch.v, self.loss.draw(key_moved, batch.v))
@@ -240,6 +244,11 @@ class BiSM(Trainer):
     def _warn(self, before: BiSMState, after: BiSMState) -> bool:
         return runaways.warn(before.watch, after.watch)
 
+    @property
+    def _strategy(self) -> Hypergradient:
+        assert self.hypergradient is not None  # chosen when the programs were looked at
+        return self.hypergradient
+
     def _next_key(self, rng_key: Array) -> Array:
         return _keys(rng_key)[0]
 
@@ -247,7 +256,7 @@ class BiSM(Trainer):
     def _cure(self) -> str:
         return (
             "If inner_grad_norm grows from step to step, or is not finite, the inner learning rate is too high: lower "
-            f"it in inner_optim. Otherwise {self.hypergradient.cure}"
+            f"it in inner_optim. Otherwise {self._strategy.cure}"
         )
 
     def _problem(self, pair: densities.Pair, batch: Any, mutable: Any, inner_keys: Any) -> Bilevel:
@@ -282,14 +291,22 @@ class BiSM(Trainer):
         def look(start, batch, rng_key):
             nonlocal shiftable
             averages.check(start, batch, rng_key, self.loss, self.inner_loss)
-            key_theta, key_phi, key_rows = jax.random.split(rng_key, 3)
+            key_theta, key_phi, key_rows, key_fit = jax.random.split(rng_key, 4)
             theta, phi = jittered(key_theta, start.theta), jittered(key_phi, start.phi)
             # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
             normalises = not self.loss.needs_uncoupled_examples
             params = start.pair.params(theta, phi, start.mutable)
             check_rows(key_rows, start.pair, params, batch, normalises_batch=normalises)
-            if isinstance(self.hypergradient, Functional):
-                shiftable = require_shiftable(key_rows, start.pair, params, batch, self.loss, self._inner)
+
+            def require_fit(strategy):
+                nonlocal shiftable
+                if isinstance(strategy, Functional):
+                    shiftable = require_shiftable(key_fit, start.pair, params, batch, self.loss, self._inner)
+
+            if self.hypergradient is None:
+                self.hypergradient = chosen(self.loss, start.pair, require_fit)
+            else:
+                require_fit(self.hypergradient)
 
         start = densities.analyse(
             self.model,
@@ -300,7 +317,7 @@ class BiSM(Trainer):
             init_params,
             self.visible,
             self.loss,
-            self.hypergradient,
+            self.hypergradient or Amortized(),  # what it asks of a guide is no less than what the others do
             self.static_kwargs,
             look=look,
         )

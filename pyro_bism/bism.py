@@ -14,12 +14,22 @@ from . import averages, densities, divergences, energies, runaways
 from .brief import named
 from .coupling import check_rows
 from .guides import refuse_autoguide, runs_model
-from .hypergradients import Amortized, Bilevel, Functional, Hypergradient, Result, norm, require_hypergradient, slopes
+from .hypergradients import (
+    Amortized,
+    Bilevel,
+    Functional,
+    Hypergradient,
+    Result,
+    chosen,
+    norm,
+    require_hypergradient,
+    slopes,
+)
 from .jit import BilevelProgram
 from .losses import OuterLoss
 from .modes import in_own_modes
 from .optim import descend, require_unrollable, settle
-from .params import jittered
+from .params import buffers_kept, jittered
 from .shifts import require_shiftable, shifted_losses
 from .training import Buffers, Trainer, require_guide, require_optim, same_settings
 
@@ -79,7 +89,10 @@ class BiSM(Trainer):
         scheduler's, ``optim.step()`` moves the rates of both levels; one of your own is stepped by you.
     :param inner_loss: a differentiable ELBO of Pyro, or :class:`FisherDivergence`.
     :param num_inner_steps: K.
-    :param hypergradient: a strategy of :mod:`pyro_bism.hypergradients`; the paper's is ``Unrolled(5)``.
+    :param hypergradient: a strategy of :mod:`pyro_bism.hypergradients`; the paper's is ``Unrolled(5)``. None chooses
+        when the programs are first run, and the attribute holds the choice from then on: ``Functional()`` under a
+        denoising loss, where it knows the guide's distributions; ``Exact()`` under a loss that differentiates the
+        score, where no site is relaxed; else ``Amortized()``.
     :param visible: names of the visible sites; None takes all observed sample sites.
     :param jit: capture the step as graphs of tensor operations and compile them (needs a C++ compiler; without one
         the graphs are replayed). Model and guide must not look at the values of tensors, and Python numbers in them are
@@ -98,7 +111,7 @@ class BiSM(Trainer):
         inner_optim: PyroOptim | None = None,
         inner_loss: Any = None,
         num_inner_steps: int = 5,
-        hypergradient: Hypergradient = Amortized(),  # noqa: B008  (frozen)
+        hypergradient: Hypergradient | None = None,
         visible: Sequence[str] | None = None,
         jit: bool = False,
     ):
@@ -115,7 +128,8 @@ class BiSM(Trainer):
             require_optim(inner_optim, "inner_optim")
         if num_inner_steps < 0:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
-        require_hypergradient(hypergradient)
+        if hypergradient is not None:
+            require_hypergradient(hypergradient)
         if isinstance(visible, str):
             raise ValueError(f"visible takes a list of site names: visible=[{visible!r}].")
         self.model = model
@@ -153,7 +167,7 @@ class BiSM(Trainer):
         if program is not None:
             problem.run = program.run  # type: ignore[method-assign]
         if self._carried is None:
-            self._carried = (self.hypergradient.init(theta, phi),)
+            self._carried = (self._strategy.init(theta, phi),)
         try:
             inner_loss, inner_norm = self._fit(problem, buffers, program)
             found, length = self._follow(problem, program)
@@ -177,7 +191,7 @@ class BiSM(Trainer):
             failure = FloatingPointError(
                 f"The outer loss or its gradient is not finite ({self.info}). The model was not updated. "
                 "If inner_grad_norm grows from step to step, the inner learning rate is too high: lower it in "
-                f"inner_optim. Otherwise {self.hypergradient.cure}."
+                f"inner_optim. Otherwise {self._strategy.cure}."
             )
             self._annotate(failure, leaves, spec, pair)
             raise failure
@@ -196,12 +210,17 @@ class BiSM(Trainer):
         if program is not None:
             return program.follow(problem, *self._carried)
         with pyro.validation_enabled(False):
-            found = self.hypergradient(problem, *self._carried)
+            found = self._strategy(problem, *self._carried)
         return found, norm(found.gradient).item()
+
+    @property
+    def _strategy(self) -> Hypergradient:
+        assert self.hypergradient is not None  # chosen when the programs were looked at
+        return self.hypergradient
 
     def _made(self, pair: densities.Pair) -> BilevelProgram:
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
-        return BilevelProgram(pair, self._problem, theta, phi, self.optim, self.inner_optim, self.hypergradient)
+        return BilevelProgram(pair, self._problem, theta, phi, self.optim, self.inner_optim, self._strategy)
 
     def _problem(self, pair, batch, theta, phi) -> Bilevel:
         return Bilevel(
@@ -223,7 +242,7 @@ class BiSM(Trainer):
         for k in range(max(self.num_inner_steps, 1)):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
             # in their noise, and a guide that goes astray between them is caught by its gradient.
-            if self.hypergradient.repeats_noise and self.num_inner_steps:
+            if self._strategy.repeats_noise and self.num_inner_steps:
                 problem.inner_noise.append(problem.snapshot())
             if program is not None:
                 loss, length = program.fit(moves=self.num_inner_steps > 0)
@@ -257,7 +276,9 @@ class BiSM(Trainer):
     def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
         refuse_autoguide(self.guide)
         guide = averages.averaging(self.guide)
-        pair = densities.analyse(self.model, guide, leaves, spec, self.visible, self.loss, self.hypergradient)
+        # what Amortized() asks of a guide is no less than what the others do that may be chosen
+        strategy = self.hypergradient or Amortized()
+        pair = densities.analyse(self.model, guide, leaves, spec, self.visible, self.loss, strategy)
         if pair.averaged:
             averages.check(pair, leaves, spec, self.loss, self.inner_loss)
         elif not runs_model(self.guide):
@@ -265,15 +286,34 @@ class BiSM(Trainer):
         divergences.check(self.inner_loss, pair)
         with jittered([*pair.theta.values(), *pair.phi.values()]):
             # a loss that takes no trace is a loss of the batch then, and batch normalisation a part of the model
-            check_rows(pair, pair.batch(leaves, spec), normalises_batch=not self.loss.needs_uncoupled_examples)
-            if isinstance(self.hypergradient, Functional):
-                shiftable = require_shiftable(pair, pair.batch(leaves, spec), self.loss, self._inner)
-                pair = replace(pair, shiftable=shiftable)
+            batch = pair.batch(leaves, spec)
+            check_rows(pair, batch, normalises_batch=not self.loss.needs_uncoupled_examples)
+
+            with buffers_kept(pair.buffers):
+                pair = self._fitted(pair, batch)
         phi = list(pair.phi.values())
         settle(self.optim, list(pair.theta.values()))
         settle(self.inner_optim, phi)
-        if self.hypergradient.unrolls:
+        if self._strategy.unrolls:
             require_unrollable(self.inner_optim, phi)
+        return pair
+
+    def _fitted(self, pair: densities.Pair, batch: Any) -> densities.Pair:
+        """The pair with what the hypergradient knows of it; where none was asked for, it is chosen.
+
+        :raises ValueError: where the one asked for does not fit the programs.
+        """
+
+        def require_fit(strategy: Hypergradient) -> None:
+            nonlocal pair
+            densities.check_held(pair, batch, self.loss, strategy)
+            if isinstance(strategy, Functional):
+                pair = replace(pair, shiftable=require_shiftable(pair, batch, self.loss, self._inner))
+
+        if self.hypergradient is None:
+            self.hypergradient = chosen(self.loss, pair, require_fit)
+        else:
+            require_fit(self.hypergradient)
         return pair
 
     @property
@@ -286,10 +326,10 @@ class BiSM(Trainer):
     def _keep(self, kept: Mapping[str, Any]) -> None:
         carried = kept["hypergradient"]
         pair = next(reversed(self._pairs.values()))
-        fresh = self.hypergradient.init(list(pair.theta.values()), list(pair.phi.values()))
+        fresh = self._strategy.init(list(pair.theta.values()), list(pair.phi.values()))
         if carried is not None and type(carried[0]) is not type(fresh):
             raise ValueError(
-                f"The state was made with another hypergradient than {type(self.hypergradient).__name__}: it lacks "
+                f"The state was made with another hypergradient than {type(self._strategy).__name__}: it lacks "
                 "what that one carries from step to step, or has more."
             )
         self._carried = carried

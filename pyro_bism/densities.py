@@ -771,8 +771,6 @@ def _describe(
     pair = replace(pair, is_stated=_is_stated(pair, batch))
     if strategy.unrolls and pair.phi:
         pair = replace(pair, astray=_astray(pair, batch))
-    if loss is not None and strategy.holds_theta and loss.differentiates_score:
-        _check_held(pair, batch)
     return pair
 
 
@@ -806,8 +804,10 @@ def _astray(pair: Pair, batch: visible.Batch) -> tuple[str, ...]:
         return tuple(params.astray(look, pair.phi, pair.theta, pair.at))
 
 
-def _check_held(pair: Pair, batch: visible.Batch) -> None:
-    """:raises ValueError: where the score can't be had as a function of v in which θ is a number."""
+def check_held(pair: Pair, batch: visible.Batch, loss: OuterLoss, strategy: Any) -> None:
+    """:raises ValueError: where the score can't be had as a function of v in which θ is a number, and has to be."""
+    if not (strategy.holds_theta and loss.differentiates_score):
+        return
     v = batch.v.detach().requires_grad_()
     with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
         draw = pair.draw(batch, v)[0].detached()

@@ -54,6 +54,14 @@ class Torch:
         return tuple({name: x.numpy() for name, x in zip(pair.theta, each, strict=True)} for each in (found, own))
 
     @staticmethod
+    def chosen(model, guide, loss, **settings):
+        pyro.clear_param_store()
+        bism = pyro_bism.BiSM(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss, **settings)
+        assert bism.hypergradient == settings.get("hypergradient")
+        bism.step(torch.tensor(X))
+        return bism.hypergradient
+
+    @staticmethod
     def stack(*columns):
         return torch.stack(columns, -1)
 
@@ -115,6 +123,13 @@ class Jax:
             return gradient, jax.grad(losses.outer)(theta, losses.zeros)
 
         return jax.tree.map(np.asarray, found(start.theta, start.phi))
+
+    @staticmethod
+    def chosen(model, guide, loss, **settings):
+        bism = numpyro_bism.BiSM(model, guide, optax.adam(1e-3), loss, **settings)
+        assert bism.hypergradient == settings.get("hypergradient")
+        bism.init(jax.random.key(0), jnp.asarray(X))
+        return bism.hypergradient
 
     @staticmethod
     def stack(*columns):
@@ -187,12 +202,29 @@ FAMILIES = {
     "log-normal": lambda h: h.dist.LogNormal(h.array(LOGITS), h.array(np.exp(LOGITS))),
     "multivariate": lambda h: h.dist.MultivariateNormal(h.array(LOGITS), scale_tril=h.array(FACTOR)),
     "by-covariance": lambda h: h.dist.MultivariateNormal(h.array(LOGITS), h.array(FACTOR @ FACTOR.T)),
-    "bits": lambda h: h.dist.Bernoulli(logits=h.array(LOGITS)),
+    "bits": lambda h, logits=LOGITS: h.dist.Bernoulli(logits=h.array(logits)),
     "bits-by-probs": lambda h: h.dist.Bernoulli(probs=1 / (1 + np.exp(-1)) * h.array(np.ones((2, 3)))),
     "relaxed": lambda h: h.bism.ConcreteBernoulli(0.1, h.array(LOGITS)),
-    "classes": lambda h: h.dist.Categorical(logits=h.array(LOGITS)),
-    "one-hot": lambda h: h.one_hot(h.array(LOGITS)),
+    "classes": lambda h, logits=LOGITS: h.dist.Categorical(logits=h.array(logits)),
+    "one-hot": lambda h, logits=LOGITS: h.one_hot(h.array(logits)),
 }
+
+
+@pytest.mark.parametrize("family", ["bits", "classes", "one-hot"])
+def test_curvature_is_the_fisher_information_far_from_the_posterior_too(host, family):
+    """KL(q_δ || p) of bits and classes whose p is another: in logits its curvature may be negative."""
+    fn, other = FAMILIES[family](host), FAMILIES[family](host, -4.0 * LOGITS[::-1])
+    (k, at), *_ = host.shifts._parameters("h", fn).items()
+    cross, is_one_hot = expected(host, fn), family == "one-hot"
+    support = host.array(np.eye(3)[:, None] + np.zeros((2, 1))) if is_one_hot else fn.enumerate_support()
+    log_p = other.log_prob(support)
+
+    def divergence(shift):
+        log_q = host.shifts._moved("h", fn, {k: shift}).log_prob(support)
+        return ((log_q.exp() if host is Torch else jnp.exp(log_q)) * (log_q - log_p)).sum()
+
+    information = host.hessian(lambda x: cross({k: x}), 0 * at)
+    np.testing.assert_allclose(host.hessian(divergence, 0 * at), information, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,12 +257,12 @@ def test_every_variable_has_a_shift_of_its_own(host):
         np.testing.assert_allclose(np.asarray(moved.log_prob(value)), np.asarray(fn.log_prob(value)), rtol=1e-9)
 
 
-def programs(host, draw):
+def programs(host, draw, is_flat=False):
     def model(x):
         w = host.p.param("w", host.array(0.5))
         with host.p.plate("data", len(x)):
             host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
-            h = host.p.sample("h", host.dist.Normal(0.0, 1.0))
+            h = host.p.sample("h", host.dist.Normal(0.0, 1.0).mask(not is_flat))
             host.p.factor("energy", w * h * x.sum(-1) - (x**2).sum(-1))
 
     def guide(x):
@@ -263,6 +295,20 @@ def test_what_it_can_not_shift_is_named(host):
         host.bism.Functional(memory=1.0)
     with pytest.raises(ValueError, match="num_steps must be"):
         host.bism.Functional(num_steps=0)
+
+
+def test_what_is_chosen_where_no_hypergradient_is_asked_for(host):
+    """The rule of docs/hypergradients.md; the attribute holds the choice once the programs have been run."""
+    plain = programs(host, lambda h, m: h.dist.Normal(m, 1.0))
+    points = programs(host, lambda h, m: h.dist.Delta(m))
+    relaxed = programs(host, lambda h, m: h.bism.ConcreteBernoulli(0.5, m), is_flat=True)
+    denoising, exact = host.bism.DenoisingScoreMatching(0.3), host.bism.ScoreMatching()
+    assert host.chosen(*plain, denoising) == host.bism.Functional()
+    assert host.chosen(*points, denoising) == host.bism.Amortized()
+    assert host.chosen(*plain, denoising, inner_loss=host.bism.FisherDivergence()) == host.bism.Amortized()
+    assert host.chosen(*plain, exact) == host.bism.Exact()
+    assert host.chosen(*relaxed, exact) == host.bism.Amortized()
+    assert host.chosen(*plain, exact, hypergradient=host.bism.Detached()) == host.bism.Detached()
 
 
 def dropped(host, x):

@@ -9,6 +9,7 @@ made by ``init`` and handed back in the result.
 """
 
 from .amortized import Amortized
+from .choice import chosen
 from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
@@ -30,6 +31,7 @@ __all__ = [
     "Result",
     "Shifted",
     "Unrolled",
+    "chosen",
     "norm",
     "require_hypergradient",
     "slopes",
