@@ -13,6 +13,11 @@ its peak memory is its own:
   to the same length. All on one batch.
 - *log-likelihood*, in nats: its exact expectation on the checkerboard; on images that of the held-out ones, noise added
   (the density that denoising learns), by annealed importance sampling.
+
+A third table finds the default: the problems of examples/problems.py, five seeds of each, with the exact objective that
+every strategy ends at; "None" is the default, and the table says which strategy that is.
+
+    python examples/hypergradients.py --model problems            about an hour
 """
 
 import argparse
@@ -66,6 +71,7 @@ ON_FACES = {
     "Covariance(2)": ("summed",),
     "Exact()": ("summed",),
 }
+ON_PROBLEMS = ["None", "Functional()", "Exact()", "Amortized()", "Implicit(num_steps=5)", "Unrolled(5)"]
 COLUMNS = ["latents", "strategy", "ms a step", "peak MB", "error", "error in c", "spread", "log-likelihood"]
 
 
@@ -370,6 +376,40 @@ def rows(args, model):
     ]
 
 
+def problems_table(args):
+    """Every problem by every strategy: mean and spread of the objective over the seeds, NaN for a runaway."""
+    import problems
+
+    chosen = args.strategies or ON_PROBLEMS
+    kept = args.output / "problems.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    jobs = [(name, strategy) for name in args.problems or problems.PROBLEMS for strategy in chosen]
+    for name, strategy in tqdm(jobs, desc="problems"):
+        if strategy in found.setdefault(name, {}):
+            continue
+        problem = problems.PROBLEMS[name]()
+        try:
+            params, ms, which = problems.trained(problem, strategy, args.seeds, args.steps or problem.steps)
+            row = {"values": [problems.judged(problem, p) for p in params], "ms": ms, "which": which}
+        except ValueError as error:  # it does not fit the programs, and says why
+            row = {"refused": str(error)}
+        found[name][strategy] = row
+        kept.write_text(json.dumps(found, indent=1))
+    lines = ["| problem | the default is | " + " | ".join(chosen) + " |", "|---" * (len(chosen) + 2) + "|"]
+    for name in args.problems or problems.PROBLEMS:
+        cells = [_problem_cell(found[name][strategy]) for strategy in chosen]
+        default = found[name].get("None", {}).get("which", "-").partition("(")[0]
+        lines.append("| " + " | ".join([name, default, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _problem_cell(row):
+    if "refused" in row:
+        return "-"
+    values = np.array(row["values"])
+    return f"{values.mean():.4f} ± {values.std():.4f}, {row['ms']:.2g} ms"
+
+
 def table(found):
     formats = {
         "ms a step": ".3g",
@@ -423,11 +463,17 @@ def picture(tables, path):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["checkerboard", "faces", "both"], default="both")
+    parser.add_argument("--model", choices=["checkerboard", "faces", "both", "problems"], default="both")
     parser.add_argument("--data", default=os.environ.get("BISM_DATA"), help="path of the Frey faces")
     parser.add_argument(
-        "--strategies", nargs="+", choices=list(STRATEGIES | ON_FACES), metavar="STRATEGY", help="rows; all"
+        "--strategies",
+        nargs="+",
+        choices=sorted({*STRATEGIES, *ON_FACES, *ON_PROBLEMS}),
+        metavar="STRATEGY",
+        help="rows; all",
     )
+    parser.add_argument("--problems", nargs="+", metavar="PROBLEM", help="some of those of examples/problems.py")
+    parser.add_argument("--seeds", type=int, default=5, help="of every problem, side by side")
     parser.add_argument("--steps", type=int, help="of training; 20,000 and 2,000")
     parser.add_argument("--gradients", type=int, help="how many the error is a mean of; 20,000 and 100")
     parser.add_argument("--output", type=Path, default=Path("build"))
@@ -436,6 +482,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.one:
         one(args)
+        return
+    if args.model == "problems":
+        print(problems_table(args))
         return
     tables = {}
     for model in ["checkerboard", "faces"] if args.model == "both" else [args.model]:
