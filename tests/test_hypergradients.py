@@ -654,12 +654,12 @@ def test_functionals_second_term_is_a_running_mean(host):
         np.testing.assert_allclose(kept, mean, rtol=1e-8, atol=1e-12)
 
 
-def saddle(host, strategy):
-    """G = φ₁² - φ₂² + θφ, J = φ₁ + 2φ₂ + θ²: along φ₂ there is no minimum."""
+def saddle(host, strategy, bend=(1.0, -1.0), num_steps=1):
+    """G = φ₁² - φ₂² + θφ, J = φ₁ + 2φ₂ + θ²: along φ₂ there is no minimum. What is found after so many steps."""
     if host is Torch:
         theta = torch.tensor([0.3, 0.4], requires_grad=True)
         phi = torch.tensor([0.1, 0.2], requires_grad=True)
-        sign, weight = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 2.0])
+        sign, weight = torch.tensor(bend), torch.tensor([1.0, 2.0])
         problem = pyro_bism.hypergradients.Bilevel(
             outer=lambda: (weight * phi).sum() + theta.square().sum(),
             inner=lambda: (sign * phi.square() + theta * phi).sum(),
@@ -671,8 +671,11 @@ def saddle(host, strategy):
             at=None,
             optim=None,
         )
-        return strategy(problem, None)
-    sign, weight = jnp.array([1.0, -1.0]), jnp.array([1.0, 2.0])
+        found = pyro_bism.hypergradients.Result(None, None, strategy.init([theta], [phi]))
+        for _ in range(num_steps):
+            found = strategy(problem, found.state)
+        return found
+    sign, weight = jnp.array(bend), jnp.array([1.0, 2.0])
     optim = numpyro.optim.SGD(0.1)
     problem = numpyro_bism.hypergradients.Bilevel(
         lambda key, theta, phi: (weight * phi).sum() + jnp.square(theta).sum(),
@@ -683,8 +686,18 @@ def saddle(host, strategy):
         optim,
         None,
     )
-    state = optim.init(jnp.array([0.1, 0.2]))
-    return strategy(jax.random.key(0), problem, jnp.array([0.3, 0.4]), state, None)
+    theta, inner_state = jnp.array([0.3, 0.4]), optim.init(jnp.array([0.1, 0.2]))
+    found = numpyro_bism.hypergradients.Result(None, None, strategy.init(theta, optim, inner_state))
+    step = jax.jit(lambda state: strategy(jax.random.key(0), problem, theta, inner_state, state))
+    for _ in range(num_steps):
+        found = step(found.state)
+    return found
+
+
+@pytest.mark.parametrize("bend", [(2.0, -0.4), (-2.0, 0.4)], ids=["the least", "the greatest"])
+def test_amortized_does_not_run_off_along_negative_curvature(host, bend):
+    gradient = np.asarray(saddle(host, host.bism.Amortized(), bend, 1000).gradient).reshape(-1)
+    assert np.abs(gradient).max() < 10  # θ's own part is below 1, and |φ*'s| along the other direction is 1.25
 
 
 @pytest.mark.parametrize("solver", ["cg", "neumann", "nystrom"])
