@@ -557,7 +557,8 @@ def test_groups_dimensions_and_attributes(backend):
         "average": "loss",
     }
     assert configuration["inner_loss"]["name"] == "Trace_ELBO"
-    assert configuration["hypergradient"] == {"name": "Amortized", "step_size": None, "num_steps": 1}
+    chosen = {"name": "Functional", "num_particles": 4, "num_steps": 4, "memory": 0.9}
+    assert configuration["hypergradient"] == chosen
     assert (configuration["num_inner_steps"], configuration["visible"]) == (5, ["v"])
 
 

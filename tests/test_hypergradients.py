@@ -844,10 +844,11 @@ def test_amortized_finds_the_greatest_curvature_in_another_block(backend):
         torch.set_default_dtype(torch.float64)
         still = pyro.optim.SGD({"lr": 0.0})
         programs = _separate(pyro, pyro.distributions, torch.as_tensor)
-        bism = pyro_bism.BiSM(*programs, still, pyro_bism.DenoisingScoreMatching(0.3))
+        loss, strategy = pyro_bism.DenoisingScoreMatching(0.3), pyro_bism.Amortized()
+        bism = pyro_bism.BiSM(*programs, still, loss, hypergradient=strategy)
         bism.step(torch.as_tensor(x))
         (state,) = bism._carried
-        bism._carried = (state._replace(direction=[torch.tensor([1.0, 0.0])], moments=torch.zeros(2)),)
+        bism._carried = (state._replace(direction=[torch.tensor([1.0, 0.0])], moments=torch.zeros(3)),)
         curvatures = []
         for _ in range(30):
             bism.step(torch.as_tensor(x))
@@ -857,7 +858,8 @@ def test_amortized_finds_the_greatest_curvature_in_another_block(backend):
         with jax.enable_x64(True):
             programs = _separate(numpyro, numpyro.distributions, jnp.asarray)
             still = numpyro.optim.SGD(0.0)
-            bism = numpyro_bism.BiSM(*programs, still, numpyro_bism.DenoisingScoreMatching(0.3))
+            loss, strategy = numpyro_bism.DenoisingScoreMatching(0.3), numpyro_bism.Amortized()
+            bism = numpyro_bism.BiSM(*programs, still, loss, hypergradient=strategy)
             state, update, curvatures = bism.init(jax.random.key(0), jnp.asarray(x)), jax.jit(bism.update), []
             caught = state.hypergradient_state._replace(direction={"loc": jnp.array([1.0, 0.0])})
             state = state._replace(hypergradient_state=caught)
