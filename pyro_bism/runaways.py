@@ -46,7 +46,7 @@ class Words(NamedTuple):
 BISM = Words(
     "the outer loss",
     "the hypergradient",
-    "Start again with hypergradient=Exact() if the guide can be the posterior; or with DenoisingScoreMatching, "
+    "Start again with hypergradient=Exact() and a guide that can be the posterior; or with DenoisingScoreMatching, "
     "whose loss has a lower bound; or with a lower rate in optim or more inner steps, so that the guide keeps up",
 )
 RIVAL = Words.of_rival("or clip the gradient")
