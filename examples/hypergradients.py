@@ -51,6 +51,7 @@ STRATEGIES = {
     "Amortized(num_steps=3)": ("summed",),
     "Functional()": ("relaxed", "summed"),
     "Functional(memory=0)": ("summed",),
+    "Functional(memory=0.99)": ("relaxed", "summed"),
     "Penalty(10)": ("summed",),
     "Penalty(100)": ("relaxed", "summed"),
     "Penalty(1000)": ("summed",),

@@ -28,13 +28,16 @@ from paper_checkerboard import Setting, numpyro_backend, pyro_backend, start
 
 SIGMA, RATE, BATCH_SIZE = 0.3, 2e-4, 100
 NUM_SAMPLES = 24
-AMORTISED = "amortised"
+NAMED = {"default": None, "amortised": "Amortized"}  # hypergradients beside the paper's
 
 
-def engine(backend: SimpleNamespace, n: int | None, k: int):
-    """BiSM with N unrolled steps, none for N = 0, and K kept ones; the default hypergradient where N is None."""
+def engine(backend: SimpleNamespace, n: int | str, k: int):
+    """BiSM with N unrolled steps, none for N = 0, and K kept ones; or with the hypergradient of that name."""
     b = backend.bism
-    hypergradient = b.Amortized() if n is None else b.Unrolled(n) if n else b.Detached()
+    if isinstance(n, str):
+        hypergradient = getattr(b, NAMED[n])() if NAMED[n] else None
+    else:
+        hypergradient = b.Unrolled(n) if n else b.Detached()
     return b.BiSM(
         backend.model,
         backend.guide,
@@ -95,12 +98,12 @@ def denoised(v: np.ndarray, params: dict) -> np.ndarray:
     return v + SIGMA**2 * score
 
 
-def parsed(pair: str) -> tuple[int | None, int]:
-    """N, None for the amortised gradient, and K."""
+def parsed(pair: str) -> tuple[int | str, int]:
+    """N, or the name of another hypergradient, and K."""
     first, _, second = pair.partition(",")
-    if not (first == AMORTISED or first.isdecimal()) or not second.isdecimal():
-        raise argparse.ArgumentTypeError(f"{pair!r} is not N,K: two whole numbers, or {AMORTISED},K")
-    return None if first == AMORTISED else int(first), int(second)
+    if not (first in NAMED or first.isdecimal()) or not second.isdecimal():
+        raise argparse.ArgumentTypeError(f"{pair!r} is not N,K: two whole numbers, or {' or '.join(NAMED)} for N")
+    return first if first in NAMED else int(first), int(second)
 
 
 def picture(results: dict, data: Split, path: Path) -> None:
@@ -110,16 +113,15 @@ def picture(results: dict, data: Split, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(1.2, 1), layout="constrained")
-    grid = [run for run in results.values() if run["N"] is not None]
+    grid = [run for run in results.values() if isinstance(run["N"], int)]
     fitted = [run["log_likelihood"] for run in results.values() if run["K"] > 0]
     low, high = (min(fitted) - 2, max(fitted) + 2) if fitted else (-np.inf, np.inf)  # without K = 0, far off
     for k in sorted({run["K"] for run in grid}):
         runs = sorted((run for run in grid if run["K"] == k), key=lambda run: run["N"])
         n, value = [run["N"] for run in runs], [run["log_likelihood"] for run in runs]
         left.plot(n, value, "o-", label=f"K = {k}" + ", below" * (max(value) < low))
-    for run in results.values():
-        if run["N"] is None:
-            left.axhline(run["log_likelihood"], color="black", linestyle="--", label=f"amortised, K = {run['K']}")
+    for run, style in zip((run for run in results.values() if isinstance(run["N"], str)), ("--", ":"), strict=False):
+        left.axhline(run["log_likelihood"], color="black", linestyle=style, label=f"{run['N']}, K = {run['K']}")
     if fitted:
         left.set_ylim(low, high)
     left.set(xlabel="N, unrolled steps", ylabel="held-out log-likelihood, nats", title="what N and K buy")
@@ -156,7 +158,7 @@ def main() -> None:
         nargs="+",
         type=parsed,
         metavar="N,K",
-        help=f"N,K of the runs, or {AMORTISED},K; all of 0, 1, 5 and 10 if none",
+        help=f"N,K of the runs, or {' or '.join(NAMED)} for N; all of 0, 1, 5 and 10 if none",
     )
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -168,8 +170,8 @@ def main() -> None:
     d = data.train.shape[1]
     setting = Setting(d, 400 if d == 560 else 8 if args.smoke else 64, BATCH_SIZE, RATE, SIGMA)
     steps, temperatures, sweeps = (20, 20, 20) if args.smoke else (args.steps, 1000, 1000)
-    pairs = args.pairs or [*itertools.product((0, 1, 5, 10), repeat=2), (None, 5)]
-    pairs = [(1, 1), (None, 1)] if args.smoke else pairs
+    pairs = args.pairs or [*itertools.product((0, 1, 5, 10), repeat=2), *((name, 5) for name in NAMED)]
+    pairs = [(1, 1), ("default", 1)] if args.smoke else pairs
     make = {"numpyro": numpyro_backend, "pyro": pyro_backend}[args.backend]
     backend, whole = make(setting), make(setting._replace(batch_size=None))
     path = args.output.with_suffix(".json")
@@ -177,7 +179,7 @@ def main() -> None:
     results = kept.load(parser, path, about)
     with tqdm(pairs) as bar:
         for n, k in bar:
-            name = f"{AMORTISED}, K = {k}" if n is None else f"N = {n}, K = {k}"
+            name = f"{n}, K = {k}" if isinstance(n, str) else f"N = {n}, K = {k}"
             bar.set_postfix_str(name)
             if name in results:
                 continue

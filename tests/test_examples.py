@@ -162,6 +162,6 @@ def test_paper_freyface(backend, tmp_path):
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     for done in (first, again):
         assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (N = 1, K = 1|amortised, K = 1) \| (\S+) ± ", first.stdout, re.MULTILINE)
+    rows = re.findall(r"^\| (N = 1, K = 1|default, K = 1) \| (\S+) ± ", first.stdout, re.MULTILINE)
     assert len(rows) == 2 and all(float(value) < 0 for _, value in rows)
     assert re.findall(r"^\|.*$", again.stdout, re.MULTILINE) == re.findall(r"^\|.*$", first.stdout, re.MULTILINE)
