@@ -301,7 +301,7 @@ class BiSM(Trainer):
             def require_fit(strategy):
                 nonlocal shiftable
                 if isinstance(strategy, Functional):
-                    shiftable = require_shiftable(key_fit, start.pair, params, batch, self.loss, self._inner)
+                    shiftable = require_shiftable(key_fit, start.pair, params, batch, self._inner)
 
             if self.hypergradient is None:
                 self.hypergradient = chosen(self.loss, start.pair, require_fit)

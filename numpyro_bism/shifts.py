@@ -47,7 +47,7 @@ Shifts = Mapping[tuple[str, str], Array]  # by site and parameter
 
 
 def require_shiftable(
-    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, loss: OuterLoss, inner_loss: Callable
+    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, inner_loss: Callable
 ) -> frozenset[tuple[str, str]]:
     """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
 
@@ -62,7 +62,8 @@ def require_shiftable(
         return frozenset()
     _require_kind(pair, inner_loss)
     key_noise, key_phi, *keys = jax.random.split(rng_key, 5)
-    v = loss.perturb(batch.v, loss.draw(key_noise, batch.v))
+    # off the data, of which a zero would hide a weight; not by the loss's noise, whose scale may be traced
+    v = batch.v + jax.random.normal(key_noise, batch.v.shape, batch.v.dtype)
     sites, again = _sites(keys[0], pair, params, batch, v), _sites(keys[1], pair, params, batch, v, -1)
     axes = _require_sites(sites, pair, len(v))
     at = _learnt(sites)

@@ -146,6 +146,7 @@ class BiSM(Trainer):
         self._inner = divergences.as_inner_loss(inner_loss)
         # what the hypergradient carries from step to step, in a tuple; None before the first
         self._carried: tuple[Any] | None = None
+        self._carried_by: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # whose names; None after loading
         self._watch = runaways.begin()
 
     @in_own_modes
@@ -166,8 +167,11 @@ class BiSM(Trainer):
         program: BilevelProgram | None = self._captured(pair, batch) if self.jit else None
         if program is not None:
             problem.run = program.run  # type: ignore[method-assign]
-        if self._carried is None:
+        names = tuple(pair.theta), tuple(pair.phi)
+        # a parameter that was frozen or unfrozen on the way has no place in what is carried
+        if self._carried is None or self._carried_by not in (None, names):
             self._carried = (self._strategy.init(theta, phi),)
+        self._carried_by = names
         try:
             inner_loss, inner_norm = self._fit(problem, buffers, program)
             found, length = self._follow(problem, program)
@@ -308,7 +312,7 @@ class BiSM(Trainer):
             nonlocal pair
             densities.check_held(pair, batch, self.loss, strategy)
             if isinstance(strategy, Functional):
-                pair = replace(pair, shiftable=require_shiftable(pair, batch, self.loss, self._inner))
+                pair = replace(pair, shiftable=require_shiftable(pair, batch, self._inner))
 
         if self.hypergradient is None:
             self.hypergradient = chosen(self.loss, pair, require_fit)
@@ -332,7 +336,7 @@ class BiSM(Trainer):
                 f"The state was made with another hypergradient than {type(self._strategy).__name__}: it lacks "
                 "what that one carries from step to step, or has more."
             )
-        self._carried = carried
+        self._carried, self._carried_by = carried, None
         self._watch = runaways.Watch(*kept["watch"])
 
     @in_own_modes

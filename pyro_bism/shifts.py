@@ -44,7 +44,7 @@ LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gi
 Shifts = Mapping[tuple[str, str], Tensor]  # by site and parameter
 
 
-def require_shiftable(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> frozenset[tuple[str, str]]:
+def require_shiftable(pair: Pair, batch: Batch, inner_loss: Callable) -> frozenset[tuple[str, str]]:
     """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
 
     The guide runs three times, and leaves no trace. To be called inside of :func:`params.jittered`: what weights of
@@ -56,7 +56,7 @@ def require_shiftable(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Cal
         return frozenset()
     _require_kind(pair, inner_loss)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False), pyro.poutine.block():
-        v = loss.perturb(batch.v, loss.draw(batch.v))
+        v = batch.v + torch.randn_like(batch.v)  # off the data, of which a zero would hide a weight
 
         def look(index: int = 0) -> dict[str, Site]:
             with buffers_kept(pair.buffers):  # those that move at every pass would tell of draws

@@ -136,8 +136,9 @@ def its_posterior(x):
 
 
 def test_score_matching_that_has_run_away_says_so_once():
-    """Adam at 5e-3 and the default hypergradient, though the guide holds the posterior at every θ."""
-    bism = numpyro_bism.BiSM(linear_gaussian, its_posterior, numpyro.optim.Adam(5e-3), numpyro_bism.ScoreMatching())
+    """Adam at 5e-3 and Amortized(), though the guide holds the posterior at every θ."""
+    optim, loss, strategy = numpyro.optim.Adam(5e-3), numpyro_bism.ScoreMatching(), numpyro_bism.Amortized()
+    bism = numpyro_bism.BiSM(linear_gaussian, its_posterior, optim, loss, hypergradient=strategy)
     x = jnp.asarray(V, jnp.float32)
     with pytest.warns(UserWarning, match="the hypergradient grew more than 1,000-fold.*Exact") as caught:
         state = bism.run(jax.random.key(0), 600, x, progress_bar=False).state

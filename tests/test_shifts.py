@@ -77,7 +77,7 @@ class Torch:
         """What can be shifted, without a step."""
         pair, batch = cls.analysed(model, guide)
         with pyro_bism.params.jittered([*pair.theta.values(), *pair.phi.values()]):
-            return pyro_bism.shifts.require_shiftable(pair, batch, LOSS[0], None)
+            return pyro_bism.shifts.require_shiftable(pair, batch, None)
 
     @staticmethod
     def begin(model, guide, loss, **settings):
@@ -148,7 +148,7 @@ class Jax:
         """What can be shifted, without a step."""
         key, (start, batch) = jax.random.key(0), cls.analysed(model, guide)
         params = start.pair.params(*numpyro_bism.params.jittered(key, (start.theta, start.phi)), start.mutable)
-        return numpyro_bism.shifts.require_shiftable(key, start.pair, params, batch, LOSS[1], None)
+        return numpyro_bism.shifts.require_shiftable(key, start.pair, params, batch, None)
 
     @staticmethod
     def begin(model, guide, loss, **settings):
