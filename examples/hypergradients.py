@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import kept
 from checkerboard import expected_log_likelihood
 from data import checkerboard, digits, frey_faces
 
@@ -125,7 +126,8 @@ def log_normalizer(params, rng, num_chains=100, num_temperatures=1000):
     return start + weight.max() + np.log(np.exp(weight - weight.max()).mean())
 
 
-def programs(setting, latents):
+def programs(setting, latents, column=1.0, logits=None):
+    """Model and guide of an RBM of v / ``column``; ``logits()`` gives the guide's logits as a function of v."""
     import jax
     import jax.numpy as jnp
     import numpyro
@@ -138,6 +140,10 @@ def programs(setting, latents):
     def weights(key):
         return (0.1 if k < 10 else 0.01) * jax.random.normal(key, (d, k))
 
+    def linear():
+        W, b = numpyro.param("guide_W", weights), numpyro.param("guide_b", jnp.zeros(k))
+        return lambda v: b + v @ W
+
     def plate(x):
         size = min(setting.batch, len(x))
         return numpyro.plate("points", len(x), subsample_size=size if size < len(x) else None, dim=-2)
@@ -147,20 +153,21 @@ def programs(setting, latents):
         log_s = numpyro.param("log_s", jnp.full(d if k < 10 else (), setting.log_s))
         with plate(x) as rows:
             v = numpyro.sample("v", dist.Normal(0, 1).expand([d]).to_event(1).mask(False), obs=x[rows])
+            v = v / column
             numpyro.factor("quadratic", -0.5 * jnp.square((v - b) * jnp.exp(-log_s)).sum(-1))
             with numpyro.plate("units", k, dim=-1):
                 h = numpyro.sample("h", dist.Bernoulli(0.5).mask(False))
                 numpyro.factor("unit", h * (c + (v @ W).squeeze(-2)))
 
     def guide(x):
-        W, b = numpyro.param("guide_W", weights), numpyro.param("guide_b", jnp.zeros(k))
+        logits_of = (logits or linear)()
         with plate(x) as rows:
-            logits = b + (x[rows] @ W).squeeze(-2)
+            at = logits_of(x[rows]).squeeze(-2)
             with numpyro.plate("units", k, dim=-1):
                 if latents == "summed":
-                    numpyro.sample("h", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+                    numpyro.sample("h", dist.Bernoulli(logits=at), infer={"enumerate": "parallel"})
                 else:
-                    numpyro.sample("h", ConcreteBernoulli(0.1, logits))
+                    numpyro.sample("h", ConcreteBernoulli(0.1, at))
 
     return model, guide
 
@@ -377,15 +384,15 @@ def rows(args, model):
     ]
 
 
-def problems_table(args):
+def problems_table(parser, args):
     """Every problem by every strategy: mean and spread of the objective over the seeds, NaN for a runaway."""
     import problems
 
     chosen = args.strategies or ON_PROBLEMS
-    kept = args.output / "problems.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    jobs = [(name, strategy) for name in args.problems or problems.PROBLEMS for strategy in chosen]
-    for name, strategy in tqdm(jobs, desc="problems"):
+    names = args.problems or list(problems.PROBLEMS)
+    path, about = args.output / "problems.json", {"steps": args.steps, "seeds": args.seeds}
+    found = kept.load(parser, path, about)
+    for name, strategy in tqdm(list(itertools.product(names, chosen)), desc="problems"):
         if strategy in found.setdefault(name, {}):
             continue
         problem = problems.PROBLEMS[name]()
@@ -395,9 +402,9 @@ def problems_table(args):
         except ValueError as error:  # it does not fit the programs, and says why
             row = {"refused": str(error)}
         found[name][strategy] = row
-        kept.write_text(json.dumps(found, indent=1))
+        kept.save(path, about, found)
     lines = ["| problem | the default is | " + " | ".join(chosen) + " |", "|---" * (len(chosen) + 2) + "|"]
-    for name in args.problems or problems.PROBLEMS:
+    for name in names:
         cells = [_problem_cell(found[name][strategy]) for strategy in chosen]
         default = found[name].get("None", {}).get("which", "-").partition("(")[0]
         lines.append("| " + " | ".join([name, default, *cells]) + " |")
@@ -485,7 +492,7 @@ def main() -> None:
         one(args)
         return
     if args.model == "problems":
-        print(problems_table(args))
+        print(problems_table(parser, args))
         return
     tables = {}
     for model in ["checkerboard", "faces"] if args.model == "both" else [args.model]:

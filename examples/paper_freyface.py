@@ -120,7 +120,8 @@ def picture(results: dict, data: Split, path: Path) -> None:
         runs = sorted((run for run in grid if run["K"] == k), key=lambda run: run["N"])
         n, value = [run["N"] for run in runs], [run["log_likelihood"] for run in runs]
         left.plot(n, value, "o-", label=f"K = {k}" + ", below" * (max(value) < low))
-    for run, style in zip((run for run in results.values() if isinstance(run["N"], str)), ("--", ":"), strict=False):
+    others = [run for run in results.values() if isinstance(run["N"], str)]
+    for run, style in zip(others, itertools.cycle(("--", ":", "-.")), strict=False):
         left.axhline(run["log_likelihood"], color="black", linestyle=style, label=f"{run['N']}, K = {run['K']}")
     if fitted:
         left.set_ylim(low, high)

@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 import numpyro_bism as bism
 from checkerboard import expected_log_likelihood
-from data import checkerboard
+from hypergradients import Setting, programs
 
 BATCH_SIZE, BETAS = 100, (0.9, 0.95)
 
@@ -76,46 +77,28 @@ def visible(x: Any, dims: int) -> Any:
     return numpyro.sample("v", dist.Normal(0.0, 1.0).expand([dims]).to_event(1).mask(False), obs=x)
 
 
-def boltzmann(x, test, num_hidden, sigma, steps, column, *, summed: bool, deep: bool) -> Problem:
+def boltzmann(setting: Any, test: np.ndarray | None, column: Any = 1.0, *, summed: bool, deep: bool = False) -> Problem:
     """A Gaussian-Bernoulli restricted Boltzmann machine of v divided by ``column``; the guide sees v itself."""
-    dims = x.shape[1]
-    x, test = x[:, None], test  # the units stand in a plate of their own, right of the examples
-
-    def model(x):
-        W = numpyro.param("W", lambda key: 0.1 * jax.random.normal(key, (dims, num_hidden)))
-        b, c = numpyro.param("b", jnp.zeros(dims)), numpyro.param("c", jnp.zeros(num_hidden))
-        log_s = numpyro.param("log_s", jnp.zeros(dims))
-        with numpyro.plate("data", len(x), subsample_size=BATCH_SIZE, dim=-2) as rows:
-            v = visible(x[rows], dims) / column
-            numpyro.factor("quadratic", -0.5 * jnp.square((v - b) * jnp.exp(-log_s)).sum(-1))
-            with numpyro.plate("units", num_hidden, dim=-1):
-                h = numpyro.sample("h", dist.Bernoulli(0.5).mask(False))
-                numpyro.factor("unit", h * (c + (v @ W).squeeze(-2)))
-
-    def guide(x):
-        logits = network("guide", [dims, 64, 64, num_hidden]) if deep else network("guide", [dims, num_hidden], 0.1)
-        with numpyro.plate("data", len(x), subsample_size=BATCH_SIZE, dim=-2) as rows:
-            at = logits(x[rows]).squeeze(-2)
-            with numpyro.plate("units", num_hidden, dim=-1):
-                if summed:
-                    numpyro.sample("h", dist.Bernoulli(logits=at), infer={"enumerate": "parallel"})
-                else:
-                    numpyro.sample("h", bism.ConcreteBernoulli(0.1, at))
+    sizes, scale = (
+        ([setting.visible, 64, 64, setting.hidden], 1.0) if deep else ([setting.visible, setting.hidden], 0.1)
+    )
+    latents = "summed" if summed else "relaxed"
+    model, guide = programs(setting, latents, column, lambda: network("guide", sizes, scale))
 
     def log_marginal(params, v):
         v = v / column
         quadratic = 0.5 * jnp.square((v - params["b"]) * jnp.exp(-params["log_s"])).sum()
         return jax.nn.softplus(params["c"] + v @ params["W"]).sum() - quadratic
 
-    loss = bism.DenoisingScoreMatching(sigma, average="score" if summed else "loss")
+    loss = bism.DenoisingScoreMatching(setting.sigma, average="score" if summed else "loss")
     inner_loss = TraceEnum_ELBO(max_plate_nesting=2) if summed else Trace_ELBO()
-    return Problem(model, guide, log_marginal, loss, x, test, inner_loss, steps)
+    # the units stand in a plate of their own, right of the examples
+    return Problem(model, guide, log_marginal, loss, setting.train[:, None], test, inner_loss, setting.steps)
 
 
 def squares(summed: bool, deep: bool) -> Problem:
     """The paper's checkerboard."""
-    x = checkerboard(50_000, np.random.default_rng(1234))
-    return boltzmann(x, None, 4, 0.05, 20_000, np.ones(2, np.float32), summed=summed, deep=deep)
+    return boltzmann(Setting("checkerboard"), None, summed=summed, deep=deep)
 
 
 def scaled_column(summed: bool) -> Problem:
@@ -124,7 +107,10 @@ def scaled_column(summed: bool) -> Problem:
     W, column = rng.normal(size=(6, 4)), np.array([100, 1, 1, 1, 1, 1], np.float32)
     h = rng.random((24_000, 4)) < 0.5
     x = ((h @ W.T + 0.7 * rng.normal(size=(24_000, 6))) * column).astype(np.float32)
-    return boltzmann(x[:20_000], x[20_000:], 4, 0.3, 12_000, column, summed=summed, deep=False)
+    setting = SimpleNamespace(
+        train=x[:20_000], visible=6, hidden=4, batch=BATCH_SIZE, sigma=0.3, steps=12_000, log_s=0.0
+    )
+    return boltzmann(setting, x[20_000:], column, summed=summed)
 
 
 def linear_gaussian(loss: Any, rate: float, guide_kind: str) -> Problem:
@@ -173,7 +159,7 @@ def linear_gaussian(loss: Any, rate: float, guide_kind: str) -> Problem:
     return Problem(model, guide, log_marginal, loss, x[:5000], x[5000:], Trace_ELBO(), 8000, rate)
 
 
-def categories(deep: bool) -> Problem:
+def categories() -> Problem:
     """Eight Gaussians on a circle, the class summed out."""
     rng = np.random.default_rng(3)
     angle = rng.integers(0, 8, 24_000) * np.pi / 4
@@ -188,7 +174,7 @@ def categories(deep: bool) -> Problem:
             numpyro.factor("energy", weight[h] - 0.5 * jnp.square((v - mean[h]) * jnp.exp(-log_s)).sum(-1))
 
     def guide(x):
-        logits = network("guide", [2, 64, 64, 8] if deep else [2, 8])
+        logits = network("guide", [2, 8])
         with plate(x) as rows:
             numpyro.sample("h", dist.Categorical(logits=logits(x[rows])), infer={"enumerate": "parallel"})
 
@@ -252,7 +238,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "linear-Gaussian, exact": lambda: linear_gaussian(bism.ScoreMatching(), 5e-3, "linear"),
     "linear-Gaussian, sliced": lambda: linear_gaussian(bism.SlicedScoreMatching(), 5e-3, "linear"),
     "linear-Gaussian, mean-field guide": lambda: linear_gaussian(bism.DenoisingScoreMatching(0.3), 1e-3, "mean-field"),
-    "classes, summed out": lambda: categories(deep=False),
+    "classes, summed out": categories,
     "deep energy": deep_energy,
 }
 

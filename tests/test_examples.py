@@ -81,6 +81,24 @@ def test_hypergradients(tmp_path):
 
 
 @pytest.mark.full
+def test_hypergradients_on_problems(tmp_path):
+    """One problem; the second time it is there already, and other seeds want another place."""
+    requires("numpyro")
+    command = [sys.executable, str(EXAMPLES / "hypergradients.py"), "--model", "problems", "--steps", "40"]
+    command += ["--problems", "checkerboard, relaxed", "--strategies", "None", "Exact()", "--output", "out", "--seeds"]
+    tables = []
+    for _ in range(2):
+        done = subprocess.run([*command, "2"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        tables.append(done.stdout)
+    cell = r"-?\d+\.\d+ ± \d+\.\d+, \S+ ms"
+    assert re.search(rf"^\| checkerboard, relaxed \| Functional \| {cell} \| - \|$", tables[0], re.MULTILINE)
+    assert tables[0] == tables[1]
+    done = subprocess.run([*command, "1"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 2 and "has the numbers of" in done.stderr
+
+
+@pytest.mark.full
 def test_sparse_ising(tmp_path):
     """Every method finds couplings that are nearer to the truth than none at all; the second time they are there."""
     requires("numpyro")
