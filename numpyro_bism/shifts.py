@@ -41,7 +41,8 @@ from .visible import Batch
 __all__ = ["require_shiftable", "shifted_losses"]
 
 FIXED = ("temperature", "total_count")  # of a distribution's arguments: no part of what the guide learns
-LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gives next to no draws to learn from
+LEAST = 1e-3  # of p(1 - p), and of p, of relaxed units: one that is all but certain has next to no draws to learn from
+NEAR = 0.01  # of the data: a guide that takes a logarithm of v must not be sent below zero for it
 
 Shifts = Mapping[tuple[str, str], Array]  # by site and parameter
 
@@ -62,8 +63,8 @@ def require_shiftable(
         return frozenset()
     _require_kind(pair, inner_loss)
     key_noise, key_phi, *keys = jax.random.split(rng_key, 5)
-    # off the data, of which a zero would hide a weight; not by the loss's noise, whose scale may be traced
-    v = batch.v + jax.random.normal(key_noise, batch.v.shape, batch.v.dtype)
+    # of the data themselves a zero would hide a weight; the scale of the loss's own noise may be traced
+    v = batch.v + NEAR * jax.random.normal(key_noise, batch.v.shape, batch.v.dtype)
     sites, again = _sites(keys[0], pair, params, batch, v), _sites(keys[1], pair, params, batch, v, -1)
     axes = _require_sites(sites, pair, len(v))
     at = _learnt(sites)
@@ -319,11 +320,12 @@ def _shifted(base: Any, free: Array, shift: Array) -> Array:
 
 def _natural(base: Any, name: str, x: Array) -> Array:
     """F(λ)⁻¹ x of one parameter."""
+    least = LEAST if type(base) in (ConcreteBernoulli, ConcreteOneHot) else jnp.finfo(x.dtype).eps
     if isinstance(base, _BITS):
         p = jax.nn.sigmoid(base.logits)
-        return x / jnp.maximum(p * (1 - p), LEAST)
+        return x / jnp.maximum(p * (1 - p), least)
     if isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
-        return x / jnp.maximum(jax.nn.softmax(base.logits, -1), LEAST)
+        return x / jnp.maximum(jax.nn.softmax(base.logits, -1), least)
     if isinstance(base, dist.MultivariateNormal):
         return _natural_factor(base.scale_tril, x) if name == "scale_tril" else _times_covariance(base.scale_tril, x)
     return x * jnp.square(base.scale) if name == "loc" else x / 2

@@ -39,7 +39,8 @@ from .visible import Batch
 __all__ = ["require_shiftable", "shifted_losses"]
 
 FIXED = ("temperature", "total_count")  # of a distribution's arguments: no part of what the guide learns
-LEAST = 1e-3  # of p(1 - p), and of p: a relaxed unit that is all but certain gives next to no draws to learn from
+LEAST = 1e-3  # of p(1 - p), and of p, of relaxed units: one that is all but certain has next to no draws to learn from
+NEAR = 0.01  # of the data: a guide that takes a logarithm of v must not be sent below zero for it
 
 Shifts = Mapping[tuple[str, str], Tensor]  # by site and parameter
 
@@ -56,7 +57,7 @@ def require_shiftable(pair: Pair, batch: Batch, inner_loss: Callable) -> frozens
         return frozenset()
     _require_kind(pair, inner_loss)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False), pyro.poutine.block():
-        v = batch.v + torch.randn_like(batch.v)  # off the data, of which a zero would hide a weight
+        v = batch.v + NEAR * torch.randn_like(batch.v)  # of the data themselves a zero would hide a weight
 
         def look(index: int = 0) -> dict[str, Site]:
             with buffers_kept(pair.buffers):  # those that move at every pass would tell of draws
@@ -309,11 +310,12 @@ def _shifted(base: Any, free: Tensor, shift: Tensor) -> Tensor:
 
 def _natural(base: Any, name: str, x: Tensor) -> Tensor:
     """F(λ)⁻¹ x of one parameter."""
+    least = LEAST if type(base) in (ConcreteBernoulli, ConcreteOneHot) else torch.finfo(x.dtype).eps
     if isinstance(base, _BITS):
         p = torch.sigmoid(base.logits)
-        return x / (p * (1 - p)).clamp_min(LEAST)
+        return x / (p * (1 - p)).clamp_min(least)
     if isinstance(base, _CLASSES):  # F = diag(p) - ppᵀ, and x is orthogonal to its null space
-        return x / base.logits.softmax(-1).clamp_min(LEAST)
+        return x / base.logits.softmax(-1).clamp_min(least)
     if isinstance(base, dist.MultivariateNormal):
         return _natural_factor(base.scale_tril, x) if name == "scale_tril" else _times_covariance(base.scale_tril, x)
     return x * base.scale.square() if name == "loc" else x / 2
