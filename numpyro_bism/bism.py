@@ -14,7 +14,7 @@ from .all_rows import require_no_local
 from .brief import named
 from .coupling import check_rows
 from .guides import refuse_autoguide
-from .hypergradients import Amortized, Bilevel, Functional, Hypergradient, chosen, fused, require_hypergradient
+from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, fused, require_hypergradient
 from .jit import taken_apart
 from .losses import OuterLoss
 from .modes import in_own_modes
@@ -300,7 +300,7 @@ class BiSM(Trainer):
 
             def require_fit(strategy):
                 nonlocal shiftable
-                if isinstance(strategy, Functional):
+                if strategy.shifts_guide:
                     shiftable = require_shiftable(key_fit, start.pair, params, batch, self._inner)
 
             if self.hypergradient is None:

@@ -17,7 +17,6 @@ from .guides import refuse_autoguide, runs_model
 from .hypergradients import (
     Amortized,
     Bilevel,
-    Functional,
     Hypergradient,
     Result,
     chosen,
@@ -311,7 +310,7 @@ class BiSM(Trainer):
         def require_fit(strategy: Hypergradient) -> None:
             nonlocal pair
             densities.check_held(pair, batch, self.loss, strategy)
-            if isinstance(strategy, Functional):
+            if strategy.shifts_guide:
                 pair = replace(pair, shiftable=require_shiftable(pair, batch, self._inner))
 
         if self.hypergradient is None:

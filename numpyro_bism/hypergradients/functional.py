@@ -73,6 +73,7 @@ class Functional(Hypergradient):
     memory: float = 0.9
 
     differentiates_inner = False
+    shifts_guide = True
 
     def __post_init__(self):
         for name in ("num_particles", "num_steps"):

@@ -94,12 +94,14 @@ class Hypergradient(Protocol):
     :cvar differentiates_inner: whether it needs second derivatives of G in φ.
     :cvar unrolls: whether it differentiates the inner optimiser's steps.
     :cvar reparameterises: whether the outer loss's draws of h must carry a path to φ.
+    :cvar shifts_guide: whether it asks for ``Bilevel.shifted``: the guide is looked at for it before the first step.
     :cvar cure: what to try where the gradient overflows.
     """
 
     differentiates_inner: ClassVar[bool] = True
     unrolls: ClassVar[bool] = False
     reparameterises: ClassVar[bool] = True
+    shifts_guide: ClassVar[bool] = False
     cure: ClassVar[str] = "use Detached()"
 
     def check(self, loss: Any, pair: Any) -> None:

@@ -86,9 +86,8 @@ class Amortized(Hypergradient):
                 image = system.hessian(x)
             else:
                 gradient, image = system.both(x)
-            rest = image - system.rhs
-            if n == self.num_steps - 1:
                 bent = MEMORY * bent + x.dot(image)
+            rest = image - system.rhs
             x = x - rate * rest
         x = torch.where(bent < 0, SHRINK, 1.0) * x
         residual = ratio(rest.norm(), system.rhs.norm())

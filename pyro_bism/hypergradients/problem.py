@@ -145,6 +145,7 @@ class Hypergradient(Protocol):
     :cvar repeats_noise: whether it wants ``Bilevel.inner_noise``.
     :cvar resets_noise: whether it sets the random state: it is then compiled in parts (``Bilevel.run``), not whole.
     :cvar holds_theta: whether it takes the score as a function in which θ is a number.
+    :cvar shifts_guide: whether it asks for ``Bilevel.shifted``: the guide is looked at for it before the first step.
     :cvar cure: what to try where the gradient overflows.
     """
 
@@ -154,6 +155,7 @@ class Hypergradient(Protocol):
     repeats_noise: ClassVar[bool] = False
     resets_noise: ClassVar[bool] = False
     holds_theta: ClassVar[bool] = False
+    shifts_guide: ClassVar[bool] = False
     cure: ClassVar[str] = "use Detached()"
 
     def check(self, loss: Any, pair: Any) -> None:
