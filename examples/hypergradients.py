@@ -390,6 +390,8 @@ def problems_table(parser, args):
 
     chosen = args.strategies or ON_PROBLEMS
     names = args.problems or list(problems.PROBLEMS)
+    if unknown := [name for name in names if name not in problems.PROBLEMS]:
+        parser.error(f"there is no problem {unknown}; there are {list(problems.PROBLEMS)}")
     path, about = args.output / "problems.json", {"steps": args.steps, "seeds": args.seeds}
     found = kept.load(parser, path, about)
     for name, strategy in tqdm(list(itertools.product(names, chosen)), desc="problems"):
