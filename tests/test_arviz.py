@@ -557,7 +557,7 @@ def test_groups_dimensions_and_attributes(backend):
         "average": "loss",
     }
     assert configuration["inner_loss"]["name"] == "Trace_ELBO"
-    chosen = {"name": "Functional", "num_particles": 4, "num_steps": 4, "memory": 0.9}
+    chosen = {"name": "Functional", "num_particles": 4, "num_steps": 4, "memory": None}
     assert configuration["hypergradient"] == chosen
     assert (configuration["num_inner_steps"], configuration["visible"]) == (5, ["v"])
 

@@ -1,7 +1,7 @@
 """Functional: the inner problem's adjoint in the space of the guide's distributions, not of its parameters."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,13 @@ from jax import Array
 
 from .linear import ratio
 from .problem import Bilevel, Hypergradient, Result, Shifted
+from .tracking import Tracked, untracked
 
 __all__ = ["Functional"]
 
 # in units of the Fisher information: a direction with less curvature is taken for one without, as that of a Hessian
 # averaged over a few draws may be by accident
 FLAT = 0.01
-
-
-class FunctionalState(NamedTuple):
-    """
-    :ivar mean: the running mean of Σ_i ∂²G_i/∂θ∂δ y_i, in the shapes of θ.
-    :ivar num_steps: taken so far.
-    """
-
-    mean: Any
-    num_steps: Array
 
 
 @dataclass(frozen=True)
@@ -62,15 +53,17 @@ class Functional(Hypergradient):
     :param num_particles: draws of h that the Hessian is a mean of, where it is random.
     :param num_steps: conjugate-gradient steps at most.
     :param memory: decay a step of the running mean that is kept of the second term; 0 keeps none. That term is noisy:
-        with its mean over some ten steps Adam learns sooner what it alone moves (the biases of hidden units). A mean
-        over a hundred lags behind where θ moves fast, and left a 560 x 400 RBM with mass far from the data.
+        with its mean Adam learns sooner what it alone moves (the biases of hidden units). A mean over a hundred steps
+        lags behind where θ moves fast, and left a 560 x 400 RBM with mass far from the data. None finds it, parameter
+        by parameter of the model, from how noisy the term is and how far the mean is behind: 0.99 at most
+        (:meth:`Tracked.follow <numpyro_bism.hypergradients.tracking.Tracked.follow>`).
     """
 
     cure = "give memory=0, or use Exact() or Detached()"
 
     num_particles: int = 4
     num_steps: int = 4
-    memory: float = 0.9
+    memory: float | None = None
 
     differentiates_inner = False
     shifts_guide = True
@@ -79,8 +72,8 @@ class Functional(Hypergradient):
         for name in ("num_particles", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.memory < 1:
-            raise ValueError(f"memory must be at least 0 and below 1, got {self.memory}.")
+        if self.memory is not None and not 0 <= self.memory < 1:
+            raise ValueError(f"memory must be at least 0 and below 1, or None, got {self.memory}.")
 
     def check(self, loss: Any, pair: Any) -> None:
         if loss.differentiates_score:
@@ -89,11 +82,11 @@ class Functional(Hypergradient):
                 "matters, which Functional() does not shift. Use a denoising loss, or hypergradient=Exact()."
             )
 
-    def init(self, theta: Any, optim: Any, inner_state: Any) -> FunctionalState:
-        return FunctionalState(jax.tree.map(jnp.zeros_like, theta), jnp.zeros((), int))
+    def init(self, theta: Any, optim: Any, inner_state: Any) -> Tracked:
+        return untracked(theta)
 
     def __call__(
-        self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: FunctionalState
+        self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Tracked
     ) -> Result:
         key_shifted, key_inner = jax.random.split(rng_key)
         phi = problem.optim.get_params(inner_state)
@@ -112,10 +105,8 @@ class Functional(Hypergradient):
         _, pullback = jax.vjp(jax.grad(inner, argnums=1), theta, shifted.zeros)
         y, residual, curvature = _solved(shifted, lambda y: pullback(y)[1], rhs, self.num_steps)
         cross, _ = pullback(y)
-        rate = jnp.maximum(1 / (state.num_steps + 1), 1 - self.memory)
-        mean = jax.tree.map(lambda m, c: (m + rate * (c - m)).astype(c.dtype), state.mean, cross)
-        gradient = jax.tree.map(jnp.subtract, direct, mean)
-        return Result(loss, gradient, FunctionalState(mean, state.num_steps + 1), residual, curvature)
+        new = state.follow(cross, self.memory)
+        return Result(loss, jax.tree.map(jnp.subtract, direct, new.mean), new, residual, curvature)
 
 
 def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[Any, Array, Array]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .linear import pulled_back, ratio
 from .problem import Bilevel, Gradient, Hypergradient, Result, Shifted, added, in_theta
+from .tracking import Tracked, untracked
 
 __all__ = ["Functional"]
 
@@ -17,16 +18,6 @@ __all__ = ["Functional"]
 FLAT = 0.01
 
 Shifts = Mapping[tuple[str, str], Tensor]
-
-
-class FunctionalState(NamedTuple):
-    """
-    :ivar mean: the running mean of Σ_i ∂²G_i/∂θ∂δ y_i, in the shapes of θ.
-    :ivar num_steps: taken so far.
-    """
-
-    mean: Sequence[Tensor]
-    num_steps: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,15 +55,17 @@ class Functional(Hypergradient):
     :param num_particles: draws of h that the Hessian is a mean of, where it is random.
     :param num_steps: conjugate-gradient steps at most.
     :param memory: decay a step of the running mean that is kept of the second term; 0 keeps none. That term is noisy:
-        with its mean over some ten steps Adam learns sooner what it alone moves (the biases of hidden units). A mean
-        over a hundred lags behind where θ moves fast, and left a 560 x 400 RBM with mass far from the data.
+        with its mean Adam learns sooner what it alone moves (the biases of hidden units). A mean over a hundred steps
+        lags behind where θ moves fast, and left a 560 x 400 RBM with mass far from the data. None finds it, parameter
+        by parameter of the model, from how noisy the term is and how far the mean is behind: 0.99 at most
+        (:meth:`Tracked.follow <pyro_bism.hypergradients.tracking.Tracked.follow>`).
     """
 
     cure = "give memory=0, or use Exact() or Detached()"
 
     num_particles: int = 4
     num_steps: int = 4
-    memory: float = 0.9
+    memory: float | None = None
 
     differentiates_inner = False
     shifts_guide = True
@@ -81,8 +74,8 @@ class Functional(Hypergradient):
         for name in ("num_particles", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.memory < 1:
-            raise ValueError(f"memory must be at least 0 and below 1, got {self.memory}.")
+        if self.memory is not None and not 0 <= self.memory < 1:
+            raise ValueError(f"memory must be at least 0 and below 1, or None, got {self.memory}.")
 
     def check(self, loss: Any, pair: Any) -> None:
         if loss.differentiates_score:
@@ -91,11 +84,10 @@ class Functional(Hypergradient):
                 "matters, which Functional() does not shift. Use a denoising loss, or hypergradient=Exact()."
             )
 
-    def init(self, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> FunctionalState:
-        count = theta[0].new_zeros(()) if theta else torch.zeros(())
-        return FunctionalState([torch.zeros_like(p) for p in theta], count.detach())
+    def init(self, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Tracked:
+        return untracked(theta)
 
-    def __call__(self, problem: Bilevel, state: FunctionalState) -> Result:
+    def __call__(self, problem: Bilevel, state: Tracked) -> Result:
         shifted = problem.shifted() if problem.phi else None
         if shifted is None or not shifted.zeros:  # φ reaches no distribution
             return in_theta(problem.outer(), problem.theta)._replace(state=state)
@@ -113,13 +105,13 @@ class Functional(Hypergradient):
 
         y, residual, curvature = _solved(shifted, product, rhs, self.num_steps)
         crosses = pulled_back(slopes, list(y.values()), theta)
-        rate = torch.clamp(1 / (state.num_steps + 1), min=1 - self.memory)
-        mean, gradient = [], []
-        for kept, part, cross in zip(state.mean, direct, crosses, strict=True):
-            now = kept + rate.to(kept) * ((torch.zeros_like(kept) if cross is None else cross) - kept)
-            mean.append(now)
-            gradient.append(None if part is None and cross is None else added(part, -now))
-        new = FunctionalState(mean, state.num_steps + 1)
+        filled = [torch.zeros_like(p) if cross is None else cross for p, cross in zip(theta, crosses, strict=True)]
+        new = state.follow(filled, self.memory)
+        # None, as the host has it, where neither loss reads a parameter
+        gradient = [
+            None if part is None and cross is None else added(part, -mean)
+            for part, cross, mean in zip(direct, crosses, new.mean, strict=True)
+        ]
         return Result(outer.detach(), gradient, new, residual, curvature)
 
 
