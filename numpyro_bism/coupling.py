@@ -15,14 +15,12 @@ from numpyro.handlers import block, seed
 
 from .densities import Pair, Site, record, resized
 from .distributions import base_of
-from .jit import compiled
+from .jit import compiled_once
 from .visible import Batch, size
 from .visible import batch as batch_of
 
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
 MAX_ROWS, FEW = 256, 64  # of more rows these few are looked at, where the programs run on any number of them
-# it runs once, on few rows: what XLA's code for it gains by optimisation takes longer
-UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
 
 def check_rows(
@@ -67,9 +65,7 @@ def check_rows(
     halves = _halves(n)
     with _frozen_batch_norm() if normalises_batch else nullcontext():
         drawn, own = _drawn(key_draw, start)  # operations that the first run has compiled, each by itself
-        options = UNOPTIMIZED if n <= MAX_ROWS and jax.default_backend() == "cpu" else None
-        # one compilation instead of one for every operation
-        rows, whole = jax.device_get(compiled(look, compiler_options=options)(drawn, jnp.asarray(halves)))
+        rows, whole = jax.device_get(compiled_once(look, n)(drawn, jnp.asarray(halves)))
     for name in described[0].unclear:
         raise ValueError(_one_number(name, "though it holds a value for every example"))
     for name, values in whole.items():

@@ -32,6 +32,7 @@ from numpyro.primitives import Messenger
 
 from . import guides, rows, visible
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, is_averaged, relaxed, unmasked
+from .jit import compiled_once
 from .losses import OuterLoss
 from .params import collect, constrain, jittered, reject_shared, unconstrain
 
@@ -853,6 +854,8 @@ def analyse(
         start = start._replace(pair=pair)
         handed = frozenset(name for name, plate in plates.items() if plate.is_handed)
         batch = visible.batch(sites, {**q.subsamples, **p.subsamples}, leaves, spec, handed=handed)
+        pair = replace(pair, reads_rows=_reads_rows(start, batch))
+        start, batch = start._replace(pair=pair), replace(batch, reads_rows=pair.reads_rows)
         _check_guide(start, latents, batch, key_guide, strategy)
         if loss is not None:
             change = _change_of_variables(start, batch, key_scores, latents, p.sites)
@@ -861,7 +864,6 @@ def analyse(
             _check_scores(start, batch, key_scores, loss, [name for name in latents if name in p.sites])
             if not strategy.reparameterises:
                 _check_examples(start, batch, key_scores)
-        start = start._replace(pair=replace(pair, reads_rows=_reads_rows(start, batch)))
         if look is not None:
             look(start, batch, key_scores)
     if traced or twice:  # initial values may depend on the key and on the data: these come from the ones asked for
@@ -884,15 +886,28 @@ def _reads_rows(start: Analysis, batch: visible.Batch) -> bool:
 
     params = pair.params(start.theta, start.phi, start.mutable)
 
-    def log_weight(batch):
-        draw, _ = pair.draw(jax.random.key(0), params, batch, batch.v)
-        return pair.log_weight(jax.random.key(0), params, batch, batch.v, draw)
+    def log_weight(batch, rng_key):
+        draw, _ = pair.draw(rng_key, params, batch, batch.v)
+        return pair.log_weight(rng_key, params, batch, batch.v, draw)
 
     try:
-        lean = log_weight(replace(batch, reads_rows=True))
+        lean = _once(log_weight, replace(batch, reads_rows=True), jax.random.key(0))
     except Exception:  # whatever a program wanted of the argument: it gets the whole array then
         return False
-    return bool(jnp.allclose(lean, log_weight(batch)))
+    return bool(jnp.allclose(lean, _once(log_weight, batch, jax.random.key(0))))
+
+
+def _once(function: Callable[..., Any], batch: visible.Batch, *args: Any) -> Any:
+    """``function(batch, *args)``, compiled; the visible arguments, whole data sets maybe, are no constants of it."""
+    places = [i for site in batch.sites for i in site.leaves]
+
+    def run(visible, *args):
+        leaves = list(batch.leaves)
+        for i, leaf in zip(places, visible, strict=True):
+            leaves[i] = leaf
+        return function(replace(batch, leaves=leaves), *args)
+
+    return compiled_once(run, len(batch.v))([batch.leaves[i] for i in places], *args)
 
 
 def resized(pair: Pair, leaves: Sequence[Any], spec: Any) -> Pair | None:
@@ -1170,8 +1185,7 @@ def _check_scores(
 ) -> None:
     pair = start.pair
 
-    @jax.jit  # one compilation instead of one for every operation
-    def scores(rng_key):
+    def scores(batch, rng_key):
         """The gradient in v of log p̃; and how the guide looks at v, at moved parameters and at the initial ones."""
         key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
         # off the initial values: at weights of zero a score may vanish though the energy reads v
@@ -1205,7 +1219,7 @@ def _check_scores(
         looks = jax.vmap(seen)(both) if start.phi else seen(phi)
         return model_score, looks if latents else None
 
-    model_score, seen = scores(rng_key)
+    model_score, seen = _once(scores, batch, rng_key)
     start_column = 0
     for site in pair.sites:
         size = math.prod(site.shape[1:])

@@ -17,6 +17,9 @@ from jax.extend import core
 MAX_NUMBERS = 2**20  # drawn ahead for outer steps to come: 4 MB
 MAX_STEPS = 32
 
+FEW_ROWS = 256  # of more, optimised code is worth its compilation even if it runs once
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
+
 
 def bind(eqn: Any, inputs: Any) -> list[Any]:
     """The outputs of a recorded operation on ``inputs``."""
@@ -110,6 +113,12 @@ def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any
         return jax.tree.unflatten(jax.tree.structure(shape), core.jaxpr_as_fun(found)(*jax.tree.leaves(args)))
 
     return jax.jit(rewritten, **settings)
+
+
+def compiled_once(function: Callable[..., Any], num_rows: int) -> Callable[..., Any]:
+    """:func:`compiled`, for what runs once: one compilation instead of one for every operation, and a short one."""
+    options = UNOPTIMIZED if num_rows <= FEW_ROWS and jax.default_backend() == "cpu" else None
+    return compiled(function, compiler_options=options)
 
 
 def _inside(eqn: Any) -> dict[str, tuple[Any, ...]]:
