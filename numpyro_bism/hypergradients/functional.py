@@ -85,9 +85,7 @@ class Functional(Hypergradient):
     def init(self, theta: Any, optim: Any, inner_state: Any) -> Tracked:
         return untracked(theta)
 
-    def __call__(
-        self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Tracked
-    ) -> Result:
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Tracked) -> Result:
         key_shifted, key_inner = jax.random.split(rng_key)
         phi = problem.optim.get_params(inner_state)
         shifted = problem.shifted(key_shifted, theta, phi) if jax.tree.leaves(phi) else None
