@@ -33,7 +33,9 @@ class BiSMInfo(NamedTuple):
     :ivar inner_loss: G at the last kept inner step, before its update; a mean over the data.
     :ivar inner_grad_norm: ‖∇_φ G‖ there: small and steady if the guide is fitted.
     :ivar hypergradient_norm: ‖dJ/dθ‖: a run of growing values says that the unroll is about to explode.
-    :ivar residual: relative residual of the hypergradient's linear system: near 0 it is solved; 0 if there is none.
+    :ivar residual: relative residual of the hypergradient's linear system on the draws at hand, 0 if there is none. Where
+        these are noisy it is large though the mean is solved: how far the hypergradient is off, and why, is what
+        ``hypergradient_error`` tells.
     :ivar curvature: the least curvature of G that its solver met (a mean under ``Functional``); at or below 0 φ is at
         no minimum. Infinite if it looks at none.
     :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
@@ -259,9 +261,13 @@ class BiSM(Trainer):
             f"it in inner_optim. Otherwise {self._strategy.cure}"
         )
 
-    def _problem(self, pair: densities.Pair, batch: Any, mutable: Any, inner_keys: Any) -> Bilevel:
+    def _problem(
+        self, pair: densities.Pair, batch: Any, mutable: Any, inner_keys: Any, outer_loss: Any = None
+    ) -> Bilevel:
+        loss = self.loss if outer_loss is None else outer_loss
+
         def outer(key, theta, phi):
-            return pair.outer_loss(key, pair.params(theta, phi, mutable), batch, self.loss)
+            return pair.outer_loss(key, pair.params(theta, phi, mutable), batch, loss)
 
         def inner(key, theta, phi):
             return divergences.of(key, self.loss, self._inner, pair, pair.params(theta, phi, mutable), batch)
@@ -271,7 +277,7 @@ class BiSM(Trainer):
 
             def value(key, theta, phi, *settings):
                 fixed = pair.params(jax.lax.stop_gradient(theta), phi, mutable)
-                return estimate(key, pair.params(theta, phi, mutable), fixed, batch, self.loss, *settings)
+                return estimate(key, pair.params(theta, phi, mutable), fixed, batch, loss, *settings)
 
             return value
 
@@ -279,7 +285,7 @@ class BiSM(Trainer):
             def params(theta):
                 return pair.params(theta, phi, mutable)
 
-            return shifted_losses(key, pair, params, batch, self.loss, self._inner, theta)
+            return shifted_losses(key, pair, params, batch, loss, self._inner, theta)
 
         posterior, covariance = surrogate(pair.posterior_loss), surrogate(pair.covariance_loss)
         return Bilevel(outer, inner, posterior, covariance, shifted, self.inner_optim, inner_keys)

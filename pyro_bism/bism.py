@@ -42,7 +42,9 @@ class BiSMInfo(NamedTuple):
     :ivar inner_loss: G at the last kept inner step, before its update; a mean over the data.
     :ivar inner_grad_norm: ‖∇_φ G‖ there: small and steady if the guide is fitted.
     :ivar hypergradient_norm: ‖dJ/dθ‖: a run of growing values says that the unroll is about to explode.
-    :ivar residual: relative residual of the hypergradient's linear system: near 0 it is solved; 0 if there is none.
+    :ivar residual: relative residual of the hypergradient's linear system on the draws at hand, 0 if there is none. Where
+        these are noisy it is large though the mean is solved: how far the hypergradient is off, and why, is what
+        ``hypergradient_error`` tells.
     :ivar curvature: the least curvature of G that its solver met (a mean under ``Functional``); at or below 0 φ is at
         no minimum. Infinite if it looks at none.
     :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
@@ -225,13 +227,14 @@ class BiSM(Trainer):
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
         return BilevelProgram(pair, self._problem, theta, phi, self.optim, self.inner_optim, self._strategy)
 
-    def _problem(self, pair, batch, theta, phi) -> Bilevel:
+    def _problem(self, pair, batch, theta, phi, outer_loss=None) -> Bilevel:
+        loss = self.loss if outer_loss is None else outer_loss
         return Bilevel(
-            outer=lambda: pair.outer_loss(batch, self.loss),
+            outer=lambda: pair.outer_loss(batch, loss),
             inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
-            posterior=lambda: pair.posterior_loss(batch, self.loss),
-            covariance=lambda num: pair.covariance_loss(batch, self.loss, num),
-            shifted=lambda: shifted_losses(pair, batch, self.loss, self._inner),
+            posterior=lambda: pair.posterior_loss(batch, loss),
+            covariance=lambda num: pair.covariance_loss(batch, loss, num),
+            shifted=lambda: shifted_losses(pair, batch, loss, self._inner),
             theta=theta,
             phi=phi,
             at=pair.at,
