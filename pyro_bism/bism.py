@@ -42,9 +42,9 @@ class BiSMInfo(NamedTuple):
     :ivar inner_loss: G at the last kept inner step, before its update; a mean over the data.
     :ivar inner_grad_norm: ‖∇_φ G‖ there: small and steady if the guide is fitted.
     :ivar hypergradient_norm: ‖dJ/dθ‖: a run of growing values says that the unroll is about to explode.
-    :ivar residual: relative residual of the hypergradient's linear system on the draws at hand, 0 if there is none. Where
-        these are noisy it is large though the mean is solved: how far the hypergradient is off, and why, is what
-        ``hypergradient_error`` tells.
+    :ivar residual: relative residual of the hypergradient's linear system on the draws at hand, 0 if there is none.
+        Where these are noisy it is large though the mean is solved: how far the hypergradient is off, and why, is
+        what ``hypergradient_error`` tells.
     :ivar curvature: the least curvature of G that its solver met (a mean under ``Functional``); at or below 0 φ is at
         no minimum. Infinite if it looks at none.
     :ivar varying_loss: J less the constant in it that no model changes (D/(2σ²) under denoising): where progress shows.
