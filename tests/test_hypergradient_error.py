@@ -209,6 +209,13 @@ def test_what_the_verdict_says(host, before, after, passed, words):
     assert verdict.count("\n") == 0
 
 
+def test_a_gradient_that_is_not_finite_is_no_error_of_zero(host):
+    found = compared(host.errors, 0.1, 0.01)
+    found.require_finite()
+    with pytest.raises(FloatingPointError, match=r"a gradient of \['a'\] is not finite"):
+        found._replace(square_difference={"a": np.array([math.inf])}).require_finite()
+
+
 def test_misuse_is_refused(host):
     with pytest.raises(ValueError, match="num_draws must be at least 1"):
         of_rbm(host, host.bism.Exact(), num_draws=0)

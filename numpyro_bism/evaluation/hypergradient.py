@@ -96,8 +96,10 @@ def hypergradient_error(
     :param rng_key: a JAX random key.
     :param num_draws: steps compared at most, 50 at least; it stops where the standard error is below 0.03.
     :param num_particles: L, both halves together; None takes 8, or 64 under a loss that differentiates the score.
-    :param num_fit: steps that the guide is given to catch up, each of the K of training; 0 leaves the second part out.
+    :param num_fit: steps that the guide is given to catch up, in fifties, each of the K of training; 0 leaves the
+        second part out.
     :raises ValueError: for what is no BiSM, or where the guide's density is not known.
+    :raises FloatingPointError: where a gradient is not finite.
     """
     if not isinstance(trained, BiSM):
         raise ValueError(f"hypergradient_error: {named(trained)} has no hypergradient. Pass a BiSM.")
@@ -110,34 +112,36 @@ def hypergradient_error(
         )
     leaves, spec = trained._checked(args, kwargs)
     theta, _ = trained._unpack(trained.pair(leaves, spec), state)
-    key_state, *keys = jax.random.split(rng_key, 3)
-    state = state._replace(
-        rng_key=key_state if state.rng_key.dtype == key_state.dtype else jax.random.key_data(key_state)
-    )
-    compare = _comparing(trained, leaves, spec, num_particles)
+    keys = jax.random.split(rng_key, 3)
+    is_array = [isinstance(leaf, Array) for leaf in leaves]
 
     @jax.jit
-    def several(state: Any, is_held: Array, keys: Array) -> Any:
+    def several(state: Any, is_held: Array, keys: Array, arrays: Any) -> Any:
+        rest = iter(arrays)  # whole data sets maybe: no constants of the program
+        filled = [next(rest) if yes else leaf for yes, leaf in zip(is_array, leaves, strict=True)]
+        compare = _comparing(trained, filled, spec, num_particles)
+
         def step(state: Any, key: Array) -> Any:
-            new = _stepped(trained, state, leaves, spec, is_held)
+            new = _stepped(trained, state, filled, spec, is_held)
             return new, compare(key, new)
 
         state, found = jax.lax.scan(step, state, keys)
         return state, jax.tree.map(lambda x: x.sum(0), found)
 
-    @jax.jit
-    def caught_up(state: Any) -> Any:
-        return jax.lax.fori_loop(0, num_fit, lambda _, s: _stepped(trained, s, leaves, spec, jnp.array(True)), state)
+    def part(key: Array, state: Any, is_held: bool) -> Any:
+        arrays = [leaf for yes, leaf in zip(is_array, leaves, strict=True) if yes]
+        return several(state, jnp.asarray(is_held), jax.random.split(key, PART), arrays)
 
     def compared(key: Array, state: Any, is_held: bool, bar: Any) -> tuple[_Compared, Any]:
         sums: Any = None
         for i, key_part in enumerate(jax.random.split(key, -(-num_draws // PART))):
-            state, found = several(state, jnp.asarray(is_held), jax.random.split(key_part, PART))
+            state, found = part(key_part, state, is_held)
             found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
             sums = found if sums is None else jax.tree.map(np.add, sums, found)
             num = PART * (i + 1)
             means = jax.tree.map(lambda x, num=num: x / num, sums)
             comparison = _Compared(num, *means[:4], *map(float, means[4:]))
+            comparison.require_finite()
             bar.update(PART)
             if comparison.error()[1] < CLOSE:  # not where there is none
                 break
@@ -145,7 +149,9 @@ def hypergradient_error(
 
     with tqdm(disable=not progress_bar, desc="hypergradient", unit="step") as bar:
         before, later = compared(keys[0], state, False, bar)
-        after = compared(keys[1], caught_up(later), True, bar)[0] if num_fit else before
+        for _ in range(-(-num_fit // PART)):  # the same program: another one's compilation would take longer
+            later, _ = part(keys[1], later, True)
+        after = compared(keys[2], later, True, bar)[0] if num_fit else before
     passed, verdict = _judged(before, after if num_fit else None, num_fit, trained.hypergradient)
     return HypergradientError(
         *before.error(),
@@ -168,6 +174,15 @@ class _Compared(NamedTuple):
     square_reference: Mapping[str, np.ndarray]
     gap: float
     effective: float
+
+    def require_finite(self) -> None:
+        """:raises FloatingPointError: where a gradient is not finite."""
+        bad = [name for name, square in self.square_difference.items() if not np.isfinite(square).all()]
+        if bad:
+            raise FloatingPointError(
+                f"Within {self.num} steps of training a gradient of {bad} is not finite, the hypergradient's or that of "
+                "the importance-weighted marginal."
+            )
 
     def error(self, names: Any = None) -> tuple[float, float]:
         """‖E d‖ / ‖E reference‖ without the noise in both, and a standard error; NaN where there is no gradient."""

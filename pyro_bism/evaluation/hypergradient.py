@@ -95,6 +95,7 @@ def hypergradient_error(
     :param num_particles: L, both halves together; None takes 8, or 64 under a loss that differentiates the score.
     :param num_fit: steps that the guide is given to catch up, each of the K of training; 0 leaves the second part out.
     :raises ValueError: for what is no BiSM, or where the guide's density is not known.
+    :raises FloatingPointError: where a gradient is not finite.
     """
     if not isinstance(trained, BiSM):
         raise ValueError(f"hypergradient_error: {named(trained)} has no hypergradient. Pass a BiSM.")
@@ -126,9 +127,10 @@ def hypergradient_error(
             buffers.restore()
             sums = found if sums is None else _added(sums, found)
             bar.update()
-            # not where there is none
-            if (i + 1) % PART == 0 and _mean(sums).error()[1] < CLOSE:
-                break
+            if (i + 1) % PART == 0:
+                _mean(sums).require_finite()
+                if _mean(sums).error()[1] < CLOSE:  # not where there is none
+                    break
         return _mean(sums)
 
     with _kept(trained), tqdm(disable=not progress_bar, desc="hypergradient", unit="step") as bar:
@@ -160,6 +162,15 @@ class _Compared(NamedTuple):
     square_reference: Mapping[str, np.ndarray]
     gap: float
     effective: float
+
+    def require_finite(self) -> None:
+        """:raises FloatingPointError: where a gradient is not finite."""
+        bad = [name for name, square in self.square_difference.items() if not np.isfinite(square).all()]
+        if bad:
+            raise FloatingPointError(
+                f"Within {self.num} steps of training a gradient of {bad} is not finite, the hypergradient's or that of "
+                "the importance-weighted marginal."
+            )
 
     def error(self, names: Any = None) -> tuple[float, float]:
         """‖E d‖ / ‖E reference‖ without the noise in both, and a standard error; NaN where there is no gradient."""
