@@ -168,8 +168,8 @@ class _Compared(NamedTuple):
         bad = [name for name, square in self.square_difference.items() if not np.isfinite(square).all()]
         if bad:
             raise FloatingPointError(
-                f"Within {self.num} steps of training a gradient of {bad} is not finite, the hypergradient's or that of "
-                "the importance-weighted marginal."
+                f"Within {self.num} steps of training a gradient of {bad} is not finite, the hypergradient's or "
+                "that of the importance-weighted marginal."
             )
 
     def error(self, names: Any = None) -> tuple[float, float]:
