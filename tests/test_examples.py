@@ -99,6 +99,23 @@ def test_hypergradients_on_problems(tmp_path):
 
 
 @pytest.mark.full
+def test_hypergradient_errors(tmp_path):
+    """Three runs and their rank correlation; the estimate is of the truth's size."""
+    requires("numpyro")
+    command = [sys.executable, str(EXAMPLES / "hypergradient_errors.py"), "--steps", "300", "--draws", "300"]
+    command += ["--problems", "linear-Gaussian, denoising, deep guide", "--output", "out"]
+    command += ["--strategies", "None", "Unrolled(5)", "Detached()"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| linear.* \| `(.*)` \| (\S+) \| (\S+) ± (\S+) \| .+ \|$", done.stdout, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["None", "Unrolled(5)", "Detached()"]
+    for _, *numbers in rows:
+        true, estimate, noise = map(float, numbers)
+        assert abs(estimate - true) < 4 * noise + 0.25 * true + 0.1
+    assert "rank correlation over 3 of 3 runs" in done.stdout
+
+
+@pytest.mark.full
 def test_sparse_ising(tmp_path):
     """Every method finds couplings that are nearer to the truth than none at all; the second time they are there."""
     requires("numpyro")
