@@ -5,7 +5,7 @@ several strategies for a while; then the model stands still, the guide goes on, 
 compared with that of the exact marginal's gradients, in the units that the estimate takes: every entry's root mean
 square. What counts is the order: the rank correlation of estimate and truth over all runs.
 
-    python examples/hypergradient_errors.py                                     about an hour on one core
+    python examples/hypergradient_errors.py                                     about two hours on one core
     python examples/hypergradient_errors.py --problems "deep energy" --steps 100 --draws 200
 """
 
@@ -16,43 +16,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from scipy.stats import spearmanr  # scikit-learn brings SciPy
 from tqdm import tqdm
 
 import kept
 import numpyro_bism as bism
-from problems import BATCH_SIZE, BETAS, PROBLEMS
+from hypergradients import tally
+from problems import BATCH_SIZE, PROBLEMS, engine
 
 STRATEGIES = ["None", "Amortized()", "Unrolled(5)", "Detached()"]
-
-
-def tally():
-    """An optimiser that moves nothing; its state sums the gradients and their squares, entry by entry."""
-
-    def zeros(tree):
-        return jax.tree.map(jnp.zeros_like, tree)
-
-    def update(gradient, state, params=None):
-        return zeros(gradient), tuple(jax.tree.map(jnp.add, s, g) for s, g in zip(state, powers(gradient), strict=True))
-
-    return optax.GradientTransformation(lambda params: (zeros(params), zeros(params)), update)
-
-
-def powers(gradient):
-    return gradient, jax.tree.map(jnp.square, gradient)
 
 
 def moments(sums, num):
     """Mean, mean square, and the noise of the mean, by parameter."""
     first, second = (jax.tree.map(lambda x: np.asarray(x, np.float64) / num, part) for part in sums)
     return {name: (first[name], second[name], (second[name] - first[name] ** 2) / num) for name in first}
-
-
-def engine(problem, strategy, optim):
-    adam = optax.adam(problem.rate, *BETAS)
-    settings = {"inner_optim": adam, "inner_loss": problem.inner_loss, "hypergradient": eval(strategy, vars(bism))}
-    return bism.BiSM(problem.model, problem.guide, optim or adam, problem.loss, **settings)
 
 
 def true_error(problem, strategy, params, num):
@@ -79,7 +57,8 @@ def true_error(problem, strategy, params, num):
         return problem.loss(score, v, problem.loss.draw(key_noise, v)).mean()
 
     def add(sums, key):
-        return jax.tree.map(jnp.add, sums, powers(jax.grad(marginal)(theta, key))), None
+        gradient = jax.grad(marginal)(theta, key)
+        return jax.tree.map(jnp.add, sums, (gradient, jax.tree.map(jnp.square, gradient))), None
 
     zeros = jax.tree.map(jnp.zeros_like, (theta, theta))
     exact = moments(
@@ -96,7 +75,7 @@ def true_error(problem, strategy, params, num):
 
 def row(problem, strategy, steps, draws):
     x = jnp.asarray(problem.x)
-    trained = engine(problem, strategy, None)
+    trained = engine(problem, strategy)
     result = trained.run(jax.random.key(0), steps, x, progress_bar=False)
     key = jax.random.key(1)
     found = bism.hypergradient_error(trained, result.state, x, rng_key=key, num_draws=draws, progress_bar=False)

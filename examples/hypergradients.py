@@ -190,7 +190,7 @@ def trainer(setting, latents, strategy, optim):
 
 
 def tally():
-    """An optimiser that moves nothing; its state is the sum of the gradients and that of their squared lengths."""
+    """An optimiser that moves nothing; its state sums the gradients and their squares, entry by entry."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -200,10 +200,10 @@ def tally():
 
     def update(gradient, state, params=None):
         total, square = state
-        square = square + sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient))
+        square = jax.tree.map(lambda s, g: s + jnp.square(g), square, gradient)
         return zeros(gradient), (jax.tree.map(jnp.add, total, gradient), square)
 
-    return optax.GradientTransformation(lambda params: (zeros(params), jnp.zeros(())), update)
+    return optax.GradientTransformation(lambda params: (zeros(params), zeros(params)), update)
 
 
 def exact_gradient(setting, params, v, num):
@@ -255,7 +255,8 @@ def gradient_error(setting, latents, strategy, common, num):
         return float(np.sqrt(sum(np.square(g).sum() for g in values)))
 
     length = norm(exact.values())
-    scatter = np.sqrt(max((square - square_before) / num - norm(mean.values()) ** 2, 0))
+    squared = sum((square[name] - square_before[name]).sum() for name in square)
+    scatter = np.sqrt(max(squared / num - norm(mean.values()) ** 2, 0))
     return {
         "error": norm(mean[name] - exact[name] for name in exact) / length,
         "error in c": norm([mean["c"] - exact["c"]]) / norm([exact["c"]]),

@@ -243,33 +243,32 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 
 
+def engine(problem: Problem, strategy: str, optim: Any = None) -> bism.BiSM:
+    """Adam at both levels, if no other ``optim`` is given for the model."""
+    adam = optax.adam(problem.rate, *BETAS)
+    settings = {"inner_optim": adam, "inner_loss": problem.inner_loss, "hypergradient": eval(strategy, vars(bism))}
+    return bism.BiSM(problem.model, problem.guide, optim or adam, problem.loss, **settings)
+
+
 def trained(problem: Problem, strategy: str, seeds: int, steps: int) -> tuple[list[dict[str, Any]], float, str]:
     """Parameters at every seed, milliseconds a step (all seeds side by side), and which strategy it was."""
-    adam = optax.adam(problem.rate, *BETAS)
-    engine = bism.BiSM(
-        problem.model,
-        problem.guide,
-        adam,
-        problem.loss,
-        inner_loss=problem.inner_loss,
-        hypergradient=eval(strategy, vars(bism)),
-    )
+    trainer = engine(problem, strategy)
     x, part = jnp.asarray(problem.x), max(steps // 4, 1)
-    states = [engine.init(jax.random.key(seed), x) for seed in range(seeds)]
+    states = [trainer.init(jax.random.key(seed), x) for seed in range(seeds)]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
     @jax.jit
     @jax.vmap
     def several(state):
-        return jax.lax.scan(lambda state, _: (engine.update(state, x)[0], None), state, length=part)[0]
+        return jax.lax.scan(lambda state, _: (trainer.update(state, x)[0], None), state, length=part)[0]
 
     seconds = []
     for _ in range(4):
         begun = time.perf_counter()
         state = jax.block_until_ready(several(state))
         seconds.append(time.perf_counter() - begun)
-    found = [engine.get_params(jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(seeds)]
-    return found, 1e3 * sum(seconds[1:]) / (3 * part), repr(engine.hypergradient)
+    found = [trainer.get_params(jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(seeds)]
+    return found, 1e3 * sum(seconds[1:]) / (3 * part), repr(trainer.hypergradient)
 
 
 def judged(problem: Problem, params: dict[str, Any]) -> float:

@@ -579,6 +579,20 @@ class Pair:
         values = {name: site.value for name, site in run.sites.items() if not site.is_observed}
         return jax.lax.stop_gradient({**values, **batch.indices}), tuple(run.keys)
 
+    def log_joint(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        batch: visible.Batch,
+        v: Array,
+        values: Mapping[str, Array],
+    ) -> Array:
+        """log p̃(v, h) of every example at a :meth:`hard_draw`."""
+        args, kwargs = batch.arguments(v)
+        with seed(rng_seed=rng_key), record(params, values) as run:
+            self.model(*args, **kwargs)
+        return joint_per_example(run.sites.values(), len(v))
+
     def covariance_loss(
         self,
         rng_key: Array,
@@ -597,13 +611,6 @@ class Pair:
         noise = loss.draw(key_noise, batch.v)
         v = loss.perturb(batch.v, noise)
 
-        def log_model(u, given, values):
-            """log p̃(u, h; θ) of every example."""
-            args, kwargs = batch.arguments(u)
-            with seed(rng_seed=key_model), record(given, values) as run:
-                self.model(*args, **kwargs)
-            return joint_per_example(run.sites.values(), len(v))
-
         def log_guide(u, values, keys):
             values = self.fixed_latents(key_guide, fixed, batch, u, values, keys)
             sites = self.guide_at(key_guide, fixed, batch, u, values, keys, harden=True)
@@ -613,9 +620,10 @@ class Pair:
             values, keys = drawn
 
             def model_score(u):
-                return jax.grad(lambda u: log_model(u, params, values).sum())(u)
+                return jax.grad(lambda u: self.log_joint(key_model, params, batch, u, values).sum())(u)
 
-            return model_score(v), log_model(v, params, values), jax.grad(log_guide)(v, values, keys)
+            log_joint = self.log_joint(key_model, params, batch, v, values)
+            return model_score(v), log_joint, jax.grad(log_guide)(v, values, keys)
 
         keys = jax.random.split(key_draw, num_particles)
         model_scores, log_joints, guide_scores = jax.vmap(lambda key: one(self.hard_draw(key, fixed, batch, v)))(keys)

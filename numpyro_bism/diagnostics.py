@@ -378,7 +378,7 @@ def _run(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.B
     def first():
         """Checks and describes the sites as it is traced; what they observed comes back in numbers."""
         seen["guide"], seen["model"] = _draw(rng_key, pair, params, batch)
-        _check_latents(seen["guide"], n)
+        check_latents(seen["guide"], n)
         return {name: jnp.asarray(s.value) for name, s in seen["model"].items() if s.is_data}
 
     @jax.jit
@@ -451,7 +451,7 @@ def _is_bad(x: Array) -> Array:
     return jnp.isnan(x) | jnp.isposinf(x)
 
 
-def _check_latents(sites: Mapping[str, Site], n: int) -> None:
+def check_latents(sites: Mapping[str, Site], n: int) -> None:
     latents = {name: s for name, s in sites.items() if not s.infer.get("is_auxiliary", False)}
     if not latents:
         raise ValueError("The guide has no latent site, so there is nothing to draw.")

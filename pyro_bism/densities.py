@@ -547,17 +547,21 @@ class Pair:
             self.guide(*args, **kwargs)
         return {**{name: s.value for name, s in run.sites.items() if not s.is_observed}, **batch.indices}
 
+    def log_joint(self, batch: visible.Batch, v: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """log p̃(v, h) of every example at a :meth:`hard_draw`."""
+        args, kwargs = batch.arguments(v)
+        with record(values) as run:
+            self.model(*args, **kwargs)
+        return joint_per_example(run.sites.values(), len(v))
+
     def covariance_loss(self, batch: visible.Batch, loss: OuterLoss, num_particles: int) -> Tensor:
         """J, with the derivative in θ that VaGES estimates (Bao et al. 2021): see ``Covariance``."""
         noise = loss.draw(batch.v)
         v = loss.perturb(batch.v, noise).detach().requires_grad_()
-        args, kwargs = batch.arguments(v)
         scores, log_joints, guide_scores = [], [], []
         for _ in range(num_particles):
             values = self.hard_draw(batch, v)
-            with record(values) as run:
-                self.model(*args, **kwargs)
-            log_joints.append(joint_per_example(run.sites.values(), len(v)))
+            log_joints.append(self.log_joint(batch, v, values))
             scores.append(torch.autograd.grad(log_joints[-1].sum(), v, create_graph=True)[0])
             with params.fixed(self.phi.values()):
                 guide_sites = self.guide_at(batch, v, self.fixed_latents(batch, v, values), harden=True)

@@ -360,7 +360,7 @@ def _run(pair: Pair, batch: visible.Batch, num_draws: int) -> GuideDraws:
     try:
         with torch.no_grad():
             first, model_sites = _draw(pair, batch)
-            _check_latents(first, len(batch.v))
+            check_latents(first, len(batch.v))
             shapes = {name: s.value.shape for name, s in first.items()}
             size = MAX_CELLS // (batch.v.numel() + sum(shape.numel() for shape in shapes.values()))
             chunks: list[_Chunk] = []
@@ -491,7 +491,7 @@ def _is_bad(x: Tensor) -> Tensor:
     return torch.isnan(x) | torch.isposinf(x)
 
 
-def _check_latents(sites: Mapping[str, Site], n: int) -> None:
+def check_latents(sites: Mapping[str, Site], n: int) -> None:
     latents = {name: s for name, s in sites.items() if not s.infer.get("is_auxiliary", False)}
     if not latents:
         raise ValueError("The guide has no latent site, so there is nothing to draw.")

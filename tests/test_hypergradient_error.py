@@ -169,6 +169,42 @@ def test_the_gap_is_the_divergence_from_the_posterior(host):
     assert 0.3 < found.effective < 0.9
 
 
+def computed(host, is_point):
+    """log h ~ N(v, ½²) of the posterior; the guide computes h from draws of its own, or has no spread."""
+    exp, log = (torch.exp, torch.log) if host is Torch else (jnp.exp, jnp.log)
+
+    def model(x):
+        W = host.p.param("W", host.array(np.eye(2, dtype=np.float32)))
+        with host.p.plate("data", len(x)):
+            v = host.p.sample("v", host.dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False), obs=x)
+            h = host.p.sample("h", host.dist.LogNormal(0.0, 1.0).expand([2]).to_event(1).mask(False))
+            quadratic = (v**2).sum(-1) + 2 * ((log(h) - v @ W) ** 2).sum(-1)
+            host.p.factor("energy", -quadratic - log(h).sum(-1))
+
+    def guide(x):
+        M = host.p.param("M", host.array(np.eye(2, dtype=np.float32)))
+        with host.p.plate("data", len(x)):
+            if is_point:
+                host.p.sample("h", host.dist.Delta(exp(x @ M), event_dim=1))
+            else:
+                unit = host.dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+                z = host.p.sample("z", unit, infer={"is_auxiliary": True})
+                at = x @ M + 0.5 * z
+                volume = -at.sum(-1) - 2 * math.log(0.5)
+                host.p.sample("h", host.dist.Delta(exp(at), log_density=volume, event_dim=1))
+
+    return model, guide
+
+
+def test_a_computed_latent_carries_its_change_of_volume_and_a_point_has_no_weights(host):
+    options = {"num_draws": 50, "num_fit": 0}
+    loss, strategy = host.bism.DenoisingScoreMatching(SIGMA), host.bism.Detached()
+    found = host.error(computed(host, False), loss, host.trace(), strategy, X, 0.0, 0.0, **options)
+    assert abs(found.gap) < 1e-4 and found.effective > 0.999 and found.held is None
+    with pytest.raises(ValueError, match=r"site 'h' is a point mass \(Delta\).*Use a guide with a spread"):
+        host.error(computed(host, True), loss, host.trace(), strategy, X, 0.0, 0.0, **options)
+
+
 def test_the_log_of_a_mean_has_a_bias_of_second_order():
     """Log-normal weights: E of the estimate beside the log of the true mean."""
     for num, bound in ((4, 0.02), (16, 0.004)):
@@ -183,9 +219,8 @@ def compared(errors, error, noise, gap=0.0, effective=1.0, length=1.0):
     """A comparison with this error and standard error."""
     num = 101
     d, r = np.array([error * length]), np.array([length])
-    return errors._Compared(
-        num, {"a": d}, {"a": r}, {"a": d**2 + (num - 1) * noise**2}, {"a": r**2 + 1e-9}, gap, effective
-    )
+    sums = num * np.stack([d, r, d**2 + (num - 1) * noise**2, r**2 + 1e-9])
+    return errors.Compared(num, {"a": sums}, num * gap, num * effective)
 
 
 @pytest.mark.parametrize(
@@ -204,16 +239,16 @@ def compared(errors, error, noise, gap=0.0, effective=1.0, length=1.0):
 def test_what_the_verdict_says(host, before, after, passed, words):
     later = None if after is None else compared(host.errors, **after)
     first = compared(host.errors, **before)
-    found, verdict = host.errors._judged(first, later, 50, host.bism.Unrolled(5))
-    assert found is passed and words in verdict
-    assert verdict.count("\n") == 0
+    found = host.errors.judged(first, later, 50, host.bism.Unrolled(5))
+    assert found.passed is passed and words in found.verdict
+    assert found.verdict.count("\n") == 0
 
 
 def test_a_gradient_that_is_not_finite_is_no_error_of_zero(host):
     found = compared(host.errors, 0.1, 0.01)
     found.require_finite()
     with pytest.raises(FloatingPointError, match=r"a gradient of \['a'\] is not finite"):
-        found._replace(square_difference={"a": np.array([math.inf])}).require_finite()
+        found._replace(sums={"a": np.full((4, 1), math.inf)}).require_finite()
 
 
 def test_misuse_is_refused(host):

@@ -112,6 +112,12 @@ def test_what_is_numpy_alone_is_the_same_to_the_letter():
         ours, theirs = (_definitions(ROOT / package / file) for package in ("pyro_bism", "numpyro_bism"))
         for name in names.split():
             assert ours[name] == theirs[name], (file, name)
-    for file in ("brief.py", "energies/degrees.py", "energies/quadrature.py", "hypergradients/choice.py"):
+    for file in (
+        "brief.py",
+        "energies/degrees.py",
+        "energies/quadrature.py",
+        "evaluation/comparison.py",
+        "hypergradients/choice.py",
+    ):
         ours, theirs = ((ROOT / name / file).read_text() for name in ("pyro_bism", "numpyro_bism"))
         assert ours == theirs, file

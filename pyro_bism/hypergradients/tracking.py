@@ -11,7 +11,7 @@ from .linear import ratio
 __all__ = ["Tracked", "untracked"]
 
 LONGEST = 0.99  # decay a step of the longest mean
-MOMENTS = 0.999  # that of the sums that the rate is found from: twice ten percent of a rate is too much noise
+MOMENTS = 0.999  # of the sums that the rate is found from: of fewer steps their ratio would be noise
 
 
 class Tracked(NamedTuple):
