@@ -14,8 +14,8 @@ from .tracking import Tracked, untracked
 __all__ = ["Functional"]
 
 # in units of the Fisher information: a direction with less curvature is taken for one without, as that of a Hessian
-# averaged over a few draws may be by accident
-FLAT = 0.01
+# averaged over a few draws may be by accident; at 0.01 a deep energy ended 2.3 % above the best, at 0.1 and 0.2 0.7 %
+FLAT = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ class Functional(Hypergradient):
     What it assumes: that the guide fits every example by itself, with distributions whose parameters are free and
     independent. Where a network is too rigid for that, or examples share what each would need for itself, dφ*/dθ is
     another. What no parameter of the guide moves (a constant scale) is not shifted. Examples that the model couples
-    (batch normalisation) are solved as if they were not. And δ is a shift, not a slope: what J owes to how the
-    distributions turn with v is zero where q is the posterior, and left out elsewhere.
+    (batch normalisation) are solved as if they were not.
+
+    δ is a shift, not a slope: how the distributions turn with v is no part of it. E_q s(v, h), s the score at a draw,
+    does not depend on that. What does is the score's variance under q, which ``average="loss"`` adds to the loss of
+    E_q s (:class:`~numpyro_bism.ScoreMatching`): its share is left out. (With it, where q can't be the posterior,
+    the exact objective of the marginal ended 1 to 2 % worse.)
 
     It is for denoising losses, an ELBO inside, and normal, multivariate normal, log-normal, Bernoulli and categorical
     sites. Others are refused before the first step, and so are sites under scales or masks, latents computed from other
@@ -132,21 +136,29 @@ def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[A
         rest = jax.tree.map(jnp.subtract, rhs, image)
         return y, _length(shifted, rest, size), ratio(shifted.dot(y, image).sum(), size.sum())
     z = shifted.natural(r)
-    p, p_in_f, square = z, r, shifted.dot(r, z)  # the second is F p
-    start, goes_on = square, square > 0
-    curvature = jnp.zeros((), square.dtype)
-    for i in range(num_steps):
+    start = shifted.dot(r, z)
+
+    def is_unsolved(carry: tuple) -> Array:
+        i, goes_on, *_ = carry
+        return (i < num_steps) & goes_on.any()
+
+    def step(carry: tuple) -> tuple:
+        i, goes_on, curvature, y, r, p, p_in_f, square = carry  # p_in_f is F p
         image = kept(product(p), False)
         bend = shifted.dot(p, image)
-        if i == 0:
-            curvature = ratio(bend.sum(), square.sum())
-        goes_on = goes_on & (bend > FLAT * shifted.dot(p, p_in_f)) & (square > jnp.finfo(square.dtype).eps * start)
+        curvature = jnp.where(i == 0, ratio(bend.sum(), square.sum()), curvature)
+        goes_on = goes_on & (bend > FLAT * shifted.dot(p, p_in_f))
         length = jnp.where(goes_on, ratio(square, bend), 0.0)
         y, r = moved(y, length, p), moved(r, -length, image)
         z = shifted.natural(r)
         previous, square = square, shifted.dot(r, z)
         weight = jnp.where(goes_on, ratio(square, previous), 0.0)
-        p, p_in_f = moved(z, weight, p), moved(r, weight, p_in_f)
+        goes_on = goes_on & (square > jnp.finfo(square.dtype).eps * start)
+        return i + 1, goes_on, curvature, y, r, moved(z, weight, p), moved(r, weight, p_in_f), square
+
+    # one step solves the systems of units that the energy does not couple: a loop ends there
+    carry = 0, start > 0, jnp.zeros((), start.dtype), y, r, z, r, start
+    _, _, curvature, y, r, *_ = jax.lax.while_loop(is_unsolved, step, carry)
     return y, _length(shifted, r, start), curvature
 
 

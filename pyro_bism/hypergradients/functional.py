@@ -14,8 +14,8 @@ from .tracking import Tracked, untracked
 __all__ = ["Functional"]
 
 # in units of the Fisher information: a direction with less curvature is taken for one without, as that of a Hessian
-# averaged over a few draws may be by accident
-FLAT = 0.01
+# averaged over a few draws may be by accident; at 0.01 a deep energy ended 2.3 % above the best, at 0.1 and 0.2 0.7 %
+FLAT = 0.1
 
 Shifts = Mapping[tuple[str, str], Tensor]
 
@@ -38,8 +38,12 @@ class Functional(Hypergradient):
     What it assumes: that the guide fits every example by itself, with distributions whose parameters are free and
     independent. Where a network is too rigid for that, or examples share what each would need for itself, dφ*/dθ is
     another. What no parameter of the guide moves (a constant scale) is not shifted. Examples that the model couples
-    (batch normalisation) are solved as if they were not. And δ is a shift, not a slope: what J owes to how the
-    distributions turn with v is zero where q is the posterior, and left out elsewhere.
+    (batch normalisation) are solved as if they were not.
+
+    δ is a shift, not a slope: how the distributions turn with v is no part of it. E_q s(v, h), s the score at a draw,
+    does not depend on that. What does is the score's variance under q, which ``average="loss"`` adds to the loss of
+    E_q s (:class:`~pyro_bism.ScoreMatching`): its share is left out. (With it, where q can't be the posterior,
+    the exact objective of the marginal ended 1 to 2 % worse.)
 
     It is for denoising losses, an ELBO inside, and normal, multivariate normal, log-normal, Bernoulli and categorical
     sites. Others are refused before the first step, and so are sites under scales or masks, latents computed from other
@@ -152,7 +156,7 @@ def _solved(
     p, p_in_f, square = z, r, shifted.dot(r, z)  # the second is F p
     start, goes_on = square, square > 0
     curvature = torch.zeros_like(square.sum())
-    for i in range(num_steps):
+    for i in range(num_steps):  # all of them: a captured step has no branches
         image = kept(product(p), False)
         bend = shifted.dot(p, image)
         if i == 0:
