@@ -470,6 +470,35 @@ def test_a_scale_that_the_guide_holds_constant_is_not_shifted(host):
         assert max(abs(found["t"] - own["t"])) > 0.01
 
 
+def test_every_example_has_its_own_system(host):
+    """Coupled ones are solved; along a direction of next to no curvature a step ends, and keeps what it has found."""
+    rng = np.random.default_rng(0)
+    square = rng.normal(size=(3, 3))
+    systems = np.stack([square @ square.T + np.eye(3), np.diag([2.0, 0.5, 1.0]), np.diag([0.05, 0.05, 0.05])])
+    b, H = rng.normal(size=(3, 3)), host.array(systems)
+    shifted = host.bism.hypergradients.Shifted(
+        zeros=None,
+        outer=None,
+        inner=None,
+        natural=lambda x: x,
+        dot=lambda x, y: (x["h", "loc"] * y["h", "loc"]).sum(-1),
+        scaled=lambda weights, x: {("h", "loc"): weights[:, None] * x["h", "loc"]},
+        relaxed=frozenset(),
+        is_random=False,
+    )
+
+    def product(y):
+        return {("h", "loc"): (H @ y["h", "loc"][..., None])[..., 0]}
+
+    rhs = {("h", "loc"): host.array(b)}
+    y, residual, curvature = host.bism.hypergradients.functional._solved(shifted, product, rhs, 4)
+    found = np.asarray(y["h", "loc"])
+    np.testing.assert_allclose(found[:2], np.linalg.solve(systems, b[..., None])[:2, :, 0], rtol=1e-8)
+    np.testing.assert_array_equal(found[2], 0.0)
+    np.testing.assert_allclose(float(residual), np.linalg.norm(b[2]) / np.linalg.norm(b), rtol=1e-8)
+    np.testing.assert_allclose(float(curvature), np.einsum("ni,nij,nj", b, systems, b) / (b**2).sum(), rtol=1e-8)
+
+
 def test_examples_are_told_from_as_many_units(host):
     fn = host.dist.Normal(host.array(np.zeros((6, 6))), 1.0)
     frames = {name: types.SimpleNamespace(name=name, dim=dim) for name, dim in (("units", -2), ("data", -1))}
