@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Each package installs, trains and reaches ArviZ in an environment without the other's framework.
+# The wheel and the sdist are built; each package installs from one, trains and reaches ArviZ in an environment without
+# the other's framework.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,25 +40,35 @@ newest_python() {
     echo "$python"
 }
 
-install() { # install ENVIRONMENT PYTHON EXTRAS
+install() { # install ENVIRONMENT PYTHON EXTRAS FILE
     "$2" -m venv "$work/$1" &&
-        "$work/$1/bin/python" -m pip install --quiet --constraint constraints.txt "$work/bism[$3]"
+        "$work/$1/bin/python" -m pip install --quiet --constraint constraints.txt "$4[$3]"
+}
+
+build() {
+    "$python" -m venv "$work/build" &&
+        "$work/build/bin/python" -m pip install --quiet --constraint constraints.txt build &&
+        "$work/build/bin/python" -m build --outdir "$work/dist" "$work/bism" >"$work/build.log" ||
+        { cat "$work/build.log"; return 1; }
 }
 
 # From a copy: building in place would leave build/ behind.
 mkdir "$work/bism"
 cp -r pyproject.toml README.md LICENSE pyro_bism numpyro_bism "$work/bism"
+check "a wheel and an sdist are built" build
+wheel=$(echo "$work"/dist/bism_ppl-*.whl)
+sdist=$(echo "$work"/dist/bism_ppl-*.tar.gz)
 
 # -I: nothing of this folder, of PYTHONPATH or of the user's own packages is importable.
 absent='import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is not None)'
 
 echo "== numpyro_bism without torch"
-check "numpyro_bism installs" install numpyro "$(newest_python)" numpyro,arviz
+check "numpyro_bism installs" install numpyro "$(newest_python)" numpyro,arviz "$wheel"
 check "torch is absent" "$work/numpyro/bin/python" -I -c "$absent" torch
 check "numpyro_bism trains and reaches ArviZ" "$work/numpyro/bin/python" -I .ci/smoke_numpyro.py
 
 echo "== pyro_bism without jax"
-check "pyro_bism installs" install pyro "$python" pyro,arviz
+check "pyro_bism installs" install pyro "$python" pyro,arviz "$sdist"
 check "jax is absent" "$work/pyro/bin/python" -I -c "$absent" jax
 check "pyro_bism trains and reaches ArviZ" "$work/pyro/bin/python" -I .ci/smoke_pyro.py
 

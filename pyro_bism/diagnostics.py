@@ -176,13 +176,13 @@ def to_arviz(
     :raises ValueError: on misuse, NaN in the data, a latent without the batch as its leading dimension, a guide that is
         a point mass.
     :raises FloatingPointError: if log p̃ or log q comes out as NaN or +inf.
-    :raises ImportError: without ArviZ: ``pip install 'bism[arviz]'``.
+    :raises ImportError: without ArviZ: ``pip install 'bism-ppl[arviz]'``.
     """
     try:
         import arviz as az
         import xarray as xr
     except ImportError as error:
-        raise ImportError("to_arviz needs ArviZ and xarray: pip install 'bism[arviz]'.") from error
+        raise ImportError("to_arviz needs ArviZ and xarray: pip install 'bism-ppl[arviz]'.") from error
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
     if isinstance(bism, PersistentVI):

@@ -121,9 +121,9 @@ def watched(
     return Watch(num + 1, level, envelope, reference, start, verdict)
 
 
-def in_words(verdict: int, words: Words = BISM) -> str:
+def in_words(verdict: Any, words: Words = BISM) -> str:
     """A verdict as a sentence with its cure."""
-    code = verdict
+    code = int(verdict)
     if code == STEADY:
         return "no runaway seen"
     if code == ASTRAY:

@@ -24,7 +24,7 @@ from .distributions import base_of
 class VisibleSite:
     """Where a visible site's value stands among the arguments' leaves.
 
-    :ivar leaves: positions of the leaves that hold the value (the same tensor may be passed twice).
+    :ivar leaves: positions of the leaves that hold the value (the same one may be passed twice).
     :ivar plate: the subsampling plate whose indices pick the value's rows out of the leaf, or None.
     :ivar axis: the leaf's axis that the plate subsamples, counted from the right.
     :ivar shape: the value's shape, the batch first.

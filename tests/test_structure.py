@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -813,3 +814,20 @@ def test_a_false_declaration_is_an_error(backend, name, declared, message):
     trained = Untrained(backend, energy.model(backend, **declared))
     with pytest.raises(ValueError, match=message):
         backend.call("exact_log_normalizer", trained, backend.array(X[:, : energy.dims]))
+
+
+@pytest.mark.parametrize("package", [pyro_bism, numpyro_bism], ids=lambda package: package.__name__)
+def test_half_a_declaration_is_an_error_and_so_is_one_of_no_variable(package):
+    def read(**said):
+        sites = [SimpleNamespace(name=name, is_discrete=False) for name in "vw"]
+        recorded = {
+            name: SimpleNamespace(infer={"structure": said[name]} if name in said else {}, fn=None)
+            for name in ("v", "w", "penalty")
+        }
+        return package.energies.energy._declared(recorded, sites, {})
+
+    assert read(v="gaussian", w="gaussian") == {package.energies.energy.VISIBLE: "gaussian"}
+    with pytest.raises(ValueError, match=r"'v' is declared.*others.*\['v', 'w'\].*all of them, or none"):
+        read(v="gaussian")
+    with pytest.raises(ValueError, match=r"'penalty' declares.*no variable"):
+        read(penalty="gaussian")

@@ -1,7 +1,7 @@
 """A model's log p̃(v, h; θ) on one batch, row by row."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ class Energy:
             proof = energy._proved_at_any_size(params, run.sites, x) or proof
         energy = replace(energy, is_homogeneous=COVARIATES not in proof.degrees.groups)
         moving = [name for name in (VISIBLE, *latents, *observed) if moves_visible or name in latents]
-        energy = replace(energy, declared=_declared(energy, run.sites))
+        energy = replace(energy, declared=_declared(run.sites, energy.sites, energy.latents))
         energy = replace(energy, blocks=find_blocks(energy, params, x, proof, moving))
         energy.require_declared(params, x)
         return energy, x
@@ -339,20 +339,26 @@ class _Rewritten:
         return self.program(self.fn, value)
 
 
-def _declared(energy: Energy, sites: Mapping[str, Site]) -> dict[str, str]:
-    """What the user says of the variables' structure, by their names in a point."""
-    said = {name: site.infer["structure"] for name, site in sites.items() if site.infer.get("structure") is not None}
-    visible_sites = [site.name for site in energy.sites if not site.is_discrete]
+def _declared(
+    recorded: Mapping[str, Site], sites: Sequence[visible.VisibleSite], latents: Mapping[str, Latent]
+) -> dict[str, str]:
+    """By variable, the structure that ``infer={"structure": ...}`` declares.
+
+    :raises ValueError: for one that does not exist, for one that a variable of its kind can't have, and for one of what
+        is no variable by itself.
+    """
+    said = {name: site.infer["structure"] for name, site in recorded.items() if site.infer.get("structure") is not None}
+    visible_sites = [site.name for site in sites if not site.is_discrete]
     found = {}
     for name, structure in said.items():
-        if name not in visible_sites and name not in energy.latents:
+        if name not in visible_sites and name not in latents:
             raise ValueError(f"Site '{name}' declares infer={{'structure': ...}}, but it is no variable. Leave it out.")
-        kind = energy.latents[name].kind if name in energy.latents else "real"
+        kind = latents[name].kind if name in latents else "real"
         fitting = {"real": "gaussian", "bits": "affine", "onehot": "affine"}.get(kind)
         if structure != fitting:
             cure = f"Declare infer={{'structure': '{fitting}'}}" if fitting else "Take the declaration out"
             raise ValueError(
-                f"Site '{name}' ({type(base_of(sites[name].fn)).__name__}) is declared infer={{'structure': "
+                f"Site '{name}' ({type(base_of(recorded[name].fn)).__name__}) is declared infer={{'structure': "
                 f"{structure!r}}}, which it can't have: real variables may be 'gaussian', bits and one-hot vectors "
                 f"'affine'. {cure}."
             )

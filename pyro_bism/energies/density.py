@@ -65,7 +65,7 @@ class Block(NamedTuple):
     :ivar is_constant: of "gaussian": whether the precision is one for all rows and all values of the rest.
     :ivar is_diagonal: of "gaussian": whether its precision is.
     :ivar is_multilinear: of "units": whether the energy is affine in each bit or one-hot vector, the others held.
-    :ivar is_declared: whether the user says so, and no proof: it is checked wherever a closed form uses it.
+    :ivar is_declared: whether the user says so, and no proof: it is checked wherever it is made use of.
     """
 
     kind: str

@@ -313,14 +313,15 @@ def _declared(
 ) -> dict[str, str]:
     """By variable, the structure that ``infer={"structure": ...}`` declares.
 
-    :raises ValueError: for one that does not exist, and for one that a variable of its kind can't have.
+    :raises ValueError: for one that does not exist, for one that a variable of its kind can't have, and for one of what
+        is no variable by itself.
     """
+    said = {name: site.infer["structure"] for name, site in recorded.items() if site.infer.get("structure") is not None}
+    visible_sites = [site.name for site in sites if not site.is_discrete]
     found = {}
-    names = [*(site.name for site in sites), *latents]
-    for name in names:
-        structure = recorded[name].infer.get("structure")
-        if structure is None:
-            continue
+    for name, structure in said.items():
+        if name not in visible_sites and name not in latents:
+            raise ValueError(f"Site '{name}' declares infer={{'structure': ...}}, but it is no variable. Leave it out.")
         kind = latents[name].kind if name in latents else "real"
         fitting = {"real": "gaussian", "bits": "affine", "onehot": "affine"}.get(kind)
         if structure != fitting:
@@ -330,11 +331,13 @@ def _declared(
                 f"{structure!r}}}, which it can't have: real variables may be 'gaussian', bits and one-hot vectors "
                 f"'affine'. {cure}."
             )
-        found[name] = structure
-    continuous = [site.name for site in sites if not site.is_discrete]
-    if continuous and all(name in found for name in continuous):
-        found[VISIBLE] = "gaussian"
-    return {name: structure for name, structure in found.items() if name in (VISIBLE, *latents)}
+        if name in visible_sites and not said.keys() >= set(visible_sites):
+            raise ValueError(
+                f"Site '{name}' is declared infer={{'structure': 'gaussian'}} and others of the visible sites "
+                f"{visible_sites} are not. They are one variable here: declare all of them, or none."
+            )
+        found[VISIBLE if name in visible_sites else name] = structure
+    return found
 
 
 def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
