@@ -10,7 +10,7 @@ from .autoguide import AmortizedGuide
 from .bism import BiSM, BiSMInfo, BiSMRunResult, BiSMState
 from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
-from .divergences import FisherDivergence
+from .divergences import FisherDivergence, InnerLoss
 from .evaluation import (
     ais,
     denoise,
@@ -24,10 +24,25 @@ from .evaluation import (
     maximum_mean_discrepancy,
     score,
 )
-from .hypergradients import Amortized, Covariance, Detached, Exact, Functional, Implicit, Penalty, Unrolled
+from .hypergradients import (
+    Amortized,
+    Bilevel,
+    Covariance,
+    Detached,
+    Exact,
+    Functional,
+    Hypergradient,
+    Implicit,
+    Penalty,
+    Result,
+    Unrolled,
+)
+from .kernels import Kernel
 from .losses import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
+    Noise,
+    OuterLoss,
     ScoreMatching,
     SlicedScoreMatching,
 )
@@ -49,6 +64,7 @@ __all__ = [
     "BiSMInfo",
     "BiSMRunResult",
     "BiSMState",
+    "Bilevel",
     "ConcreteBernoulli",
     "ConcreteOneHot",
     "Covariance",
@@ -58,14 +74,20 @@ __all__ = [
     "FisherDivergence",
     "Functional",
     "Gibbs",
+    "Hypergradient",
     "Implicit",
+    "InnerLoss",
+    "Kernel",
     "Langevin",
     "MarginalSM",
     "MultiscaleDenoisingScoreMatching",
+    "Noise",
+    "OuterLoss",
     "Penalty",
     "PersistentVI",
     "Predictive",
     "PseudoLikelihood",
+    "Result",
     "RivalInfo",
     "RivalState",
     "ScoreMatching",

@@ -11,12 +11,11 @@ from numpyro.infer import Trace_ELBO
 
 from . import averages, densities, divergences, energies, runaways
 from .all_rows import require_no_local
-from .brief import named
 from .coupling import check_rows
 from .guides import refuse_autoguide
 from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, fused, require_hypergradient
 from .jit import taken_apart
-from .losses import OuterLoss
+from .losses import OuterLoss, require_outer_loss
 from .modes import in_own_modes
 from .optim import as_optim, inner_copy, require_single_steps
 from .params import jittered
@@ -129,11 +128,11 @@ class BiSM(Trainer):
         super().__init__()
         require_guide(guide)
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
-        if not isinstance(loss, OuterLoss):
-            raise ValueError(
-                f"loss={named(loss)} is not an outer loss. BiSM matches scores: use "
-                "DenoisingScoreMatching(sigma=...) or another of numpyro_bism.losses; an ELBO goes to inner_loss."
-            )
+        require_outer_loss(
+            loss,
+            "BiSM matches scores: use DenoisingScoreMatching(sigma=...) or another of numpyro_bism.losses; an ELBO "
+            "goes to inner_loss.",
+        )
         if num_inner_steps < 0:
             raise ValueError(f"num_inner_steps must not be negative, got {num_inner_steps}.")
         if hypergradient is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,24 @@ from .densities import Draw, Pair
 from .losses import OuterLoss
 from .visible import Batch
 
-__all__ = ["FisherDivergence"]
+__all__ = ["FisherDivergence", "InnerLoss"]
+
+
+@runtime_checkable
+class InnerLoss(Protocol):
+    """What BiSM asks of an inner loss that is no ELBO of the host. Your own derives from it: ``docs/extending.md``."""
+
+    def check_guide(self, pair: Pair) -> None:
+        """:raises ValueError: where it does not fit the guide's sites."""
+        return
+
+    def __call__(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
+        """G: the mean over the batch, at the perturbed v, with fresh draws."""
+        ...
 
 
 @dataclass(frozen=True)
-class FisherDivergence:
+class FisherDivergence(InnerLoss):
     r"""The Fisher divergence between guide and posterior, mean over the batch.
 
     .. math:: \tfrac12\, E_{q(h|v)} \|\nabla_h \log q(h|v; φ) - \nabla_h \log \tilde p(v, h; θ)\|^2
@@ -35,6 +48,18 @@ class FisherDivergence:
     def __post_init__(self):
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}.")
+
+    def check_guide(self, pair: Pair) -> None:
+        if pair.phi and not (pair.sampled or pair.enumerated):
+            raise ValueError(
+                "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
+                "(Delta). Use inner_loss=Trace_ELBO()."
+            )
+        if pair.enumerated:
+            raise ValueError(
+                f"FisherDivergence needs continuous latents, but sites {list(pair.enumerated)} are summed out. "
+                "Use inner_loss=TraceEnum_ELBO()."
+            )
 
     def __call__(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
         def one(key):
@@ -55,18 +80,15 @@ class FisherDivergence:
         return jax.vmap(one)(jax.random.split(rng_key, self.num_particles)).mean() / len(batch.v)
 
 
-InnerLoss = Callable[[Array, Pair, Mapping[str, Any], Batch, Array], Array]
-
-
-def as_inner_loss(inner_loss: Any) -> InnerLoss:
+def as_inner_loss(inner_loss: Any) -> Callable[[Array, Pair, Mapping[str, Any], Batch, Array], Array]:
     """The inner loss as a function of (rng_key, pair, params, batch, perturbed v), a mean over the data.
 
     A host ELBO sums over the data; here it is divided by their number, so that the inner learning rate means
     the same at every batch size, and N/B cancels.
 
-    :raises ValueError: for a loss that is neither a differentiable ELBO nor a FisherDivergence.
+    :raises ValueError: for a loss that is neither a differentiable ELBO nor an :class:`InnerLoss`.
     """
-    if isinstance(inner_loss, FisherDivergence):
+    if isinstance(inner_loss, InnerLoss) and not isinstance(inner_loss, type):
         return inner_loss
     if not isinstance(inner_loss, ELBO):
         raise ValueError(
@@ -88,24 +110,16 @@ def as_inner_loss(inner_loss: Any) -> InnerLoss:
 
 def check(inner_loss: Any, pair: Pair) -> None:
     """:raises ValueError: where the inner loss does not fit the guide's sites."""
-    if isinstance(inner_loss, FisherDivergence) and pair.phi and not (pair.sampled or pair.enumerated):
-        raise ValueError(
-            "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
-            "(Delta). Use inner_loss=Trace_ELBO()."
-        )
+    if isinstance(inner_loss, InnerLoss):
+        inner_loss.check_guide(pair)
     if pair.unreparameterised and not isinstance(inner_loss, TraceGraph_ELBO):
         raise ValueError(
             f"The draws of guide sites {list(pair.unreparameterised)} carry no gradient, which "
             f"{type(inner_loss).__name__} would take for zero. Use inner_loss=TraceGraph_ELBO(), which takes the "
             "score-function gradient."
         )
-    if not pair.enumerated:
+    if isinstance(inner_loss, InnerLoss) or not pair.enumerated:
         return
-    if isinstance(inner_loss, FisherDivergence):
-        raise ValueError(
-            f"FisherDivergence needs continuous latents, but sites {list(pair.enumerated)} are summed out. "
-            "Use inner_loss=TraceEnum_ELBO()."
-        )
     if not isinstance(inner_loss, TraceEnum_ELBO):
         raise ValueError(
             f"Guide sites {list(pair.enumerated)} are marked for enumeration, which "
@@ -114,7 +128,7 @@ def check(inner_loss: Any, pair: Pair) -> None:
 
 
 def of(
-    rng_key: Array, loss: OuterLoss, inner_loss: InnerLoss, pair: Pair, params: Mapping[str, Any], batch: Batch
+    rng_key: Array, loss: OuterLoss, inner_loss: Callable, pair: Pair, params: Mapping[str, Any], batch: Batch
 ) -> Array:
     """The inner loss G on freshly perturbed data, perturbed as the outer loss perturbs them."""
     key_noise, key_inner = jax.random.split(rng_key)

@@ -12,7 +12,7 @@ from jax import Array
 
 from .energies import VISIBLE, Block, Density, Energy, Integral, Point, pack, repeated, unpack
 
-__all__ = ["AnnealedLangevin", "Gibbs", "Langevin"]
+__all__ = ["AnnealedLangevin", "Gibbs", "Kernel", "Langevin"]
 
 
 class Kernel(Protocol):

@@ -16,20 +16,25 @@ product of two different ones, so that the loss is estimated without bias:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .brief import named
+
 __all__ = [
     "DenoisingScoreMatching",
     "MultiscaleDenoisingScoreMatching",
+    "Noise",
+    "OuterLoss",
     "ScoreMatching",
     "SlicedScoreMatching",
     "denoising",
     "exact",
     "multiscale_denoising",
+    "require_outer_loss",
     "sliced",
 ]
 
@@ -123,8 +128,52 @@ def _check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
+class OuterLoss(Protocol):
+    """What BiSM asks of an outer loss. One of your own derives from it; ``docs/extending.md`` shows one.
+
+    :ivar num_particles: draws of h a datapoint.
+    :ivar average: what is averaged over the draws, see :class:`ScoreMatching`.
+    :cvar differentiates_score: whether it takes the score's derivative in v.
+    :cvar needs_uncoupled_examples: whether it is wrong where one example's score depends on another.
+    """
+
+    num_particles: int = 1
+    average: Average = "loss"
+
+    differentiates_score: ClassVar[bool] = False
+    needs_uncoupled_examples: ClassVar[bool] = False
+
+    def constant(self, num_dims: int) -> float:
+        """The part of the loss of an example of D dimensions that depends on no parameter; none, if not overridden."""
+        return 0.0
+
+    def draw(self, rng_key: Array, v: Array) -> Noise:
+        """What one evaluation draws at random; nothing, if not overridden."""
+        return Noise()
+
+    def perturb(self, v: Array, noise: Noise) -> Array:
+        """v as model and guide are given it; v itself, if not overridden."""
+        return v
+
+    def __call__(self, score: Score, v: Array, noise: Noise) -> Array:
+        """The loss of every example, shape (n,): ``v`` is not perturbed yet, and ``score`` maps (n, D) to (n, D)."""
+        ...
+
+
+def require_outer_loss(loss: Any, cure: str) -> None:
+    """:raises ValueError: for what has not all that :class:`OuterLoss` names; a class has not."""
+    missing = [name for name in vars(OuterLoss) if not name.startswith("_") and not hasattr(loss, name)]
+    if isinstance(loss, type) or not callable(loss):
+        raise ValueError(f"loss={named(loss)} is not an outer loss. {cure}")
+    if missing:
+        raise ValueError(
+            f"loss={named(loss)} is not an outer loss: it lacks {', '.join(missing)}. One of your own derives from "
+            "OuterLoss."
+        )
+
+
 @dataclass(frozen=True)
-class ScoreMatching:
+class ScoreMatching(OuterLoss):
     """Exact score matching, see :func:`exact`.
 
     :param num_particles: L, draws of h a datapoint.
@@ -147,22 +196,12 @@ class ScoreMatching:
     def __post_init__(self):
         _check_particles(self.num_particles, self.average)
 
-    def constant(self, num_dims: int) -> float:
-        """The part of the loss of an example of D dimensions that depends on no parameter: none."""
-        return 0.0
-
-    def draw(self, rng_key: Array, v: Array) -> Noise:
-        return Noise()
-
-    def perturb(self, v: Array, noise: Noise) -> Array:
-        return v
-
     def __call__(self, score: Score, v: Array, noise: Noise) -> Array:
         return exact(score, v)
 
 
 @dataclass(frozen=True)
-class SlicedScoreMatching:
+class SlicedScoreMatching(OuterLoss):
     """Sliced score matching, see :func:`sliced`.
 
     :param num_projections: M, projections a datapoint.
@@ -177,7 +216,6 @@ class SlicedScoreMatching:
     average: Average = "loss"
 
     differentiates_score = True
-    needs_uncoupled_examples = False
 
     def __post_init__(self):
         _check_particles(self.num_particles, self.average)
@@ -186,18 +224,11 @@ class SlicedScoreMatching:
         if self.noise not in ("rademacher", "gaussian"):
             raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {self.noise!r}.")
 
-    def constant(self, num_dims: int) -> float:
-        """The part of the loss of an example of D dimensions that depends on no parameter: none."""
-        return 0.0
-
     def draw(self, rng_key: Array, v: Array) -> Noise:
         w = jax.random.normal(rng_key, (self.num_projections, *v.shape), v.dtype)
         # the sign of a Gaussian is a Rademacher draw
         signs = jnp.where(w < 0, -1.0, 1.0).astype(v.dtype)  # with x64 they would be float64
         return Noise(projections=signs if self.noise == "rademacher" else w)
-
-    def perturb(self, v: Array, noise: Noise) -> Array:
-        return v
 
     def __call__(self, score: Score, v: Array, noise: Noise) -> Array:
         assert noise.projections is not None
@@ -205,7 +236,7 @@ class SlicedScoreMatching:
 
 
 @dataclass(frozen=True)
-class DenoisingScoreMatching:
+class DenoisingScoreMatching(OuterLoss):
     """Denoising score matching, see :func:`denoising`.
 
     Nearly all of its value may be the constant D/(2σ²) (:meth:`constant`). Progress shows in ``BiSMInfo.varying_loss``,
@@ -220,9 +251,6 @@ class DenoisingScoreMatching:
     sigma: float
     num_particles: int = 1
     average: Average = "loss"
-
-    differentiates_score = False
-    needs_uncoupled_examples = False
 
     def __post_init__(self):
         _check_particles(self.num_particles, self.average)
@@ -245,7 +273,7 @@ class DenoisingScoreMatching:
 
 
 @dataclass(frozen=True)
-class MultiscaleDenoisingScoreMatching:
+class MultiscaleDenoisingScoreMatching(OuterLoss):
     """Multiscale denoising score matching, see :func:`multiscale_denoising`.
 
     The noise level of every example is drawn afresh, uniformly between ``sigma_min`` and
@@ -266,9 +294,6 @@ class MultiscaleDenoisingScoreMatching:
     spacing: Literal["geometric", "linear"] = "geometric"
     num_particles: int = 1
     average: Average = "loss"
-
-    differentiates_score = False
-    needs_uncoupled_examples = False
 
     def __post_init__(self):
         _check_particles(self.num_particles, self.average)
@@ -300,6 +325,3 @@ class MultiscaleDenoisingScoreMatching:
     def __call__(self, score: Score, v: Array, noise: Noise) -> Array:
         assert noise.epsilon is not None and noise.sigma is not None
         return multiscale_denoising(score, v, noise.epsilon, noise.sigma, sigma0=self.sigma0)
-
-
-OuterLoss = ScoreMatching | SlicedScoreMatching | DenoisingScoreMatching | MultiscaleDenoisingScoreMatching

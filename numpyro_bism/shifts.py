@@ -32,7 +32,7 @@ from .distributions import (
     rebuild,
     unmasked,
 )
-from .divergences import FisherDivergence
+from .divergences import InnerLoss
 from .hypergradients import Shifted
 from .losses import OuterLoss
 from .params import constrain, jittered, unconstrain
@@ -81,10 +81,10 @@ def _require_kind(pair: Pair, inner_loss: Callable) -> None:
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
             "computed from other draws and have a density of their own. Take hypergradient=Amortized()."
         )
-    if isinstance(inner_loss, FisherDivergence):
+    if isinstance(inner_loss, InnerLoss):
         raise ValueError(
             "Functional() takes the inner loss's curvature in units of the Fisher information, which that of "
-            "FisherDivergence() is not. Take an ELBO as inner_loss, or hypergradient=Implicit()."
+            f"{type(inner_loss).__name__}() is not. Take an ELBO as inner_loss, or hypergradient=Implicit()."
         )
 
 

@@ -4,7 +4,7 @@ from .autoguide import AmortizedGuide
 from .bism import BiSM, BiSMInfo
 from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
-from .divergences import FisherDivergence
+from .divergences import FisherDivergence, InnerLoss
 from .evaluation import (
     ais,
     denoise,
@@ -18,10 +18,25 @@ from .evaluation import (
     maximum_mean_discrepancy,
     score,
 )
-from .hypergradients import Amortized, Covariance, Detached, Exact, Functional, Implicit, Penalty, Unrolled
+from .hypergradients import (
+    Amortized,
+    Bilevel,
+    Covariance,
+    Detached,
+    Exact,
+    Functional,
+    Hypergradient,
+    Implicit,
+    Penalty,
+    Result,
+    Unrolled,
+)
+from .kernels import Kernel
 from .losses import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
+    Noise,
+    OuterLoss,
     ScoreMatching,
     SlicedScoreMatching,
 )
@@ -41,6 +56,7 @@ __all__ = [
     "AnnealedLangevin",
     "BiSM",
     "BiSMInfo",
+    "Bilevel",
     "ConcreteBernoulli",
     "ConcreteOneHot",
     "Covariance",
@@ -50,14 +66,20 @@ __all__ = [
     "FisherDivergence",
     "Functional",
     "Gibbs",
+    "Hypergradient",
     "Implicit",
+    "InnerLoss",
+    "Kernel",
     "Langevin",
     "MarginalSM",
     "MultiscaleDenoisingScoreMatching",
+    "Noise",
+    "OuterLoss",
     "Penalty",
     "PersistentVI",
     "Predictive",
     "PseudoLikelihood",
+    "Result",
     "RivalInfo",
     "ScoreMatching",
     "SlicedScoreMatching",

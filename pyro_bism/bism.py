@@ -11,7 +11,6 @@ from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
 from . import averages, densities, divergences, energies, runaways
-from .brief import named
 from .coupling import check_rows
 from .guides import refuse_autoguide, runs_model
 from .hypergradients import (
@@ -25,7 +24,7 @@ from .hypergradients import (
     slopes,
 )
 from .jit import BilevelProgram
-from .losses import OuterLoss
+from .losses import OuterLoss, require_outer_loss
 from .modes import in_own_modes
 from .optim import descend, require_unrollable, settle
 from .params import buffers_kept, jittered
@@ -119,11 +118,11 @@ class BiSM(Trainer):
         super().__init__(model, guide)
         require_guide(guide)
         inner_loss = Trace_ELBO() if inner_loss is None else inner_loss
-        if not isinstance(loss, OuterLoss):
-            raise ValueError(
-                f"loss={named(loss)} is not an outer loss. BiSM matches scores: use "
-                "DenoisingScoreMatching(sigma=...) or another of pyro_bism.losses; an ELBO goes to inner_loss."
-            )
+        require_outer_loss(
+            loss,
+            "BiSM matches scores: use DenoisingScoreMatching(sigma=...) or another of pyro_bism.losses; an ELBO goes "
+            "to inner_loss.",
+        )
         require_optim(optim, "optim")
         if inner_optim is not None:
             require_optim(inner_optim, "inner_optim")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .energies import VISIBLE, Block, Density, Energy, Integral, Point, pack, repeated, unpack
 
-__all__ = ["AnnealedLangevin", "Gibbs", "Langevin"]
+__all__ = ["AnnealedLangevin", "Gibbs", "Kernel", "Langevin"]
 
 
 class Kernel(Protocol):

@@ -90,6 +90,16 @@ def steps_in_loops(monkeypatch):
 
 
 @pytest.fixture
+def replayed(monkeypatch):
+    """The captured graphs, run without a compiler: what is recorded is tested so, in a tenth of the time."""
+    import torch
+
+    from pyro_bism import jit
+
+    monkeypatch.setattr(jit, "_compiled", lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values)))
+
+
+@pytest.fixture
 def torch_double():
     """A fresh param store and seed, in float64."""
     import pyro

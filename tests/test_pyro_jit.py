@@ -44,12 +44,6 @@ D, H, N = 3, 2, 7
 pytestmark = pytest.mark.usefixtures("torch_double")
 
 
-@pytest.fixture
-def replayed(monkeypatch):
-    """The captured graphs, run without a compiler: what is recorded is tested so, in a tenth of the time."""
-    monkeypatch.setattr(jit, "_compiled", lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values)))
-
-
 def data(n=N):
     return torch.randn(n, D, generator=torch.Generator().manual_seed(1))
 

@@ -24,7 +24,6 @@ from pyro_bism import (
     MarginalSM,
     ScoreMatching,
     Unrolled,
-    jit,
 )
 
 N, D = 6, 2
@@ -250,12 +249,6 @@ REFUSED = {  # both steps'
     "compiled with backward": (CompiledWithBackward, "can't be differentiated twice.*does not currently support"),
     "attribute": (Attribute, "another at every pass"),
 }
-
-
-@pytest.fixture
-def replayed(monkeypatch):
-    """The captured graphs, run without a compiler: what is recorded is tested so, in a tenth of the time."""
-    monkeypatch.setattr(jit, "_compiled", lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values)))
 
 
 def programs(model_module, guide_module):

@@ -7,7 +7,7 @@ import jax
 from jax import Array
 
 from ..energies import VISIBLE
-from ..losses import OuterLoss
+from ..losses import OuterLoss, require_outer_loss
 from ..runaways import Words
 from ..visible import Batch
 from .rival import Rival, Target
@@ -42,11 +42,7 @@ class MarginalSM(Rival):
         **static_kwargs: Any,
     ):
         super().__init__(model, optim, visible, static_kwargs)
-        if not isinstance(loss, OuterLoss):
-            raise ValueError(
-                f"loss={type(loss).__name__} is not a score-matching loss: use DenoisingScoreMatching(sigma=...) or "
-                "another of numpyro_bism.losses."
-            )
+        require_outer_loss(loss, "Use DenoisingScoreMatching(sigma=...) or another of numpyro_bism.losses.")
         self.loss = loss
 
     def _loss(

@@ -196,9 +196,10 @@ def require_hypergradient(strategy: Any) -> None:
     wanted = [name for name in vars(Hypergradient) if not name.startswith("_")]
     missing = [name for name in wanted if not hasattr(strategy, name)]
     if isinstance(strategy, type) or not callable(strategy) or missing:
+        why = f"It lacks {', '.join(missing)}: one" if missing and not isinstance(strategy, type) else "One"
         raise ValueError(
-            f"hypergradient={strategy!r} is not a strategy. Pass an instance, such as Amortized() or "
-            "Unrolled(5); one of your own derives from hypergradients.Hypergradient."
+            f"hypergradient={strategy!r} is not a strategy. {why} of your own derives from Hypergradient; pass an "
+            "instance, such as Amortized() or Unrolled(5)."
         )
 
 

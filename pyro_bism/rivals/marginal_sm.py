@@ -8,7 +8,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..energies import VISIBLE
-from ..losses import OuterLoss
+from ..losses import OuterLoss, require_outer_loss
 from ..runaways import Words
 from ..visible import Batch
 from .rival import Rival, Target
@@ -43,11 +43,7 @@ class MarginalSM(Rival):
         jit: bool = False,
     ):
         super().__init__(model, optim, visible, jit=jit)
-        if not isinstance(loss, OuterLoss):
-            raise ValueError(
-                f"loss={type(loss).__name__} is not a score-matching loss: use DenoisingScoreMatching(sigma=...) or "
-                "another of pyro_bism.losses."
-            )
+        require_outer_loss(loss, "Use DenoisingScoreMatching(sigma=...) or another of pyro_bism.losses.")
         self.loss = loss
 
     def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
