@@ -6,6 +6,7 @@ compared with that of the exact marginal's gradients, in the units that the esti
 square. What counts is the order: the rank correlation of estimate and truth over all runs.
 
     python examples/hypergradient_errors.py                                     about two hours on one core
+    python examples/hypergradient_errors.py --strategies None "Detached()" --gradients 2000          about one
     python examples/hypergradient_errors.py --problems "deep energy" --steps 100 --draws 200
 """
 
@@ -73,7 +74,7 @@ def true_error(problem, strategy, params, num):
     return float(np.sqrt(max(square, 0) / length)) if length > 0 else float("nan")
 
 
-def row(problem, strategy, steps, draws):
+def row(problem, strategy, steps, draws, gradients):
     x = jnp.asarray(problem.x)
     trained = engine(problem, strategy)
     result = trained.run(jax.random.key(0), steps, x, progress_bar=False)
@@ -81,7 +82,7 @@ def row(problem, strategy, steps, draws):
     found = bism.hypergradient_error(trained, result.state, x, rng_key=key, num_draws=draws, progress_bar=False)
     params = {name: np.asarray(value) for name, value in result.params.items()}
     value, noise, _ = found.held
-    true = true_error(problem, strategy, params, 20 * draws)
+    true = true_error(problem, strategy, params, gradients)
     return {"true": true, "estimate": value, "standard error": noise, "verdict": found.verdict}
 
 
@@ -90,16 +91,19 @@ def main():
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--steps", type=int, help="of training; the default is a 25th of the problem's own")
-    parser.add_argument("--draws", type=int, default=500)
+    parser.add_argument("--draws", type=int, default=500, help="of the estimate")
+    parser.add_argument("--gradients", type=int, default=10_000, help="that the truth is a mean of")
     parser.add_argument("--output", type=Path, default=Path("build"))
     args = parser.parse_args()
-    path, about = args.output / "hypergradient_errors.json", {"steps": args.steps, "draws": args.draws}
+    path = args.output / "hypergradient_errors.json"
+    about = {"steps": args.steps, "draws": args.draws, "gradients": args.gradients}
     found = kept.load(parser, path, about)
     for name, strategy in tqdm(list(itertools.product(args.problems, args.strategies)), desc="runs"):
         if strategy in found.setdefault(name, {}):
             continue
         problem = PROBLEMS[name]()
-        found[name][strategy] = row(problem, strategy, args.steps or problem.steps // 25, args.draws)
+        steps = args.steps or problem.steps // 25
+        found[name][strategy] = row(problem, strategy, steps, args.draws, args.gradients)
         kept.save(path, about, found)
     print("| problem | strategy | true | estimate | verdict |\n|---|---|---|---|---|")
     pairs = []
