@@ -93,7 +93,7 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Array, Pair, Mapping[str, Any], 
     if not isinstance(inner_loss, ELBO):
         raise ValueError(
             f"inner_loss={named(inner_loss)} is not an ELBO. Use Trace_ELBO(), TraceMeanField_ELBO(), "
-            "TraceGraph_ELBO(), TraceEnum_ELBO() or FisherDivergence()."
+            "TraceGraph_ELBO(), TraceEnum_ELBO() or FisherDivergence(); one of your own derives from InnerLoss."
         )
     if getattr(inner_loss, "multi_sample_guide", False) or not getattr(inner_loss, "sum_sites", True):
         raise ValueError(

@@ -109,7 +109,8 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
     if isinstance(inner_loss, type) or not hasattr(inner_loss, "differentiable_loss"):
         raise ValueError(
             f"inner_loss={named(inner_loss)} has no differentiable_loss. Use Trace_ELBO(), "
-            "TraceMeanField_ELBO(), TraceEnum_ELBO(), TraceTMC_ELBO() or FisherDivergence()."
+            "TraceMeanField_ELBO(), TraceEnum_ELBO(), TraceTMC_ELBO() or FisherDivergence(); one of your own derives "
+            "from InnerLoss."
         )
 
     is_plain = type(inner_loss) is Trace_ELBO and inner_loss.num_particles == 1 and not inner_loss.vectorize_particles

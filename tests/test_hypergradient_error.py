@@ -262,3 +262,8 @@ def test_misuse_is_refused(host):
             pyro_bism.hypergradient_error(method, X)
         else:
             numpyro_bism.hypergradient_error(method, None, X, rng_key=jax.random.key(0))
+    if host is Jax:
+        bism = numpyro_bism.BiSM(*rbm(host, THETA), optim, loss)
+        with pytest.raises(ValueError, match=r"BiSMRunResult is no state\. Pass that of init"):
+            result = numpyro_bism.bism.BiSMRunResult(None, None, None)
+            numpyro_bism.hypergradient_error(bism, result, X, rng_key=jax.random.key(0))

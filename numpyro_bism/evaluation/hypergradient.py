@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from ..bism import BiSM
+from ..bism import BiSM, BiSMState
 from ..brief import named
 from ..densities import Pair, per_example
 from ..diagnostics import check_latents
@@ -65,6 +65,8 @@ def hypergradient_error(
     """
     if not isinstance(trained, BiSM):
         raise ValueError(f"hypergradient_error: {named(trained)} has no hypergradient. Pass a BiSM.")
+    if not isinstance(state, BiSMState):
+        raise ValueError(f"hypergradient_error: {named(state)} is no state. Pass that of init(), update() or run().")
     if num_particles is None:
         num_particles = 64 if trained.loss.differentiates_score else 8
     if num_draws < 1 or num_particles < 2 or num_fit < 0:
