@@ -1,5 +1,6 @@
 """Inner losses: how far the guide q(h|v; φ) is from the posterior p(h|v; θ)."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +26,7 @@ class InnerLoss(Protocol):
         """:raises ValueError: where it does not fit the guide's sites."""
         return
 
+    @abstractmethod
     def __call__(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
         """G: the mean over the batch, at the perturbed v, with fresh draws."""
         ...
@@ -118,9 +120,7 @@ def check(inner_loss: Any, pair: Pair) -> None:
             f"{type(inner_loss).__name__} would take for zero. Use inner_loss=TraceGraph_ELBO(), which takes the "
             "score-function gradient."
         )
-    if isinstance(inner_loss, InnerLoss) or not pair.enumerated:
-        return
-    if not isinstance(inner_loss, TraceEnum_ELBO):
+    if pair.enumerated and not isinstance(inner_loss, InnerLoss | TraceEnum_ELBO):
         raise ValueError(
             f"Guide sites {list(pair.enumerated)} are marked for enumeration, which "
             f"{type(inner_loss).__name__} does not do. Use inner_loss=TraceEnum_ELBO()."

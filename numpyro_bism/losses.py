@@ -14,6 +14,7 @@ product of two different ones, so that the loss is estimated without bias:
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -155,6 +156,7 @@ class OuterLoss(Protocol):
         """v as model and guide are given it; v itself, if not overridden."""
         return v
 
+    @abstractmethod
     def __call__(self, score: Score, v: Array, noise: Noise) -> Array:
         """The loss of every example, shape (n,): ``v`` is not perturbed yet, and ``score`` maps (n, D) to (n, D)."""
         ...
@@ -162,9 +164,9 @@ class OuterLoss(Protocol):
 
 def require_outer_loss(loss: Any, cure: str) -> None:
     """:raises ValueError: for what has not all that :class:`OuterLoss` names; a class has not."""
-    missing = [name for name in vars(OuterLoss) if not name.startswith("_") and not hasattr(loss, name)]
     if isinstance(loss, type) or not callable(loss):
         raise ValueError(f"loss={named(loss)} is not an outer loss. {cure}")
+    missing = [name for name in vars(OuterLoss) if not name.startswith("_") and not hasattr(loss, name)]
     if missing:
         raise ValueError(
             f"loss={named(loss)} is not an outer loss: it lacks {', '.join(missing)}. One of your own derives from "

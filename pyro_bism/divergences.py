@@ -1,5 +1,6 @@
 """Inner losses: how far the guide q(h|v; φ) is from the posterior p(h|v; θ)."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +26,7 @@ class InnerLoss(Protocol):
         """:raises ValueError: where it does not fit the guide's sites."""
         return
 
+    @abstractmethod
     def __call__(self, pair: Pair, batch: Batch, v: Tensor) -> Tensor:
         """G: the mean over the batch, at the perturbed v, with fresh draws."""
         ...
@@ -133,9 +135,7 @@ def check(inner_loss: Any, pair: Pair) -> None:
     """:raises ValueError: where the inner loss does not fit the guide's sites."""
     if isinstance(inner_loss, InnerLoss):
         inner_loss.check_guide(pair)
-    if isinstance(inner_loss, InnerLoss) or not pair.enumerated:
-        return
-    if not isinstance(inner_loss, TraceEnum_ELBO):
+    elif pair.enumerated and not isinstance(inner_loss, TraceEnum_ELBO):
         raise ValueError(
             f"Guide sites {list(pair.enumerated)} are marked for enumeration, which "
             f"{type(inner_loss).__name__} does not do. Use inner_loss=TraceEnum_ELBO()."

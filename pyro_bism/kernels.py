@@ -1,6 +1,7 @@
 r"""Kernels that move many points at once, each row by itself, and leave a density invariant."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -18,19 +19,23 @@ class Kernel(Protocol):
     """Leaves a density invariant, row by row. It runs under ``no_grad`` and draws from torch's global generator."""
 
     def init(self, density: Density, x: Point) -> Any:
-        """Its state beside the point.
+        """Its state beside the point; none, if not overridden.
 
         :raises ValueError: if it can't move this density.
         """
+        return ()
 
+    @abstractmethod
     def __call__(self, density: Density, x: Point, state: Any) -> tuple[Point, Any, Tensor]:
         """The next point and state, and every row's acceptance probability, shape (m,)."""
 
     def adapt(self, state: Any, acceptance: Tensor) -> Any:
-        """The state after a step of the warm-up, in which alone it learns."""
+        """The state after a step of the warm-up, in which alone it learns; the same, if not overridden."""
+        return state
 
     def finish(self, density: Density, x: Point) -> Point:
-        """What is returned of a point."""
+        """What is returned of a point; the point, if not overridden."""
+        return x
 
 
 def require_kernel(kernel: Any) -> None:
@@ -44,7 +49,7 @@ def require_kernel(kernel: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Gibbs:
+class Gibbs(Kernel):
     r"""Draws block after block from its conditional given all others (Geman, Geman 1984).
 
     The conditionals are found from f = log p̃ itself: bits and one-hot vectors in which it is affine have the logits
@@ -83,12 +88,6 @@ class Gibbs:
             x = {**x, name: _draw_given(density, x, name, given[name])}
         return x, state, x[VISIBLE].new_ones(len(x[VISIBLE]))
 
-    def adapt(self, state: Any, acceptance: Tensor) -> Any:
-        return state
-
-    def finish(self, density: Density, x: Point) -> Point:
-        return x
-
     def _given(self, density: Density) -> dict[str, Callable]:
         """The user's conditionals by the name of their variable in a point."""
         energy, given = density.energy, {}
@@ -114,7 +113,7 @@ class LangevinState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Langevin:
+class Langevin(Kernel):
     r"""Langevin dynamics on the real variables, :math:`x' = x + \tfrac{\epsilon^2}{2} \nabla f(x) + \epsilon \xi`.
 
     Constrained latents move in the reals, discrete ones by :class:`Gibbs` before every step. Unadjusted, the draws
@@ -160,12 +159,9 @@ class Langevin:
         rate = (1 + 0.1 * state.num_adapted).rsqrt()
         return LangevinState(state.log_step + rate * (acceptance.mean() - 0.574), state.num_adapted + 1)
 
-    def finish(self, density: Density, x: Point) -> Point:
-        return x
-
 
 @dataclass(frozen=True)
-class AnnealedLangevin:
+class AnnealedLangevin(Kernel):
     r"""Langevin dynamics from a high temperature down to 1, and a last step that takes the noise away.
 
     .. math:: x' = x + \tfrac{\epsilon^2}{2} \nabla f(x) + \epsilon \sqrt{T_k}\, \xi, \qquad
@@ -221,9 +217,6 @@ class AnnealedLangevin:
         if names:
             x, _, _ = _langevin(cooler, x, names, step, None)
         return x, state + 1, x[VISIBLE].new_ones(len(x[VISIBLE]))
-
-    def adapt(self, state: Any, acceptance: Tensor) -> Any:
-        return state
 
     def finish(self, density: Density, x: Point) -> Point:
         moving = {name for block in density.blocks for name in block.names}

@@ -119,3 +119,10 @@ def test_what_is_missing_is_named_when_it_is_made(package, in_pyro):
             package.DenoisingScoreMatching(0.3),
             hypergradient=NoDraw(),
         )
+
+
+@pytest.mark.parametrize("package", [pyro_bism, numpyro_bism], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("name", ["OuterLoss", "InnerLoss", "Hypergradient", "Kernel"])
+def test_one_that_can_not_be_called_can_not_be_made(package, name):
+    with pytest.raises(TypeError, match=r"abstract method '?__call__"):
+        type("Own", (getattr(package, name),), {})()

@@ -93,15 +93,27 @@ DIFFER = {
 }
 
 
-# What is equal and does name a host, as both call something by one name.
+# What is held equal whatever it comes to name: a host too, where both call something by one name.
 TWINS = {
+    "bism.py": "BiSM._strategy",
+    "coupling.py": "_one_number _axis",
     "densities.py": "Site.is_delta",
-    "diagnostics.py": "psis_khat",
+    "diagnostics.py": "psis_khat _has_tail _believed _arviz_khat _settings _fields _Layout.place _Layout.coordinates",
     "energies/energy.py": "_declared",
     "energies/integrals.py": "Integral.of",
+    "evaluation/annealing.py": "AIS.doubt",
+    "evaluation/fit.py": "_stein_matrix _variances _squared_distances",
+    "hypergradients/functional.py": "Functional.__post_init__ Functional.check",
+    "hypergradients/problem.py": "require_hypergradient",
+    "hypergradients/surrogates.py": "Exact.check Covariance.__post_init__ Covariance.check",
+    "hypergradients/unrolled.py": "Unrolled.__post_init__ Unrolled.differentiates_inner Unrolled.unrolls _reversal",
+    "losses.py": "require_outer_loss",
     "reports.py": "Diagnosis _mixing",
+    "rows.py": "explain",
+    "runaways.py": "Words in_words",
     "sampling.py": "RecordedHMC RecordedNUTS",
-    "shifts.py": "_require_same",
+    "shifts.py": "_require_kind _require_sites _require_same _Summed.__init__ _Shift.__init__ _shifting _arguments "
+    "_refusal _shape _axis",
 }
 
 
@@ -129,7 +141,8 @@ def _definitions(path):
                 own = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
                 used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
                 found[prefix + node.name] = own, bool(used & hosts or WORDS.search(own))
-                visit(getattr(node, "body", ()) if isinstance(node, ast.ClassDef) else (), f"{prefix}{node.name}.")
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
 
     visit(tree.body, "")
     return found

@@ -1,6 +1,7 @@
 """The bi-level problem as a strategy meets it, and the strategy that looks away from the inner one."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -116,6 +117,7 @@ class Hypergradient(Protocol):
         """The keys of inner steps that it will take, called with this one: their noise is drawn beforehand."""
         return rng_key[None][:0]
 
+    @abstractmethod
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result: ...
 
 

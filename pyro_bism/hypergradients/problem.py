@@ -1,6 +1,7 @@
 """The bi-level problem as a strategy meets it, and the strategy that looks away from the inner one."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -166,6 +167,7 @@ class Hypergradient(Protocol):
         """The state before the first step; None if there is none."""
         return None
 
+    @abstractmethod
     def __call__(self, problem: Bilevel, state: Any) -> Result: ...
 
 
