@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
+from .brief import lacking
 from .energies import VISIBLE, Block, Density, Energy, Integral, Point, pack, repeated, unpack
 
 __all__ = ["AnnealedLangevin", "Gibbs", "Kernel", "Langevin"]
@@ -41,11 +42,12 @@ class Kernel(Protocol):
 
 def require_kernel(kernel: Any) -> None:
     """:raises ValueError: for what is no kernel; a class is none, nor is a kernel of the host's MCMC."""
-    methods = ("init", "__call__", "adapt", "finish")
-    if isinstance(kernel, type) or not all(callable(getattr(kernel, name, None)) for name in methods):
+    missing = lacking(kernel, Kernel)
+    if isinstance(kernel, type) or not callable(kernel) or missing:
         name = kernel.__name__ if isinstance(kernel, type) else repr(kernel)
+        why = f" It lacks {', '.join(missing)}: one of your own derives from Kernel." if missing else ""
         raise ValueError(
-            f"kernel={name} is not a kernel. Pass an instance, such as Gibbs(); for HMC and NUTS see program()."
+            f"kernel={name} is not a kernel. Pass an instance, such as Gibbs(); for HMC and NUTS see program().{why}"
         )
 
 

@@ -22,6 +22,11 @@ def named(thing: Any) -> str:
     return f"the class {thing.__name__} itself" if isinstance(thing, type) else type(thing).__name__
 
 
+def lacking(thing: Any, protocol: type) -> list[str]:
+    """What a Protocol names that the thing has not."""
+    return [name for name in vars(protocol) if not name.startswith("_") and not hasattr(thing, name)]
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_shown(item)}" for key, item in value.items()) + "}"

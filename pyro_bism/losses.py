@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .brief import named
+from .brief import lacking, named
 
 __all__ = [
     "DenoisingScoreMatching",
@@ -171,8 +171,7 @@ def require_outer_loss(loss: Any, cure: str) -> None:
     """:raises ValueError: for what has not all that :class:`OuterLoss` names; a class has not."""
     if isinstance(loss, type) or not callable(loss):
         raise ValueError(f"loss={named(loss)} is not an outer loss. {cure}")
-    missing = [name for name in vars(OuterLoss) if not name.startswith("_") and not hasattr(loss, name)]
-    if missing:
+    if missing := lacking(loss, OuterLoss):
         raise ValueError(
             f"loss={named(loss)} is not an outer loss: it lacks {', '.join(missing)}. One of your own derives from "
             "OuterLoss."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import numpyro
 import pyro
 import pytest
 import torch
@@ -119,6 +120,9 @@ def test_what_is_missing_is_named_when_it_is_made(package, in_pyro):
             package.DenoisingScoreMatching(0.3),
             hypergradient=NoDraw(),
         )
+    optim = pyro.optim.Adam({"lr": 1e-2}) if package is pyro_bism else numpyro.optim.Adam(1e-2)
+    with pytest.raises(ValueError, match=r"is not a kernel.*lacks init, adapt, finish"):
+        package.CD(in_pyro["model"], optim, NoDraw())
 
 
 @pytest.mark.parametrize("package", [pyro_bism, numpyro_bism], ids=lambda package: package.__name__)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 from jax import Array
 
+from ..brief import lacking
+
 __all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "Shifted", "fused", "require_hypergradient"]
 
 MAX_FUSED, FUSED_STEPS = 20, 5
@@ -123,8 +125,7 @@ class Hypergradient(Protocol):
 
 def require_hypergradient(strategy: Any) -> None:
     """:raises ValueError: for what is no strategy; a class is none."""
-    wanted = [name for name in vars(Hypergradient) if not name.startswith("_")]
-    missing = [name for name in wanted if not hasattr(strategy, name)]
+    missing = lacking(strategy, Hypergradient)
     if isinstance(strategy, type) or not callable(strategy) or missing:
         why = f"It lacks {', '.join(missing)}: one" if missing and not isinstance(strategy, type) else "One"
         raise ValueError(

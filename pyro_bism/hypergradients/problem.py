@@ -12,6 +12,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from ..brief import lacking
 from ..optim import DifferentiableOptim
 from ..params import random_state, set_random_state
 
@@ -195,8 +196,7 @@ def in_theta(loss: Tensor, theta: Sequence[Tensor]) -> Result:
 
 def require_hypergradient(strategy: Any) -> None:
     """:raises ValueError: for what is no strategy; a class is none."""
-    wanted = [name for name in vars(Hypergradient) if not name.startswith("_")]
-    missing = [name for name in wanted if not hasattr(strategy, name)]
+    missing = lacking(strategy, Hypergradient)
     if isinstance(strategy, type) or not callable(strategy) or missing:
         why = f"It lacks {', '.join(missing)}: one" if missing and not isinstance(strategy, type) else "One"
         raise ValueError(
