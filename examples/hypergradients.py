@@ -270,7 +270,7 @@ def inner_noise(setting, latents, common, num=400):
     from jax.flatten_util import ravel_pytree
 
     from numpyro_bism import divergences
-    from numpyro_bism.visible import flatten
+    from numpyro_bism.programs.visible import flatten
 
     bism, state, x = at_common_state(setting, latents, "Detached()", common)
     leaves, spec = flatten((x,), {})

@@ -8,7 +8,6 @@ from jax._src.xla_bridge import backends_are_initialized  # there is no public w
 
 from .autoguide import AmortizedGuide
 from .bism import BiSM, BiSMInfo, BiSMRunResult, BiSMState
-from .diagnostics import psis_khat, to_arviz
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence, InnerLoss
 from .evaluation import (
@@ -24,6 +23,10 @@ from .evaluation import (
     maximum_mean_discrepancy,
     score,
 )
+from .evaluation.arviz import to_arviz
+from .evaluation.calibration import calibration, loo
+from .evaluation.psis import psis_khat
+from .evaluation.report import diagnose
 from .hypergradients import (
     Amortized,
     Bilevel,
@@ -37,7 +40,6 @@ from .hypergradients import (
     Result,
     Unrolled,
 )
-from .kernels import Kernel
 from .losses import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
@@ -46,10 +48,12 @@ from .losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
-from .predictive import Predictive
-from .reports import calibration, diagnose, loo
 from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, RivalInfo, RivalState, VNCEInfo
-from .sampling import AnnealedLangevin, Gibbs, Langevin, program, recorded, run_chains
+from .sampling import AnnealedLangevin, Gibbs, Langevin
+from .sampling.chains import run_chains
+from .sampling.kernels import Kernel
+from .sampling.mcmc import program, recorded
+from .sampling.predictive import Predictive
 
 __version__ = "0.1.0"
 

@@ -24,9 +24,9 @@ from numpyro.distributions.discrete import (
     MultinomialProbs,
 )
 
-from . import visible
-from .densities import Site, record
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of
+from .programs import visible
+from .programs.records import Site, record
 
 __all__ = ["AmortizedGuide"]
 

@@ -9,18 +9,25 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.infer import Trace_ELBO
 
-from . import averages, densities, divergences, energies, runaways
-from .all_rows import require_no_local
-from .coupling import check_rows
-from .guides import refuse_autoguide
+from . import divergences, energies
+from .compiled.noise import taken_apart
+from .energies import averages
 from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, fused, require_hypergradient
-from .jit import taken_apart
+from .hypergradients.shifts import require_shiftable, shifted_losses
+from .hypergradients.surrogates import covariance_loss, posterior_loss
 from .losses import OuterLoss, require_outer_loss
-from .modes import in_own_modes
-from .optim import as_optim, inner_copy, require_single_steps
-from .params import jittered
-from .shifts import require_shiftable, shifted_losses
-from .training import BiSMRunResult, Trainer, norm, require_guide
+from .optim.host import as_optim, inner_copy, require_single_steps
+from .programs.all_rows import require_no_local
+from .programs.analysis import analyse
+from .programs.checks import Analysis
+from .programs.coupling import check_rows
+from .programs.guides import refuse_autoguide
+from .programs.modes import in_own_modes
+from .programs.pair import Pair
+from .programs.params import jittered
+from .training import runaways
+from .training.settings import require_guide
+from .training.trainer import BiSMRunResult, Trainer, norm
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
 
@@ -260,9 +267,7 @@ class BiSM(Trainer):
             f"it in inner_optim. Otherwise {self._strategy.cure}"
         )
 
-    def _problem(
-        self, pair: densities.Pair, batch: Any, mutable: Any, inner_keys: Any, outer_loss: Any = None
-    ) -> Bilevel:
+    def _problem(self, pair: Pair, batch: Any, mutable: Any, inner_keys: Any, outer_loss: Any = None) -> Bilevel:
         loss = self.loss if outer_loss is None else outer_loss
 
         def outer(key, theta, phi):
@@ -276,7 +281,7 @@ class BiSM(Trainer):
 
             def value(key, theta, phi, *settings):
                 fixed = pair.params(jax.lax.stop_gradient(theta), phi, mutable)
-                return estimate(key, pair.params(theta, phi, mutable), fixed, batch, loss, *settings)
+                return estimate(key, pair, pair.params(theta, phi, mutable), fixed, batch, loss, *settings)
 
             return value
 
@@ -286,10 +291,10 @@ class BiSM(Trainer):
 
             return shifted_losses(key, pair, params, batch, loss, self._inner, theta)
 
-        posterior, covariance = surrogate(pair.posterior_loss), surrogate(pair.covariance_loss)
+        posterior, covariance = surrogate(posterior_loss), surrogate(covariance_loss)
         return Bilevel(outer, inner, posterior, covariance, shifted, self.inner_optim, inner_keys)
 
-    def _analyse(self, leaves, spec, rng_key, init_params) -> densities.Analysis:
+    def _analyse(self, leaves, spec, rng_key, init_params) -> Analysis:
         refuse_autoguide(self.guide)
         shiftable: frozenset[tuple[str, str]] | None = None
 
@@ -313,7 +318,7 @@ class BiSM(Trainer):
             else:
                 require_fit(self.hypergradient)
 
-        start = densities.analyse(
+        start = analyse(
             self.model,
             averages.averaging(self.guide),
             leaves,
@@ -353,7 +358,7 @@ class BiSM(Trainer):
             self._energies = [(state, leaves, energy), *self._energies[:1]]
         return energy, params, x
 
-    def _unpack(self, pair: densities.Pair, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _unpack(self, pair: Pair, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:
         theta = self.optim.get_params(state.optim_state)
         phi = self.inner_optim.get_params(state.inner_optim_state)
         require_no_local(pair, phi)

@@ -11,9 +11,9 @@ from jax import Array
 from numpyro.infer.elbo import ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 from .brief import named
-from .densities import Draw, Pair
 from .losses import OuterLoss
-from .visible import Batch
+from .programs.pair import Draw, Pair
+from .programs.visible import Batch
 
 __all__ = ["FisherDivergence", "InnerLoss"]
 

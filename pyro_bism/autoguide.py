@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn.functional import softplus
 
-from . import visible
-from .densities import Site, record
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of
+from .programs import visible
+from .programs.records import Site, record
 
 __all__ = ["AmortizedGuide"]
 
@@ -302,7 +302,7 @@ class _Latent:
             num = base.probs.shape[-1] if kind == "categorical" else math.prod(event)
         else:
             kind = family
-            if not visible._is_real(fn.support):
+            if not visible.is_real(fn.support):
                 transform = biject_to(_constant_support(site.name, fn.support))
                 shape = transform.inverse_shape(site.value.shape)
                 event = tuple(shape[len(shape) - transform.domain.event_dim :])

@@ -10,26 +10,23 @@ import pyro
 from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
-from . import averages, densities, divergences, energies, runaways
-from .coupling import check_rows
-from .guides import refuse_autoguide, runs_model
-from .hypergradients import (
-    Amortized,
-    Bilevel,
-    Hypergradient,
-    Result,
-    chosen,
-    norm,
-    require_hypergradient,
-    slopes,
-)
-from .jit import BilevelProgram
+from . import divergences, energies
+from .compiled.step import BilevelProgram
+from .energies import averages
+from .hypergradients import Amortized, Bilevel, Hypergradient, Result, chosen, norm, require_hypergradient, slopes
+from .hypergradients.shifts import require_shiftable, shifted_losses
+from .hypergradients.surrogates import covariance_loss, posterior_loss
 from .losses import OuterLoss, require_outer_loss
-from .modes import in_own_modes
-from .optim import descend, require_unrollable, settle
-from .params import buffers_kept, jittered
-from .shifts import require_shiftable, shifted_losses
-from .training import Buffers, Trainer, require_guide, require_optim, same_settings
+from .optim.host import descend, require_unrollable, settle
+from .programs.analysis import analyse, check_held
+from .programs.coupling import check_rows
+from .programs.guides import refuse_autoguide, runs_model
+from .programs.modes import in_own_modes
+from .programs.pair import Pair
+from .programs.params import buffers_kept, jittered
+from .training import runaways
+from .training.settings import require_guide, require_optim, same_settings
+from .training.trainer import Buffers, Trainer
 
 __all__ = ["BiSM", "BiSMInfo"]
 
@@ -222,7 +219,7 @@ class BiSM(Trainer):
         assert self.hypergradient is not None  # chosen when the programs were looked at
         return self.hypergradient
 
-    def _made(self, pair: densities.Pair) -> BilevelProgram:
+    def _made(self, pair: Pair) -> BilevelProgram:
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
         return BilevelProgram(pair, self._problem, theta, phi, self.optim, self.inner_optim, self._strategy)
 
@@ -231,8 +228,8 @@ class BiSM(Trainer):
         return Bilevel(
             outer=lambda: pair.outer_loss(batch, loss),
             inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
-            posterior=lambda: pair.posterior_loss(batch, loss),
-            covariance=lambda num: pair.covariance_loss(batch, loss, num),
+            posterior=lambda: posterior_loss(pair, batch, loss),
+            covariance=lambda num: covariance_loss(pair, batch, loss, num),
             shifted=lambda: shifted_losses(pair, batch, loss, self._inner),
             theta=theta,
             phi=phi,
@@ -278,12 +275,12 @@ class BiSM(Trainer):
         finally:
             buffers.restore()
 
-    def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
+    def _analyse(self, leaves: list[Any], spec: Any) -> Pair:
         refuse_autoguide(self.guide)
         guide = averages.averaging(self.guide)
         # what Amortized() asks of a guide is no less than what the others do that may be chosen
         strategy = self.hypergradient or Amortized()
-        pair = densities.analyse(self.model, guide, leaves, spec, self.visible, self.loss, strategy)
+        pair = analyse(self.model, guide, leaves, spec, self.visible, self.loss, strategy)
         if pair.averaged:
             averages.check(pair, leaves, spec, self.loss, self.inner_loss)
         elif not runs_model(self.guide):
@@ -303,7 +300,7 @@ class BiSM(Trainer):
             require_unrollable(self.inner_optim, phi)
         return pair
 
-    def _fitted(self, pair: densities.Pair, batch: Any) -> densities.Pair:
+    def _fitted(self, pair: Pair, batch: Any) -> Pair:
         """The pair with what the hypergradient knows of it; where none was asked for, it is chosen.
 
         :raises ValueError: where the one asked for does not fit the programs.
@@ -311,7 +308,7 @@ class BiSM(Trainer):
 
         def require_fit(strategy: Hypergradient) -> None:
             nonlocal pair
-            densities.check_held(pair, batch, self.loss, strategy)
+            check_held(pair, batch, self.loss, strategy)
             if strategy.shifts_guide:
                 pair = replace(pair, shiftable=require_shiftable(pair, batch, self._inner))
 

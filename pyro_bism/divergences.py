@@ -11,9 +11,10 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from .brief import named
-from .densities import Draw, Pair, Site
 from .losses import OuterLoss
-from .visible import Batch
+from .programs.pair import Draw, Pair
+from .programs.records import Site
+from .programs.visible import Batch
 
 __all__ = ["FisherDivergence", "InnerLoss"]
 

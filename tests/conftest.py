@@ -94,9 +94,11 @@ def replayed(monkeypatch):
     """The captured graphs, run without a compiler: what is recorded is tested so, in a tenth of the time."""
     import torch
 
-    from pyro_bism import jit
+    from pyro_bism.compiled import graph
 
-    monkeypatch.setattr(jit, "_compiled", lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values)))
+    monkeypatch.setattr(
+        graph, "compile_recording", lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values))
+    )
 
 
 @pytest.fixture

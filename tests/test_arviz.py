@@ -753,5 +753,5 @@ def test_only_a_bism_is_read():
 
 
 def test_a_schedule_is_named_in_the_configuration():
-    settings = pyro_bism.diagnostics._settings(pyro_bism.Penalty(strength=math.sqrt))
+    settings = pyro_bism.evaluation.arviz._settings(pyro_bism.Penalty(strength=math.sqrt))
     assert settings == {"name": "Penalty", "strength": "sqrt"}

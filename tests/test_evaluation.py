@@ -31,9 +31,9 @@ import numpyro_bism
 import numpyro_bism.evaluation
 import pyro_bism
 import pyro_bism.evaluation
-from numpyro_bism import visible
-from numpyro_bism.densities import record
 from numpyro_bism.energies import Energy
+from numpyro_bism.programs import visible
+from numpyro_bism.programs.records import record
 from oracles import LOG_2PI, GaussianBernoulliRBM, GaussianGuide, LinearGaussian, central_difference, configurations
 
 D, K = 3, 3

@@ -95,7 +95,7 @@ class NumpyroHost:
 
     def losses(self, bism, *args):
         """J and the length of its gradient in θ and φ: a whole step takes long to compile."""
-        leaves, spec = numpyro_bism.visible.flatten(tuple(map(jnp.asarray, args)), {})
+        leaves, spec = numpyro_bism.programs.visible.flatten(tuple(map(jnp.asarray, args)), {})
         state = bism.init(jax.random.key(0), *leaves)
         pair = bism.pair(leaves, spec)
 
@@ -104,7 +104,7 @@ class NumpyroHost:
             return pair.outer_loss(jax.random.key(2), pair.params(*both, state.mutable_state), batch, bism.loss)
 
         loss, gradient = jax.jit(jax.value_and_grad(outer))(bism._unpack(pair, state))
-        return float(loss), float(numpyro_bism.training.norm(gradient))
+        return float(loss), float(numpyro_bism.training.trainer.norm(gradient))
 
 
 @pytest.fixture(params=[PyroHost, NumpyroHost], ids=["pyro", "numpyro"])
@@ -620,9 +620,9 @@ def test_the_density_at_any_h_behind_other_draws(host):
         found = numbers(pair.log_guide(batch, latents))
     else:
         state = bism.init(jax.random.key(0), x)
-        pair = bism.pair(*numpyro_bism.visible.flatten((x,), {}))
+        pair = bism.pair(*numpyro_bism.programs.visible.flatten((x,), {}))
         params = pair.params(*bism._unpack(pair, state), None)
-        batch = pair.batch(jax.random.key(0), *numpyro_bism.visible.flatten((x,), {}))
+        batch = pair.batch(jax.random.key(0), *numpyro_bism.programs.visible.flatten((x,), {}))
         found = numbers(jax.jit(lambda: pair.log_guide(jax.random.key(1), params, batch, latents))())
 
     def normal(y, loc, scale):
@@ -653,11 +653,11 @@ def test_whether_a_guide_has_parameters_a_datapoint(host):
         bism = host.make(plain_of(host), by_datapoint(host, num), host.bism.DenoisingScoreMatching(0.3))
         x, rows = host.array(ROWS), np.arange(0, 24, 3)
         if isinstance(host, PyroHost):
-            found = pyro_bism.reports._is_by_row(bism, bism.energy(x)[0], rows, (x,), {})
+            found = pyro_bism.evaluation.report._is_by_row(bism, bism.energy(x)[0], rows, (x,), {})
         else:
             state, key = bism.init(jax.random.key(0), x), jax.random.key(1)
             energy = bism.energy(state, x, rng_key=key)[0]
-            found = numpyro_bism.reports._is_by_row(bism, state, key, energy, rows, (x,), {})
+            found = numpyro_bism.evaluation.report._is_by_row(bism, state, key, energy, rows, (x,), {})
         assert found is expected
 
 

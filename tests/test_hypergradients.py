@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 import numpyro_bism
 import pyro_bism
-from numpyro_bism.visible import flatten
+from numpyro_bism.programs.visible import flatten
 from oracles import central_difference
 
 SIGMA = 0.3

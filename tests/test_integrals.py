@@ -18,12 +18,10 @@ import torch
 
 import numpyro_bism
 import pyro_bism
-from numpyro_bism import densities as numpyro_densities
 from numpyro_bism import energies as numpyro_energies
-from numpyro_bism import visible as numpyro_visible
-from pyro_bism import densities as pyro_densities
+from numpyro_bism.programs import visible as numpyro_visible
 from pyro_bism import energies as pyro_energies
-from pyro_bism import visible as pyro_visible
+from pyro_bism.programs import visible as pyro_visible
 
 
 class Trained:
@@ -65,7 +63,7 @@ class Pyro:
 
     def energy_of(self, model, *args):
         leaves, spec = pyro_visible.flatten((args, {}))
-        with pyro.poutine.block(), pyro_densities.record({}) as run:
+        with pyro.poutine.block(), pyro_bism.programs.records.record({}) as run:
             model(*args)
         batch = pyro_visible.Batch(pyro_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
         return self.energies.Energy.of(model, batch.sites, batch)
@@ -88,7 +86,7 @@ class Numpyro:
 
     def energy_of(self, model, state, *args, rng_key):
         leaves, spec = numpyro_visible.flatten(args, {})
-        with numpyro.handlers.seed(rng_seed=0), numpyro_densities.record({}) as run:
+        with numpyro.handlers.seed(rng_seed=0), numpyro_bism.programs.records.record({}) as run:
             model(*args)
         batch = numpyro_visible.batch(numpyro_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
         energy, x = self.energies.Energy.of(model, batch.sites, batch, {}, rng_key)

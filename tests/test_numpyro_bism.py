@@ -28,9 +28,9 @@ from numpyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
-from numpyro_bism.densities import _subsample
 from numpyro_bism.divergences import of
-from numpyro_bism.visible import flatten
+from numpyro_bism.programs.rows import draw_rows
+from numpyro_bism.programs.visible import flatten
 from oracles import central_difference
 
 D, H, N = 3, 2, 7
@@ -244,7 +244,7 @@ def test_the_progress_bar_compiles_nothing(monkeypatch):
     state = bism.init(KEY, X)
     bism.run(KEY, 60, X, init_state=state)
     compilations, clock = [], iter(np.cumsum(np.random.default_rng(0).uniform(0.1, 1.0, 200)))
-    monkeypatch.setattr("numpyro_bism.training.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("numpyro_bism.training.trainer.time.perf_counter", lambda: next(clock))
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compilations.append(name) if "backend_compile" in name else None
     )
@@ -540,7 +540,7 @@ def test_get_params_before_any_run_says_so():
 @pytest.mark.parametrize("sizes", [(5, 3), (17, 2)])  # shuffled; drawn again where twice
 def test_rows_are_drawn_without_replacement_and_every_set_is_as_likely(sizes):
     num = 20_000
-    draws = jax.vmap(lambda key: _subsample(key, *sizes))(jax.random.split(KEY, num))
+    draws = jax.vmap(lambda key: draw_rows(key, *sizes))(jax.random.split(KEY, num))
     sets, counts = np.unique(draws, axis=0, return_counts=True)
     total = math.comb(*sizes)
     assert len(sets) == total

@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from numpyro_bism import BiSM, DenoisingScoreMatching, Detached, Unrolled, jit
+from numpyro_bism import BiSM, DenoisingScoreMatching, Detached, Unrolled
+from numpyro_bism.compiled import jaxprs
+from numpyro_bism.compiled import noise as noise_module
+from numpyro_bism.compiled.convolutions import _channels_last, compiled
 from test_numpyro_bism import X, guide, model
 
 DATA = jnp.arange(60.0).reshape(20, 3)
@@ -24,7 +27,7 @@ def step(key, theta):
 
 def test_the_parts_make_up_the_whole_and_the_noise_is_no_larger_than_its_draws():
     keys, theta = jax.random.split(jax.random.key(0), 5), jnp.array([1.0, 2.0, 3.0])
-    draw, rest = jit.taken_apart(step, keys[0], theta)
+    draw, rest = noise_module.taken_apart(step, keys[0], theta)
     noise = jax.vmap(draw)(keys)
     assert max(x[0].size for x in noise) <= 12
     for i, key in enumerate(keys):
@@ -34,7 +37,9 @@ def test_the_parts_make_up_the_whole_and_the_noise_is_no_larger_than_its_draws()
 
 
 def test_nothing_is_drawn_ahead_that_depends_on_the_rest():
-    draw, rest = jit.taken_apart(lambda key, x: jax.random.normal(jax.random.fold_in(key, x), ()), jax.random.key(0), 3)
+    draw, rest = noise_module.taken_apart(
+        lambda key, x: jax.random.normal(jax.random.fold_in(key, x), ()), jax.random.key(0), 3
+    )
     noise = draw(jax.random.key(1))
     assert [x.shape for x in noise] == [()]
     assert rest(noise, 5) == jax.random.normal(jax.random.fold_in(jax.random.key(1), 5), ())
@@ -43,7 +48,7 @@ def test_nothing_is_drawn_ahead_that_depends_on_the_rest():
 @pytest.mark.parametrize("strategy", [Detached(), Unrolled(2)], ids=repr)
 def test_steps_drawn_ahead_are_those_taken_one_by_one(strategy, monkeypatch):
     """Seven steps, their noise drawn three at a time."""
-    monkeypatch.setattr(jit, "MAX_STEPS", 3)
+    monkeypatch.setattr(noise_module, "MAX_STEPS", 3)
     bism = BiSM(model, guide, optax.adam(1e-2), DenoisingScoreMatching(0.3), num_inner_steps=2, hypergradient=strategy)
     x = jnp.asarray(X)
     state = bism.init(jax.random.key(0), x)
@@ -89,12 +94,15 @@ def test_convolutions_with_channels_last_are_the_same_in_loops_branches_and_grad
 
             return jax.lax.fori_loop(0, 3, body, (w, 0.0))
 
-        expected, found = jax.jit(whole)(x, w, jax.random.key(0)), jit.compiled(whole)(x, w, jax.random.key(0))
+        expected, found = (
+            jax.jit(whole)(x, w, jax.random.key(0)),
+            compiled(whole)(x, w, jax.random.key(0)),
+        )
         assert abs(expected[0] - w).max() > 1e-4
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
-        plain = jit._channels_last(jax.make_jaxpr(whole)(x, w, jax.random.key(0)))
+        plain = _channels_last(jax.make_jaxpr(whole)(x, w, jax.random.key(0)))
         axes = [eqn.params["dimension_numbers"] for eqn in convolutions(plain) if eqn.params["batch_group_count"] == 1]
         assert axes or "batch_group_count" in settings
         assert all(a.lhs_spec == a.out_spec == (0, x.ndim - 1, *range(1, x.ndim - 1)) for a in axes)
@@ -105,5 +113,5 @@ def convolutions(program):
     for eqn in jaxpr.eqns:
         if eqn.primitive is jax.lax.conv_general_dilated_p:
             yield eqn
-        for inner in sum(jit._inside(eqn).values(), ()):
+        for inner in sum(jaxprs.subprograms(eqn).values(), ()):
             yield from convolutions(inner)

@@ -36,10 +36,11 @@ from numpyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
-from numpyro_bism.densities import Pair
 from numpyro_bism.divergences import as_inner_loss
-from numpyro_bism.optim import as_optim, differentiable_update
-from numpyro_bism.visible import Batch, flatten
+from numpyro_bism.optim.host import as_optim
+from numpyro_bism.optim.steps import differentiable_update
+from numpyro_bism.programs.pair import Pair
+from numpyro_bism.programs.visible import Batch, flatten
 from oracles import LinearGaussian, Moments, central_difference, dsm_optimum
 
 D, H, N, FULL = 3, 2, 7, 40

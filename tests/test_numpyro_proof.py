@@ -11,9 +11,10 @@ import numpyro.distributions as dist
 import pytest
 from jax import lax
 
-from numpyro_bism import ConcreteBernoulli, ConcreteOneHot, densities, visible
+from numpyro_bism import ConcreteBernoulli, ConcreteOneHot
 from numpyro_bism.energies import COVARIATES, VISIBLE, Energy
 from numpyro_bism.energies.proof import log_density, prove_function
+from numpyro_bism.programs import records, visible
 
 N, D, H, K = 17, 3, 2, 3  # a prime number of rows, no multiple of which is a length here
 UNKNOWN = math.inf
@@ -214,7 +215,7 @@ def test_the_programs_of_sites_are_the_hosts():
 
 def energy_of(model, *args):
     leaves, spec = visible.flatten(args, {})
-    with numpyro.handlers.seed(rng_seed=0), densities.record({}) as run:
+    with numpyro.handlers.seed(rng_seed=0), records.record({}) as run:
         model(*args)
     batch = visible.batch(visible.find(run.sites, leaves, ["v"], discrete=True), {}, leaves, spec)
     return Energy.of(model, batch.sites, batch, {}, jax.random.key(0))[0]
@@ -246,7 +247,7 @@ def test_mixed_visible_sites_keep_their_structure():
             numpyro.factor("energy", -0.5 * (v**2).sum(-1) + ((v @ W) * u).sum(-1))
 
     leaves, spec = visible.flatten((jnp.ones((4, D)), jnp.ones((4, H))), {})
-    with numpyro.handlers.seed(rng_seed=0), densities.record({}) as run:
+    with numpyro.handlers.seed(rng_seed=0), records.record({}) as run:
         model(*leaves)
     batch = visible.batch(visible.find(run.sites, leaves, ["v", "u"], discrete=True), {}, leaves, spec)
     energy = Energy.of(model, batch.sites, batch, {}, jax.random.key(0))[0]

@@ -75,7 +75,7 @@ def tapes(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.tensor(ours.next("normal", shape_of(size))))
     standard = "torch.distributions.normal._standard_normal"
     monkeypatch.setattr(standard, lambda shape, dtype, device: torch.tensor(ours.next("normal", shape)))
-    for module in (pyro_bism.hypergradients.problem, pyro_bism.training):
+    for module in (pyro_bism.hypergradients.problem, pyro_bism.training.trainer):
         monkeypatch.setattr(module, "random_state", lambda: ours.count)
         monkeypatch.setattr(module, "set_random_state", lambda state: setattr(ours, "count", state))
     for kind in ("normal", "uniform"):

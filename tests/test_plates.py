@@ -43,13 +43,15 @@ class Torch:
 
     def energy(self, model, *args):
         """As a step finds it that takes the first rows."""
-        leaves, spec = pyro_bism.visible.flatten((args, {}))
+        leaves, spec = pyro_bism.programs.visible.flatten((args, {}))
         first = {"data": torch.arange(model.size)}
-        with torch.no_grad(), pyro_bism.densities.record(first) as run:
+        with torch.no_grad(), pyro_bism.programs.records.record(first) as run:
             model(*args)
         indices = first if run.full_sizes["data"] != model.size else {}
-        sites = pyro_bism.visible.find(run.sites, leaves, ["v"], discrete=True)
-        energy, x = pyro_bism.energies.Energy.of(model, sites, pyro_bism.visible.Batch(sites, indices, leaves, spec))
+        sites = pyro_bism.programs.visible.find(run.sites, leaves, ["v"], discrete=True)
+        energy, x = pyro_bism.energies.Energy.of(
+            model, sites, pyro_bism.programs.visible.Batch(sites, indices, leaves, spec)
+        )
         return energy, energy.density(x), x
 
     def step(self, model, x, kernel):
@@ -73,14 +75,14 @@ class Jax:
         return jnp.asarray(np.asarray(x))
 
     def energy(self, model, *args):
-        leaves, spec = numpyro_bism.visible.flatten(args, {})
+        leaves, spec = numpyro_bism.programs.visible.flatten(args, {})
         first = {"data": jnp.arange(model.size)}
-        with numpyro.handlers.seed(rng_seed=0), numpyro_bism.densities.record({}, first) as run:
+        with numpyro.handlers.seed(rng_seed=0), numpyro_bism.programs.records.record({}, first) as run:
             model(*args)
         indices = first if run.plates["data"][0] != model.size else {}
-        sites = numpyro_bism.visible.find(run.sites, leaves, ["v"], discrete=True)
+        sites = numpyro_bism.programs.visible.find(run.sites, leaves, ["v"], discrete=True)
         params = {name: param["value"] for name, param in run.params.items()}
-        batch = numpyro_bism.visible.batch(sites, indices, leaves, spec)
+        batch = numpyro_bism.programs.visible.batch(sites, indices, leaves, spec)
         energy, x = numpyro_bism.energies.Energy.of(model, sites, batch, params, jax.random.key(0))
         return energy, energy.density(params, x), x
 

@@ -32,9 +32,10 @@ from pyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
-from pyro_bism.densities import _subsample
-from pyro_bism.optim import DifferentiableOptim, torch_optimizer
-from pyro_bism.params import swapped
+from pyro_bism.optim.host import torch_optimizer
+from pyro_bism.optim.steps import DifferentiableOptim
+from pyro_bism.programs.params import swapped
+from pyro_bism.programs.rows import draw_rows
 
 D, H, N = 3, 2, 7
 
@@ -445,8 +446,8 @@ def test_nan_written_through_numpy_is_named():
 
 def test_data_are_looked_at_once(monkeypatch):
     looks = []
-    check = pyro_bism.visible.require_finite
-    monkeypatch.setattr(pyro_bism.visible, "require_finite", lambda *a: looks.append(1) or check(*a))
+    check = pyro_bism.programs.visible.require_finite
+    monkeypatch.setattr(pyro_bism.programs.visible, "require_finite", lambda *a: looks.append(1) or check(*a))
     x = torch.randn(N, D)
     bism = BiSM(model, guide, pyro.optim.Adam({"lr": 1e-2}), DenoisingScoreMatching(0.3))
     for _ in range(3):
@@ -583,7 +584,7 @@ def test_misuse_names_the_site_and_the_cure(model, guide, message):
 def test_rows_are_drawn_without_replacement_and_every_sequence_is_as_likely(sizes):
     num = 20_000
     pyro.set_rng_seed(0)
-    draws = torch.stack([_subsample(*sizes, "cpu") for _ in range(num)])
+    draws = torch.stack([draw_rows(*sizes, "cpu") for _ in range(num)])
     found, counts = np.unique(draws, axis=0, return_counts=True)
     total = math.perm(*sizes)
     assert len(found) == total

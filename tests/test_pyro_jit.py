@@ -30,11 +30,11 @@ from pyro_bism import (
     ScoreMatching,
     SlicedScoreMatching,
     Unrolled,
-    jit,
 )
-from pyro_bism import training as training_module
-from pyro_bism.kernels import Gibbs, Langevin
+from pyro_bism.compiled import inductor
 from pyro_bism.rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood
+from pyro_bism.sampling.kernels import Gibbs, Langevin
+from pyro_bism.training import trainer
 from test_pyro_bism import guide as gaussian_guide
 from test_pyro_bism import model as gaussian
 
@@ -281,7 +281,7 @@ def test_a_closed_over_tensor_may_change_in_place(replayed):
 
 
 def test_new_shapes_are_captured_and_a_flood_of_them_is_refused(replayed, monkeypatch):
-    monkeypatch.setattr(training_module, "MAX_CAPTURES", 3)
+    monkeypatch.setattr(trainer, "MAX_CAPTURES", 3)
     bism = BiSM(gaussian, gaussian_guide, adam(), DenoisingScoreMatching(0.3), jit=True, hypergradient=Detached())
     for n in (4, 5, 4, 5):
         bism.step(data(n))
@@ -376,7 +376,7 @@ def test_without_a_compiler_the_graph_is_replayed_and_that_is_said(monkeypatch):
         raise exc.InvalidCxxCompiler
 
     monkeypatch.setattr(compile_fx, "compile_fx", missing)
-    jit._warn_once.cache_clear()
+    inductor._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as found:
         assert_same(gaussian, gaussian_guide, hypergradient=Unrolled(1))
     assert len([w for w in found if "compiler" in str(w.message)]) == 1
@@ -406,7 +406,7 @@ def test_what_stands_twice_is_done_once_and_noise_is_drawn_as_often_as_it_stands
     torch.manual_seed(3)
     expected = function(x, w)
     assert count("mm") == 6
-    jit._merge(graph.graph)
+    inductor._merge(graph.graph)
     graph.graph.lint()
     graph.recompile()
     assert (count("mm"), count("randn_like"), count("rand."), count("sum")) == (1, 2, 2, 2)
@@ -417,16 +417,22 @@ def test_what_stands_twice_is_done_once_and_noise_is_drawn_as_often_as_it_stands
 
 def test_equal_outputs_stay_tensors_of_their_own():
     graph, _ = recorded(lambda x: [x + 1, x + 1, x + 1.0], data())
-    jit._merge(graph.graph)
+    inductor._merge(graph.graph)
     graph.recompile()
     assert len({found.data_ptr() for found in graph(data())}) == 3
 
 
-@pytest.mark.parametrize("size, kept", [(jit.MIN_ENTRIES, ["aten.rsub.Scalar"]), (jit.MIN_ENTRIES - 1, [])])
+@pytest.mark.parametrize(
+    "size, kept",
+    [
+        (inductor.MIN_ENTRIES, ["aten.rsub.Scalar"]),
+        (inductor.MIN_ENTRIES - 1, []),
+    ],
+)
 def test_a_scalar_is_kept_for_a_large_tensor(size, kept):
     """β^t stays a step on the way to 1 - β^t, which is all that the loop over the entries reads."""
     graph, _ = recorded(lambda x, t: [x / (1 - 0.9**t), 0.5**t], torch.ones(size), torch.tensor(3.0))
-    jit._store_scalars(graph.graph)
+    inductor._store_scalars(graph.graph)
     assert [str(n.target) for n in graph.graph.nodes if n.meta.get("inductor_realize_to_strides")] == kept
 
 

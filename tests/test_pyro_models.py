@@ -36,8 +36,8 @@ from pyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
-from pyro_bism.optim import descend, settle, torch_optimizer
-from pyro_bism.visible import Rows
+from pyro_bism.optim.host import descend, settle, torch_optimizer
+from pyro_bism.programs.visible import Rows
 from test_pyro_bism import (
     OPTIMS,
     D,
@@ -941,7 +941,7 @@ def test_hypergradient_through_more_optimisers(optim):
 
 @pytest.mark.parametrize("optim", MORE_OPTIMS)
 def test_a_run_of_differentiable_steps_is_the_run_of_steps(optim):
-    from pyro_bism.optim import DifferentiableOptim
+    from pyro_bism.optim.steps import DifferentiableOptim
 
     bism = BiSM(model, guide, adam(1e-3), DSM, inner_optim=MORE_OPTIMS[optim])
     bism.step(data())

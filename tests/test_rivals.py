@@ -24,13 +24,13 @@ from torch.utils import _pytree as pytree
 
 import numpyro_bism
 import numpyro_bism.evaluation
-import numpyro_bism.kernels
 import numpyro_bism.rivals
+import numpyro_bism.sampling.kernels
 import pyro_bism
 import pyro_bism.evaluation
-import pyro_bism.kernels
 import pyro_bism.rivals
-from numpyro_bism.visible import flatten
+import pyro_bism.sampling.kernels
+from numpyro_bism.programs.visible import flatten
 from oracles import GaussianBernoulliRBM, LinearGaussian, central_difference
 
 
@@ -38,7 +38,7 @@ class Torch:
     name, p, dist, bism, rivals = "pyro", pyro, pdist, pyro_bism, pyro_bism.rivals
     compiled = {"jit": True}
     infer = pyro.infer
-    kernels, evaluation = pyro_bism.kernels, pyro_bism.evaluation
+    kernels, evaluation = pyro_bism.sampling.kernels, pyro_bism.evaluation
     einsum, exp = staticmethod(torch.einsum), staticmethod(torch.exp)
 
     def __init__(self):
@@ -93,7 +93,7 @@ class Jax:
     name, p, dist, bism, rivals = "numpyro", numpyro, ndist, numpyro_bism, numpyro_bism.rivals
     compiled: dict = {}  # by itself
     infer = numpyro.infer
-    kernels, evaluation = numpyro_bism.kernels, numpyro_bism.evaluation
+    kernels, evaluation = numpyro_bism.sampling.kernels, numpyro_bism.evaluation
     einsum, exp = staticmethod(jnp.einsum), staticmethod(jnp.exp)
 
     @staticmethod

@@ -15,8 +15,8 @@ import torch
 
 import numpyro_bism
 import pyro_bism
-from numpyro_bism import runaways as jax_runaways
-from pyro_bism import runaways as torch_runaways
+from numpyro_bism.training import runaways as jax_runaways
+from pyro_bism.training import runaways as torch_runaways
 
 RNG = np.random.default_rng(0)
 T = 1500
@@ -147,7 +147,7 @@ def test_score_matching_that_has_run_away_says_so_once():
     # a resumed run knows it already
     again = bism.run(jax.random.key(0), 600, x, init_state=state, progress_bar=False).state
     assert int(again.watch.num_steps) == 1200 and int(again.info.verdict) == 2
-    (verdict,) = numpyro_bism.reports._training(int(again.info.verdict))
+    (verdict,) = numpyro_bism.evaluation.verdicts.judge_training(int(again.info.verdict))
     assert verdict.passed is False and verdict.text == state.info.in_words
 
 
@@ -277,7 +277,7 @@ def test_a_rival_that_has_run_away_says_so_once(name, tmp_path):
             rival.step(x)
     assert len(caught) == 1 and caught[0].filename == __file__
     assert rival.info.verdict == verdict and "training has run away" in str(rival.info)
-    (training,) = pyro_bism.reports._training(rival._watch.verdict, rival.words)
+    (training,) = pyro_bism.evaluation.verdicts.judge_training(rival._watch.verdict, rival.words)
     assert training.passed is False and "optim" in training.text and "Exact" not in training.text
     rival.save(tmp_path / "state")
     other = begun(rate)

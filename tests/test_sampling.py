@@ -101,10 +101,10 @@ class PyroBackend:
     def run(self, bism, x, seed=0, **options):
         bism.energy(torch.as_tensor(x))  # the first run initialises the parameters, which may draw
         pyro.set_rng_seed(seed)
-        return pyro_bism.sampling.run_chains(bism, torch.as_tensor(x), **{"progress_bar": False, **options})
+        return pyro_bism.sampling.chains.run_chains(bism, torch.as_tensor(x), **{"progress_bar": False, **options})
 
     def program(self, bism, x, **options):
-        return pyro_bism.sampling.program(bism, torch.as_tensor(x), **options)
+        return pyro_bism.sampling.mcmc.program(bism, torch.as_tensor(x), **options)
 
     def nuts(self, program, num_warmup, num_samples, kernel=pyro.infer.NUTS):
         mcmc = pyro.infer.MCMC(kernel(program), num_samples, warmup_steps=num_warmup, disable_progbar=True)
@@ -203,12 +203,12 @@ class NumpyroBackend:
         return jax.jit(lambda x: kernel(jax.random.key(seed), density, x, state))(x)
 
     def run(self, bism, x, seed=0, **options):
-        return numpyro_bism.sampling.run_chains(
+        return numpyro_bism.sampling.chains.run_chains(
             bism, None, jnp.asarray(x), rng_key=jax.random.key(seed), **{"progress_bar": False, **options}
         )
 
     def program(self, bism, x, **options):
-        return numpyro_bism.sampling.program(bism, None, jnp.asarray(x), rng_key=None, **options)
+        return numpyro_bism.sampling.mcmc.program(bism, None, jnp.asarray(x), rng_key=None, **options)
 
     def nuts(self, program, num_warmup, num_samples, kernel=numpyro.infer.NUTS):
         mcmc = numpyro.infer.MCMC(

@@ -25,7 +25,7 @@ FACTOR = np.array([[0.7, 0.0, 0.0], [-0.4, 1.3, 0.0], [0.9, 0.2, 0.5]])
 
 
 class Torch:
-    bism, p, dist, infer, shifts = pyro_bism, pyro, pdist, pyro.infer, pyro_bism.shifts
+    bism, p, dist, infer, shifts = pyro_bism, pyro, pdist, pyro.infer, pyro_bism.hypergradients.shifts
     one_hot = staticmethod(lambda logits: pdist.OneHotCategorical(logits=logits))
     array = staticmethod(lambda x: torch.tensor(x, dtype=torch.float64))
 
@@ -45,7 +45,7 @@ class Torch:
 
         def shifted():
             torch.manual_seed(1)
-            return pyro_bism.shifts.shifted_losses(pair, batch, LOSS[0], inner)
+            return pyro_bism.hypergradients.shifts.shifted_losses(pair, batch, LOSS[0], inner)
 
         strategy, losses = pyro_bism.Functional(memory=0), shifted()
         own = torch.autograd.grad(losses.outer(losses.zeros), theta)
@@ -69,15 +69,15 @@ class Torch:
     def analysed(model, guide):
         pyro.clear_param_store()
         leaves, spec = torch.utils._pytree.tree_flatten(((torch.tensor(X),), {}))
-        pair = pyro_bism.densities.analyse(model, guide, leaves, spec, None, None, pyro_bism.Functional())
+        pair = pyro_bism.programs.analysis.analyse(model, guide, leaves, spec, None, None, pyro_bism.Functional())
         return pair, pair.batch(leaves, spec)
 
     @classmethod
     def look(cls, model, guide):
         """What can be shifted, without a step."""
         pair, batch = cls.analysed(model, guide)
-        with pyro_bism.params.jittered([*pair.theta.values(), *pair.phi.values()]):
-            return pyro_bism.shifts.require_shiftable(pair, batch, None)
+        with pyro_bism.programs.params.jittered([*pair.theta.values(), *pair.phi.values()]):
+            return pyro_bism.hypergradients.shifts.require_shiftable(pair, batch, None)
 
     @staticmethod
     def begin(model, guide, loss, **settings):
@@ -88,7 +88,7 @@ class Torch:
 
 
 class Jax:
-    bism, p, dist, infer, shifts = numpyro_bism, numpyro, ndist, numpyro.infer, numpyro_bism.shifts
+    bism, p, dist, infer, shifts = numpyro_bism, numpyro, ndist, numpyro.infer, numpyro_bism.hypergradients.shifts
     one_hot = staticmethod(lambda logits: ndist.MultinomialLogits(logits, 1))
     array = staticmethod(jnp.asarray)
 
@@ -111,7 +111,7 @@ class Jax:
             def params(theta):
                 return pair.params(theta, phi, None)
 
-            return numpyro_bism.shifts.shifted_losses(key, pair, params, batch, LOSS[1], inner, theta)
+            return numpyro_bism.hypergradients.shifts.shifted_losses(key, pair, params, batch, LOSS[1], inner, theta)
 
         optim = numpyro.optim.SGD(0.1)
         problem = numpyro_bism.hypergradients.Bilevel(None, None, None, None, shifted, optim, None)
@@ -140,15 +140,15 @@ class Jax:
         """Without a loss: what compiles for long is no part of it."""
         key, strategy = jax.random.key(0), numpyro_bism.Functional()
         leaves, spec = jax.tree.flatten(((jnp.asarray(X),), {}))
-        start = numpyro_bism.densities.analyse(model, guide, leaves, spec, key, None, None, None, strategy, {})
+        start = numpyro_bism.programs.analysis.analyse(model, guide, leaves, spec, key, None, None, None, strategy, {})
         return start, start.pair.batch(key, leaves, spec)
 
     @classmethod
     def look(cls, model, guide):
         """What can be shifted, without a step."""
         key, (start, batch) = jax.random.key(0), cls.analysed(model, guide)
-        params = start.pair.params(*numpyro_bism.params.jittered(key, (start.theta, start.phi)), start.mutable)
-        return numpyro_bism.shifts.require_shiftable(key, start.pair, params, batch, None)
+        params = start.pair.params(*numpyro_bism.programs.params.jittered(key, (start.theta, start.phi)), start.mutable)
+        return numpyro_bism.hypergradients.shifts.require_shiftable(key, start.pair, params, batch, None)
 
     @staticmethod
     def begin(model, guide, loss, **settings):

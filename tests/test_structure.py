@@ -25,13 +25,11 @@ import torch
 
 import numpyro_bism
 import pyro_bism
-from numpyro_bism import densities as jax_densities
-from numpyro_bism import visible as jax_visible
 from numpyro_bism.energies import VISIBLE
 from numpyro_bism.energies import Energy as JaxEnergy
-from pyro_bism import densities as torch_densities
-from pyro_bism import visible as torch_visible
+from numpyro_bism.programs import visible as jax_visible
 from pyro_bism.energies import Energy as TorchEnergy
+from pyro_bism.programs import visible as torch_visible
 
 # Backends
 
@@ -111,7 +109,7 @@ class Torch(Numbers):
 
     def energy(self, model, *args):
         leaves, spec = torch_visible.flatten((args, {}))
-        with torch.no_grad(), torch_densities.record() as run:
+        with torch.no_grad(), pyro_bism.programs.records.record() as run:
             model(*args)
         batch = torch_visible.Batch(torch_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
         return TorchEnergy.of(model, batch.sites, batch)
@@ -168,7 +166,7 @@ class Jax(Numbers):
 
     def energy(self, model, *args):
         leaves, spec = jax_visible.flatten(args, {})
-        with numpyro.handlers.seed(rng_seed=0), jax_densities.record({}) as run:
+        with numpyro.handlers.seed(rng_seed=0), numpyro_bism.programs.records.record({}) as run:
             model(*args)
         batch = jax_visible.batch(jax_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
         energy, x = JaxEnergy.of(model, batch.sites, batch, {}, jax.random.key(0))

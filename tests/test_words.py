@@ -297,7 +297,9 @@ def test_a_parameter_without_dimensions_unrolls_in_a_captured_step(monkeypatch):
     backend = Pyro()
     # the captured graphs, run without a compiler
     monkeypatch.setattr(
-        pyro_bism.jit, "_compiled", lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values))
+        pyro_bism.compiled.graph,
+        "compile_recording",
+        lambda recorded, inputs: torch.no_grad()(lambda values: recorded(*values)),
     )
 
     def guide(x):

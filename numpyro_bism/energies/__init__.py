@@ -13,12 +13,13 @@ What can be summed, integrated or drawn in closed form is proved from the progra
 - *free*: all else.
 """
 
+from .cells import NoIntegral, OutOfReach
 from .density import VISIBLE, Block, Density, Latent, Point, pack, random_labels, replaced, unpack
 from .energy import Energy
 from .integrals import Integral, named, repeated
-from .proof import COVARIATES, prove
-from .quadrature import NoIntegral, OutOfReach
+from .proof import prove
 from .structure import random_points
+from .values import COVARIATES
 
 __all__ = [
     "COVARIATES",

@@ -13,21 +13,13 @@ from numpyro.distributions.discrete import BernoulliLogits, BernoulliProbs, Mult
 from numpyro.handlers import block as hidden
 from numpyro.handlers import seed
 
-from .. import visible
-from ..densities import Site, joint_per_example, leading_plates, record
 from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard
-from .density import (
-    VISIBLE,
-    Block,
-    Density,
-    Latent,
-    Point,
-    close,
-    curvature,
-    pack,
-)
-from .proof import COVARIATES, Proof, prove
+from ..programs import visible
+from ..programs.records import Site, joint_per_example, leading_plates, record
+from .density import VISIBLE, Block, Density, Latent, Point, close, curvature, pack
+from .proof import Proof, prove
 from .structure import find_blocks
+from .values import COVARIATES
 
 
 @dataclass(frozen=True)

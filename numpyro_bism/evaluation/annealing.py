@@ -13,10 +13,10 @@ import tqdm
 from jax import Array
 
 from ..brief import brief
+from ..compiled.convolutions import compiled
 from ..energies import VISIBLE, Density, Energy, Point, random_labels
-from ..jit import compiled
-from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
+from ..sampling.kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from .normalizer import energy_of
 
 GOOD_GAP = 1.0  # nats between the bounds on log Z, and in its standard error

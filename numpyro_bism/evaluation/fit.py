@@ -10,7 +10,7 @@ from jax import Array
 
 from .. import losses
 from ..energies import VISIBLE
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
 from .noise import with_noise
 from .normalizer import Estimate
 from .scores import guide_score, score_at, summable

@@ -11,13 +11,13 @@ import tqdm
 from jax import Array
 
 from ..bism import BiSM
-from ..diagnostics import guide_draws
 from ..energies import VISIBLE, Integral, OutOfReach, named
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
 from ..rivals import PersistentVI
 from ..rivals.persistent_vi import given
 from . import normalizer
 from .annealing import AIS, ais
+from .guide_draws import guide_draws
 from .noise import with_noise
 from .normalizer import Estimate, energy_of, finite
 

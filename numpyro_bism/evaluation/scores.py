@@ -10,7 +10,7 @@ from jax import Array
 from .. import losses
 from ..bism import BiSM
 from ..energies import VISIBLE, Density, Integral, Point
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
 from .noise import noise_scale
 from .normalizer import energy_of
 

@@ -1,11 +1,15 @@
 """Exact and Covariance: the gradient from a property of the posterior, no inner problem differentiated."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax import Array
 
+from ..losses import OuterLoss
+from ..programs.pair import Pair, mean_slope
+from ..programs.visible import Batch
 from .problem import Bilevel, Hypergradient, Result
 
 __all__ = ["Covariance", "Exact"]
@@ -74,3 +78,86 @@ class Covariance(Hypergradient):
         phi = problem.optim.get_params(inner_state)
         surrogate = jax.value_and_grad(problem.covariance, argnums=1)
         return Result(*surrogate(rng_key, theta, phi, self.num_particles))
+
+
+def posterior_loss(
+    rng_key: Array,
+    pair: Pair,
+    params: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    batch: Batch,
+    loss: OuterLoss,
+) -> Array:
+    """J, with the derivative in θ that it has where q(h|v) is the posterior p(h|v; θ).
+
+    There ∂_θ log p̃(v) = E_{q(h|v)}[∂_θ log p̃(v, h)] at every v (Fisher's identity), so its gradient in v, taken
+    through q too, is ∂_θ of the marginal's score.
+
+    :param fixed: ``params`` without a path to θ.
+    """
+    key_noise, key_draw, key_score = jax.random.split(rng_key, 3)
+    noise = loss.draw(key_noise, batch.v)
+    num = loss.num_particles
+    keys = jax.random.split(key_draw, num)
+    draws = jax.vmap(lambda key: pair.draw(key, fixed, batch, loss.perturb(batch.v, noise))[0])(keys)
+    value = pair.score(key_score, fixed, batch, draws, loss, num)
+
+    def slope(given):
+        def log_joint(u, key):
+            draw, _ = pair.draw(key, fixed, batch, u)  # at u: h moves with it
+            return pair.log_weight(key_score, given, batch, u, draw, guide=False)
+
+        return mean_slope(log_joint, keys, loss)
+
+    def score(u):
+        # the difference is 0; its derivative in θ is the score's
+        return value(u) + slope(params)(u) - slope(fixed)(u)
+
+    return loss(score, batch.v, noise).mean()
+
+
+def covariance_loss(
+    rng_key: Array,
+    pair: Pair,
+    params: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    batch: Batch,
+    loss: OuterLoss,
+    num_particles: int,
+) -> Array:
+    """J, with the derivative in θ that VaGES estimates (Bao et al. 2021): see ``Covariance``.
+
+    :param fixed: ``params`` without a path to θ.
+    """
+    key_noise, key_draw, key_score = jax.random.split(rng_key, 3)
+    key_model, key_guide = jax.random.split(key_score)
+    noise = loss.draw(key_noise, batch.v)
+    v = loss.perturb(batch.v, noise)
+
+    def log_guide(u, values, keys):
+        values = pair.fixed_latents(key_guide, fixed, batch, u, values, keys)
+        sites = pair.guide_at(key_guide, fixed, batch, u, values, keys, harden=True)
+        return sum(site.log_prob().sum() for site in sites.values())
+
+    def one(drawn):
+        values, keys = drawn
+
+        def model_score(u):
+            return jax.grad(lambda u: pair.log_joint(key_model, params, batch, u, values).sum())(u)
+
+        log_joint = pair.log_joint(key_model, params, batch, v, values)
+        return model_score(v), log_joint, jax.grad(log_guide)(v, values, keys)
+
+    keys = jax.random.split(key_draw, num_particles)
+    model_scores, log_joints, guide_scores = jax.vmap(lambda key: one(pair.hard_draw(key, fixed, batch, v)))(keys)
+    fixed_scores = jax.lax.stop_gradient(model_scores)
+    centred = fixed_scores - fixed_scores.mean(0)
+
+    def score(u):
+        # ... of which only the derivative in θ is at stake: the values of the other two add up to 0
+        value = (fixed_scores - jax.lax.stop_gradient(guide_scores)).mean(0)
+        varying = log_joints - jax.lax.stop_gradient(log_joints)
+        covariance = (centred * varying[..., None]).sum(0) / (num_particles - 1)
+        return value + (model_scores - fixed_scores).mean(0) + covariance
+
+    return loss(score, batch.v, noise).mean()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..optim import differentiable_update
+from ..optim.steps import differentiable_update
 from .problem import Bilevel, Hypergradient, Result, fused
 
 __all__ = ["Unrolled"]

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..densities import Analysis
+from ..compiled.noise import num_ahead, taken_apart
 from ..energies import Density, Point
 from ..hypergradients import fused
-from ..jit import num_ahead, taken_apart
-from ..kernels import Gibbs, Kernel, require_kernel
-from ..runaways import Words
-from ..visible import Batch
-from .rival import Rival, Target
+from ..programs.checks import Analysis
+from ..programs.visible import Batch
+from ..sampling.kernels import Gibbs, Kernel, require_kernel
+from ..training.runaways import Words
+from .rival import Rival
+from .target import Target
 
 __all__ = ["CD"]
 

@@ -11,11 +11,12 @@ from jax import Array
 from jax.nn import softplus
 
 from ..brief import named
-from ..densities import Analysis
 from ..energies import VISIBLE
-from ..runaways import Words
-from ..visible import Batch
-from .rival import Rival, Target
+from ..programs.checks import Analysis
+from ..programs.visible import Batch
+from ..training.runaways import Words
+from .rival import Rival
+from .target import Target
 
 __all__ = ["LOG_NORMALIZER", "NCE", "Gaussian", "conditional_contrast", "contrast"]
 

@@ -9,15 +9,18 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.handlers import block, seed, substitute, trace
 
-from ..densities import Analysis, Pair, Site, record
 from ..distributions import base_of
 from ..energies import Energy, Point
-from ..kernels import Kernel, require_kernel
-from ..modes import in_own_modes
-from ..runaways import Words
-from ..visible import Batch
+from ..programs.checks import Analysis
+from ..programs.modes import in_own_modes
+from ..programs.pair import Pair
+from ..programs.records import Site, record
+from ..programs.visible import Batch
+from ..sampling.kernels import Kernel, require_kernel
+from ..training.runaways import Words
 from .cd import advance, draw_hidden
-from .rival import Rival, Target
+from .rival import Rival
+from .target import Target
 
 __all__ = ["PersistentVI"]
 

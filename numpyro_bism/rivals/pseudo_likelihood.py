@@ -10,9 +10,10 @@ from jax import Array
 from jax.nn import softplus
 
 from ..energies import Latent, Point, replaced
-from ..runaways import Words
-from ..visible import Batch
-from .rival import Rival, Target
+from ..programs.visible import Batch
+from ..training.runaways import Words
+from .rival import Rival
+from .target import Target
 
 __all__ = ["PseudoLikelihood"]
 

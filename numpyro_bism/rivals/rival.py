@@ -7,23 +7,26 @@ are summed or integrated out in closed form or by enumeration, in a way found on
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import densities, energies, runaways, visible
-from ..coupling import check_rows
-from ..energies import VISIBLE, Energy, Integral, Point
+from ..energies import Energy, Integral, Point
 from ..hypergradients import Detached
-from ..modes import in_own_modes
-from ..optim import as_optim, require_single_steps
-from ..params import jittered
-from ..training import Trainer, norm, ranks, structure
-
-__all__ = ["Rival", "RivalInfo", "RivalState"]
+from ..optim.host import as_optim, require_single_steps
+from ..programs import visible
+from ..programs.analysis import analyse
+from ..programs.checks import Analysis
+from ..programs.coupling import check_rows
+from ..programs.modes import in_own_modes
+from ..programs.pair import Pair
+from ..programs.params import jittered
+from ..training import runaways
+from ..training.trainer import Trainer, norm, ranks, structure
+from .target import Target, check_reads
 
 
 class RivalInfo(NamedTuple):
@@ -62,48 +65,6 @@ class RivalState(NamedTuple):
     rng_key: Array
     info: RivalInfo
     watch: runaways.Watch
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a rival learns, as the model's first run on arguments of this structure showed it.
-
-    :ivar pair: the model, and the guide if the method has one.
-    :ivar energy: tried out off the initial parameters, where a structure of zeros may pass for a simpler one.
-    :ivar hidden: shape of one row, and type, of each latent.
-    :ivar integral: how the latents are summed out; None if there are none.
-    :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
-    """
-
-    pair: densities.Pair
-    energy: Energy
-    hidden: Mapping[str, tuple[tuple[int, ...], Any]]
-    integral: Integral | None = None
-    multilinear: tuple[str, ...] = ()
-
-    def params(self, theta: Mapping[str, Any], mutable: Any, phi: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What the programs are given, from unconstrained parameters, a method's own among them, and mutable state."""
-        return self.pair.params({name: theta[name] for name in self.pair.theta}, phi or {}, mutable)
-
-    def point(self, seen: Point) -> Point:
-        """A point with these visible values, its latents at zero."""
-        m = len(seen[VISIBLE])
-        return {**seen, **{name: jnp.zeros((m, *shape), dtype) for name, (shape, dtype) in self.hidden.items()}}
-
-    def log_prob(self, params: Mapping[str, Any], batch: visible.Batch) -> Callable[[Point], Array]:
-        """log p̃(v; θ) of every row of a point's visible part, shape (m,): the latents summed out."""
-        energy = self.energy.at(batch)
-        # of no block but the latents' is a precision wanted
-        hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
-        energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
-
-        def log_prob(seen):
-            x = self.point(seen)
-            if self.integral is None:
-                return energy.log_joint(params, x)
-            return self.integral(energy.density(params, x), x)
-
-        return log_prob
 
 
 class Rival(Trainer):
@@ -163,7 +124,7 @@ class Rival(Trainer):
         """The loss at θ, a mean over the batch, and what is carried to the next step."""
 
     def _begin(
-        self, rng_key: Array, target: Target, start: densities.Analysis, batch: visible.Batch
+        self, rng_key: Array, target: Target, start: Analysis, batch: visible.Batch
     ) -> tuple[dict[str, Any], Any]:
         """Before the first step: parameters of the method's own, by name, and what it carries."""
         return {}, None
@@ -180,11 +141,11 @@ class Rival(Trainer):
         """What is carried, fitted to θ before θ's own step; and what of this the info tells."""
         return carried, ()
 
-    def _phi(self, pair: densities.Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
+    def _phi(self, pair: Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
         """The guide's unconstrained parameters, if there is one."""
         return {}
 
-    def _program(self, rng_key: Array, pair: densities.Pair, params: Mapping[str, Any], batch: visible.Batch) -> Any:
+    def _program(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch) -> Any:
         """The program whose density this is."""
         return pair.model
 
@@ -303,7 +264,7 @@ class Rival(Trainer):
     def _warn(self, before: RivalState, after: RivalState) -> bool:
         return runaways.warn(before.watch, after.watch, self.words)
 
-    def _theta(self, pair: densities.Pair, state: RivalState) -> dict[str, Any]:
+    def _theta(self, pair: Pair, state: RivalState) -> dict[str, Any]:
         theta = self.optim.get_params(state.optim_state)
         if not set(pair.theta) <= set(theta):
             raise ValueError(
@@ -312,11 +273,11 @@ class Rival(Trainer):
             )
         return theta
 
-    def _analyse(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> densities.Analysis:
+    def _analyse(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> Analysis:
         def look(start, batch, rng_key):
             self._targets[ranks(structure(leaves, spec))] = self._find(start, batch, rng_key)
 
-        return densities.analyse(
+        return analyse(
             self.model,
             self.guide,
             leaves,
@@ -332,7 +293,7 @@ class Rival(Trainer):
             look,
         )
 
-    def _find(self, start: densities.Analysis, batch: visible.Batch, rng_key: Array) -> Target:
+    def _find(self, start: Analysis, batch: visible.Batch, rng_key: Array) -> Target:
         """The energy, tried out, and how its latents are summed out."""
         key_params, key_phi, key_program, key_energy, key_check, key_rows, key_method = jax.random.split(rng_key, 7)
         pair, phi = start.pair, jittered(key_phi, start.phi)
@@ -340,7 +301,7 @@ class Rival(Trainer):
         program = self._program(key_program, pair, params, batch)
         check_rows(key_rows, pair, params, batch, model=program)
         energy, x = Energy.of(program, pair.sites, batch, params, key_energy, moves_visible=self.moves_visible)
-        _check_reads(energy, params, x, key_check)
+        check_reads(energy, params, x, key_check)
         hidden = {name: (x[name].shape[1:], x[name].dtype) for name in energy.hidden}
         integral = self._integral(energy, params, x) if hidden and self.sums_latents is not False else None
         return self._check(Target(pair, energy, hidden, integral), params, batch, key_method)
@@ -368,29 +329,3 @@ class Rival(Trainer):
 def _keys(rng_key: Array) -> Array:
     """The next state's key, and those of a step: its rows, its loss, its mutable state."""
     return jax.random.split(rng_key, 4)
-
-
-def _check_reads(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array) -> None:
-    """:raises ValueError: for a visible site that the energy never reads."""
-
-    @jax.jit  # one compilation instead of one for every operation
-    def moves():
-        """log p̃ as it is, and with each site in turn at other values."""
-        moved = energies.random_points(rng_key, x, energy.latents, jnp.ones(()))
-        found, start = [x], 0
-        for site in energy.sites:
-            if site.is_discrete:
-                found.append({**x, site.name: moved[site.name]})
-            else:
-                columns = slice(start, start + visible.size(site))
-                found.append({**x, VISIBLE: x[VISIBLE].at[:, columns].set(moved[VISIBLE][:, columns])})
-                start = columns.stop
-        return [energy.log_joint(params, point) for point in found]
-
-    before, *others = moves()
-    for site, log_prob in zip(energy.sites, others, strict=True):
-        if bool((log_prob == before).all()):
-            raise ValueError(
-                f"The energy never reads the value of visible site '{site.name}'. Use the site's value (the argument, "
-                "or what numpyro.sample returns) in it."
-            )

@@ -10,16 +10,21 @@ from jax import Array
 from jax.nn import softplus
 from numpyro.handlers import seed
 
-from .. import divergences, runaways
-from ..densities import Analysis, Pair, joint_per_example, per_example, record
+from .. import divergences
+from ..compiled.noise import taken_apart
 from ..hypergradients import fused
-from ..jit import taken_apart
-from ..optim import as_optim, inner_copy, require_single_steps
-from ..runaways import Words
-from ..training import norm, require_guide
-from ..visible import Batch
+from ..optim.host import as_optim, inner_copy, require_single_steps
+from ..programs.checks import Analysis
+from ..programs.pair import Pair
+from ..programs.records import joint_per_example, per_example, record
+from ..programs.visible import Batch
+from ..training import runaways
+from ..training.runaways import Words
+from ..training.settings import require_guide
+from ..training.trainer import norm
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
-from .rival import Rival, Target
+from .rival import Rival
+from .target import Target
 
 __all__ = ["VNCE", "VNCEInfo"]
 

@@ -11,23 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .. import visible
-from ..all_rows import of_any_size
-from ..densities import Site, joint_per_example, leading_plates, record
 from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, plain_support
-from .density import (
-    VISIBLE,
-    Block,
-    Density,
-    Latent,
-    Point,
-    close,
-    curvature,
-    pack,
-    select,
-)
-from .proof import COVARIATES, Proof, prove
+from ..programs import visible
+from ..programs.all_rows import of_any_size
+from ..programs.records import Site, joint_per_example, leading_plates, record
+from .density import VISIBLE, Block, Density, Latent, Point, close, curvature, pack, select
+from .proof import Proof, prove
 from .structure import find_blocks
+from .values import COVARIATES
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from .cells import OutOfReach
 from .density import VISIBLE, Block, Density, Point, pack, unpack
-from .quadrature import Extended, OutOfReach, integrate
+from .quadrature import Extended, integrate
 
 MAX_CONFIGURATIONS = 2**20
 MAX_ROWS = 2**12  # configurations or grid points, times rows, that are worked on at once

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ..brief import brief
 from ..energies import VISIBLE, Density, Energy, Point, moments, random_labels, select
-from ..kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
+from ..sampling.kernels import Gibbs, Kernel, Langevin, draw_affine, require_kernel
 from .normalizer import energy_of
 
 GOOD_GAP = 1.0  # nats between the bounds on log Z, and in its standard error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import losses
 from ..energies import VISIBLE
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
 from .noise import with_noise
 from .normalizer import Estimate
 from .scores import gradient, guide_score, score_at, summable

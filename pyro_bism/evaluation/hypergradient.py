@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from ..bism import BiSM
 from ..brief import named
-from ..densities import Pair, per_example
-from ..diagnostics import check_latents
-from ..modes import in_own_modes
-from ..training import Buffers
-from ..visible import Batch
+from ..programs.modes import in_own_modes
+from ..programs.pair import Pair
+from ..programs.records import per_example
+from ..programs.visible import Batch
+from ..training.trainer import Buffers
 from .comparison import CLOSE, PART, Compared, HypergradientError, judged
+from .guide_draws import check_latents
 
 
 @in_own_modes

@@ -8,12 +8,12 @@ import torch
 from tqdm import tqdm
 
 from ..bism import BiSM
-from ..diagnostics import guide_draws
 from ..energies import Integral, OutOfReach, named
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
 from ..rivals import PersistentVI
 from . import normalizer
 from .annealing import AIS, ais
+from .guide_draws import guide_draws
 from .noise import with_noise
 from .normalizer import Estimate, energy_of, finite
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..energies import VISIBLE, Integral, OutOfReach
-from ..modes import in_own_modes
+from ..programs.modes import in_own_modes
 
 PRECISE = 1e-3  # nats: the error that a number without one may have
 

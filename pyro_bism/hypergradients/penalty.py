@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..optim import descend, exchanged
+from ..optim.host import descend, exchanged
 from .problem import Bilevel, Hypergradient, Result, added, in_theta, slopes
 
 __all__ = ["Penalty"]

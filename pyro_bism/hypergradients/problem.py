@@ -13,8 +13,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..brief import lacking
-from ..optim import DifferentiableOptim
-from ..params import random_state, set_random_state
+from ..optim.steps import DifferentiableOptim
+from ..programs.params import random_state, set_random_state
 
 __all__ = [
     "Bilevel",

@@ -3,6 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..losses import OuterLoss
+from ..programs import params
+from ..programs.pair import Pair, gradients_of, mean_slope
+from ..programs.visible import Batch
 from .problem import Bilevel, Hypergradient, Result, in_theta
 
 __all__ = ["Covariance", "Exact"]
@@ -69,3 +76,62 @@ class Covariance(Hypergradient):
 
     def __call__(self, problem: Bilevel, state: Any) -> Result:
         return in_theta(problem.covariance(self.num_particles), problem.theta)
+
+
+def posterior_loss(pair: Pair, batch: Batch, loss: OuterLoss) -> Tensor:
+    """J, with the derivative in θ that it has where q(h|v) is the posterior p(h|v; θ).
+
+    There ∂_θ log p̃(v) = E_{q(h|v)}[∂_θ log p̃(v, h)] at every v (Fisher's identity), so its gradient in v, taken
+    through q too, is ∂_θ of the marginal's score.
+    """
+    noise = loss.draw(batch.v)
+    num = loss.num_particles
+
+    def score(u: Tensor) -> Tensor:
+        if not u.requires_grad:
+            u = u.detach().requires_grad_()
+        # at u: h moves with it
+        moving = [pair.draw(batch, u, moves=True)[0] for _ in range(num)]
+        still = [draw.detached() for draw in moving]
+
+        def slope() -> Tensor:
+            return mean_slope([pair.log_weight(batch, u, draw, guide=False) for draw in moving], u, loss)
+
+        varying = slope()
+        if not loss.differentiates_score:
+            with params.fixed(pair.theta.values()):
+                value = pair.score(batch, still, loss)(u)
+            return value.detach() + varying - varying.detach()
+        # numbers in θ, but functions of u
+        # that require grad still: pyro.module takes a weight that does not for one that is not trained, and says so
+        with params.swapped({leaf: leaf.detach().requires_grad_() for leaf in pair.theta.values()}):
+            value = pair.score(batch, still, loss)(u)
+            same = slope()
+        # the difference is 0; its derivative in θ is the score's
+        return value + varying - same
+
+    return loss(score, batch.v, noise).mean()
+
+
+def covariance_loss(pair: Pair, batch: Batch, loss: OuterLoss, num_particles: int) -> Tensor:
+    """J, with the derivative in θ that VaGES estimates (Bao et al. 2021): see ``Covariance``."""
+    noise = loss.draw(batch.v)
+    v = loss.perturb(batch.v, noise).detach().requires_grad_()
+    scores, log_joints, guide_scores = [], [], []
+    for _ in range(num_particles):
+        values = pair.hard_draw(batch, v)
+        log_joints.append(pair.log_joint(batch, v, values))
+        scores.append(torch.autograd.grad(log_joints[-1].sum(), v, create_graph=True)[0])
+        with params.fixed(pair.phi.values()):
+            guide_sites = pair.guide_at(batch, v, pair.fixed_latents(batch, v, values), harden=True)
+        log_q: Any = sum(site.log_prob().sum() for site in guide_sites.values())
+        (guide_score,) = gradients_of(log_q, [v])
+        guide_scores.append(torch.zeros_like(v) if guide_score is None else guide_score)
+    model_scores, log_joint = torch.stack(scores), torch.stack(log_joints)
+    fixed_scores = model_scores.detach()
+    centred = fixed_scores - fixed_scores.mean(0)
+    value = (fixed_scores - torch.stack(guide_scores)).mean(0)
+    # both are 0; their derivatives in θ make up the score's
+    covariance = (centred * (log_joint - log_joint.detach()).unsqueeze(-1)).sum(0) / (num_particles - 1)
+    score = value + (model_scores - fixed_scores).mean(0) + covariance
+    return loss(lambda _: score, batch.v, noise).mean()

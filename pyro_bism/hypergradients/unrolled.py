@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..optim import DifferentiableOptim
+from ..optim.steps import DifferentiableOptim
 from .problem import Bilevel, Gradient, Hypergradient, Result, added, in_theta
 
 __all__ = ["Unrolled"]

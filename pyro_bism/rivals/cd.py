@@ -8,10 +8,11 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..energies import Density, Point, select
-from ..kernels import Gibbs, Kernel, require_kernel
-from ..runaways import Words
-from ..visible import Batch
-from .rival import Rival, Target
+from ..programs.visible import Batch
+from ..sampling.kernels import Gibbs, Kernel, require_kernel
+from ..training.runaways import Words
+from .rival import Rival
+from .target import Target
 
 __all__ = ["CD"]
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..energies import VISIBLE
 from ..losses import OuterLoss, require_outer_loss
-from ..runaways import Words
-from ..visible import Batch
-from .rival import Rival, Target
+from ..programs.visible import Batch
+from ..training.runaways import Words
+from .rival import Rival
+from .target import Target
 
 __all__ = ["MarginalSM"]
 

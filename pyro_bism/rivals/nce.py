@@ -13,9 +13,10 @@ from torch.nn.functional import softplus
 
 from ..brief import named
 from ..energies import VISIBLE
-from ..runaways import Words
-from ..visible import Batch
-from .rival import Rival, Target
+from ..programs.visible import Batch
+from ..training.runaways import Words
+from .rival import Rival
+from .target import Target
 
 __all__ = ["LOG_NORMALIZER", "NCE", "Gaussian", "conditional_contrast", "contrast"]
 

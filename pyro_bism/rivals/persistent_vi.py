@@ -9,15 +9,17 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ..densities import Pair, Site, record, replay
 from ..distributions import base_of
 from ..energies import Energy, Point, select
-from ..kernels import Kernel, require_kernel
-from ..modes import in_own_modes
-from ..runaways import Watch, Words
-from ..visible import Batch
+from ..programs.modes import in_own_modes
+from ..programs.pair import Pair
+from ..programs.records import Site, record, replay
+from ..programs.visible import Batch
+from ..sampling.kernels import Kernel, require_kernel
+from ..training.runaways import Watch, Words
 from .cd import advance, draw_hidden
-from .rival import Rival, Target
+from .rival import Rival
+from .target import Target
 
 __all__ = ["PersistentVI"]
 

@@ -11,9 +11,10 @@ from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
 from ..energies import Latent, Point, replaced
-from ..runaways import Words
-from ..visible import Batch
-from .rival import Rival, Target
+from ..programs.visible import Batch
+from ..training.runaways import Words
+from .rival import Rival
+from .target import Target
 
 __all__ = ["PseudoLikelihood"]
 

@@ -7,7 +7,7 @@ are summed or integrated out in closed form or by enumeration, in a way found on
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,15 +16,19 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .. import densities, energies, optim, params, runaways, visible
-from ..coupling import check_rows
-from ..energies import VISIBLE, Energy, Integral, Point
+from ..compiled.step import Program, left, told
+from ..energies import Energy, Integral, Point
 from ..hypergradients import Detached, Gradient, norm
-from ..jit import Program, left, told
-from ..modes import in_own_modes
-from ..training import Buffers, Trainer, require_optim
-
-__all__ = ["Rival", "RivalInfo"]
+from ..optim.host import descend, settle
+from ..programs import params, visible
+from ..programs.analysis import analyse
+from ..programs.coupling import check_rows
+from ..programs.modes import in_own_modes
+from ..programs.pair import Pair
+from ..training import runaways
+from ..training.settings import require_optim
+from ..training.trainer import Buffers, Trainer
+from .target import Target, check_reads
 
 MAX_FOLDED = 10  # inner steps in one graph: it takes the longer to compile
 
@@ -48,48 +52,6 @@ class RivalInfo(NamedTuple):
 
     def __str__(self) -> str:
         return runaways.shown(self, runaways.RIVAL)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a rival learns, as the model's first run on arguments of this structure showed it.
-
-    :ivar pair: the model, and the guide if the method has one.
-    :ivar energy: tried out off the initial parameters, where a structure of zeros may pass for a simpler one.
-    :ivar hidden: shape of one row, and type, of each latent.
-    :ivar integral: how the latents are summed out; None if there are none.
-    :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
-    """
-
-    pair: densities.Pair
-    energy: Energy
-    hidden: Mapping[str, tuple[tuple[int, ...], Any]]
-    integral: Integral | None = None
-    multilinear: tuple[str, ...] = ()
-
-    def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
-        """The step's batch: subsampling plates draw their rows here, once."""
-        return self.pair.batch(leaves, spec, cut=True)
-
-    def point(self, seen: Point) -> Point:
-        """A point with these visible values, its latents at zero."""
-        m = len(seen[VISIBLE])
-        return {**seen, **{name: torch.zeros(m, *shape, dtype=dtype) for name, (shape, dtype) in self.hidden.items()}}
-
-    def log_prob(self, batch: visible.Batch) -> Callable[[Point], Tensor]:
-        """log p̃(v; θ) of every row of a point's visible part, shape (m,): the latents summed out."""
-        energy = self.energy.at(batch)
-        # of no block but the latents' is a precision wanted
-        hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
-        energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
-
-        def log_prob(seen):
-            x = self.point(seen)
-            if self.integral is None:
-                return energy.log_joint(x)
-            return self.integral(energy.density(x), x)
-
-        return log_prob
 
 
 @dataclass
@@ -122,7 +84,7 @@ def fit(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
     return [told(loss, length), *left(task.write_phi, gradient, allowed)]
 
 
-def descend(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
+def follow(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
     """The model's step, in the same way; what is carried on stands second."""
     loss, carried = task.loss(carried)
     gradient = torch.autograd.grad(loss, task.theta, allow_unused=True)
@@ -147,7 +109,7 @@ def both(num_inner: int) -> Callable[[Task, Any], list[Any]]:
             report, *moved = fit(task, carried, allowed)
             reports.append(report)
             allowed = report.isfinite().all() & allowed
-        report, carried, *also_moved = descend(task, carried, allowed)
+        report, carried, *also_moved = follow(task, carried, allowed)
         return [torch.stack([*reports, report]), carried, *moved, *also_moved]
 
     return solve
@@ -217,11 +179,11 @@ class Rival(Trainer):
         """The names of parameters of the method's own in the param store."""
         return ()
 
-    def _own(self, pair: densities.Pair) -> list[Tensor]:
+    def _own(self, pair: Pair) -> list[Tensor]:
         """What is trained beside θ, unconstrained."""
         return [pyro.get_param_store()._params[name] for name in self._own_names]
 
-    def _program(self, pair: densities.Pair, batch: visible.Batch) -> Callable:
+    def _program(self, pair: Pair, batch: visible.Batch) -> Callable:
         """The program whose density this is."""
         return pair.model
 
@@ -229,7 +191,7 @@ class Rival(Trainer):
         """The guide's own loss."""
         raise NotImplementedError
 
-    def _inner_leaves(self, pair: densities.Pair) -> list[Tensor]:
+    def _inner_leaves(self, pair: Pair) -> list[Tensor]:
         """φ, where the guide has a loss of its own."""
         return []
 
@@ -275,7 +237,7 @@ class Rival(Trainer):
                 raise failure
         self._carried = (carried,)
         if program is None:
-            optim.descend(self.optim, task.theta, gradient)
+            descend(self.optim, task.theta, gradient)
         else:
             program.move_theta(gradient)
         before, scale = self._watch, self._scale(target, batch)
@@ -304,10 +266,10 @@ class Rival(Trainer):
             if not all(map(math.isfinite, reports[-1])):
                 return reports, carried, []
             if program is None:
-                optim.descend(self._optims["inner_optim"], task.phi, gradient)
+                descend(self._optims["inner_optim"], task.phi, gradient)
             else:
                 program.move_phi(gradient)
-        report, carried, *gradient = run(descend, carried)
+        report, carried, *gradient = run(follow, carried)
         return [*reports, report.tolist()], carried, gradient
 
     def _diverged(self, n: int, loss: float, length: float) -> str:
@@ -322,10 +284,10 @@ class Rival(Trainer):
             "updated. Lower the learning rate, or clip the gradient."
         )
 
-    def _theta(self, pair: densities.Pair) -> list[Tensor]:
+    def _theta(self, pair: Pair) -> list[Tensor]:
         return [*pair.theta.values(), *self._own(pair)]
 
-    def _task(self, pair: densities.Pair, batch: visible.Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Task:
+    def _task(self, pair: Pair, batch: visible.Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Task:
         target = self._targets[id(pair)]
         return Task(
             loss=lambda carried: self._loss(target, batch, carried),
@@ -334,7 +296,7 @@ class Rival(Trainer):
             phi=phi,
         )
 
-    def _made(self, pair: densities.Pair) -> Program:
+    def _made(self, pair: Pair) -> Program:
         inner_optim = self._optims.get("inner_optim", self.optim)
         return Program(pair, self._task, self._theta(pair), self._inner_leaves(pair), self.optim, inner_optim)
 
@@ -390,8 +352,8 @@ class Rival(Trainer):
         self._carried = kept["carried"]
         self._watch = runaways.Watch(*kept["watch"])
 
-    def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
-        pair = densities.analyse(
+    def _analyse(self, leaves: list[Any], spec: Any) -> Pair:
+        pair = analyse(
             self.model,
             self.guide,
             leaves,
@@ -406,18 +368,18 @@ class Rival(Trainer):
         if self._carried is None or not set(self._own_names) <= set(pyro.get_param_store().keys()):
             # now, and not at the first step: a state that waits to be taken up is of all parameters
             self._carried = (self._begin(target, target.batch(leaves, spec)),)
-        optim.settle(self.optim, self._theta(pair))
+        settle(self.optim, self._theta(pair))
         self._targets[id(pair)] = target
         return pair
 
-    def _find(self, pair: densities.Pair, leaves: Sequence[Any], spec: Any) -> Target:
+    def _find(self, pair: Pair, leaves: Sequence[Any], spec: Any) -> Target:
         """The energy, tried out, and how its latents are summed out."""
         with torch.no_grad(), params.jittered([*pair.theta.values(), *pair.phi.values()]):
             batch = pair.batch(leaves, spec, cut=True)
             program = self._program(pair, batch)
             check_rows(pair, batch, model=program)
             energy, x = Energy.of(program, pair.sites, batch, pair.buffers, moves_visible=self.moves_visible)
-            _check_reads(energy, x)
+            check_reads(energy, x)
             hidden = {name: (tuple(x[name].shape[1:]), x[name].dtype) for name in energy.hidden}
             integral = self._integral(energy, x) if hidden and self.sums_latents is not False else None
             return self._check(Target(pair, energy, hidden, integral), batch)
@@ -438,24 +400,3 @@ class Rival(Trainer):
                 f"in them. {cure}."
             )
         return integral
-
-
-def _check_reads(energy: Energy, x: Point) -> None:
-    """:raises ValueError: for a visible site that the energy never reads."""
-    moved = energies.random_points(x, energy.latents, torch.ones(()))
-    before = energy.log_joint(x)
-    start = 0
-    for site in energy.sites:
-        if site.is_discrete:
-            other = {**x, site.name: moved[site.name]}
-        else:
-            columns = slice(start, start + visible.size(site))
-            v = x[VISIBLE].clone()
-            v[:, columns] = moved[VISIBLE][:, columns]
-            other = {**x, VISIBLE: v}
-            start = columns.stop
-        if torch.equal(energy.log_joint(other), before):
-            raise ValueError(
-                f"The energy never reads the value of visible site '{site.name}'. Use the site's value (the argument, "
-                "or what pyro.sample returns) in it."
-            )

@@ -10,14 +10,17 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .. import densities, divergences, runaways
-from ..densities import Pair, joint_per_example, per_example, record
-from ..optim import settle
-from ..runaways import Words
-from ..training import require_guide, require_optim, same_settings
-from ..visible import Batch
+from .. import divergences
+from ..optim.host import settle
+from ..programs.pair import Pair
+from ..programs.records import joint_per_example, per_example, record
+from ..programs.visible import Batch
+from ..training import runaways
+from ..training.runaways import Words
+from ..training.settings import require_guide, require_optim, same_settings
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
-from .rival import Rival, Target
+from .rival import Rival
+from .target import Target
 
 __all__ = ["VNCE", "VNCEInfo"]
 
@@ -141,7 +144,7 @@ class VNCE(Rival):
         pyro.param(LOG_NORMALIZER, start)
         return fitted
 
-    def _analyse(self, leaves: list[Any], spec: Any) -> densities.Pair:
+    def _analyse(self, leaves: list[Any], spec: Any) -> Pair:
         pair = super()._analyse(leaves, spec)
         settle(self.inner_optim, list(pair.phi.values()))
         return pair

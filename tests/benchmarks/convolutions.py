@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from numpyro_bism import jit  # before JAX is used: it sets a flag
+import numpyro_bism.compiled.convolutions  # before JAX is used: it sets a flag
 
 import jax  # isort: skip
 
@@ -70,7 +70,7 @@ def in_jax(x: np.ndarray, w: np.ndarray, g: np.ndarray) -> dict[str, dict[str, C
         what: {
             "alone": run(jax.jit(function)),
             "loop": run(jax.jit(looped(function))),
-            "compiled": run(jit.compiled(looped(function))),
+            "compiled": run(numpyro_bism.compiled.convolutions.compiled(looped(function))),
         }
         for what, function in functions.items()
     }

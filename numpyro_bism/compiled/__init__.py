@@ -1,0 +1,1 @@
+"""A step as one compiled program: its noise drawn ahead, its convolutions fast in a loop."""

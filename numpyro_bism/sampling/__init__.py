@@ -1,0 +1,19 @@
+"""Draws from a trained p̃(v, h): kernels that move many chains at once, and programs for the host's own MCMC."""
+
+from .chains import Chains, default_kernel, run_chains
+from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin
+from .mcmc import program, recorded
+from .predictive import Predictive
+
+__all__ = [
+    "AnnealedLangevin",
+    "Chains",
+    "Gibbs",
+    "Kernel",
+    "Langevin",
+    "Predictive",
+    "default_kernel",
+    "program",
+    "recorded",
+    "run_chains",
+]

@@ -1,0 +1,1 @@
+"""What BiSM and its rivals share while they train."""

@@ -1,0 +1,1 @@
+"""A step as graphs of tensor operations, captured and compiled."""

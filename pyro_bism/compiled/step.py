@@ -1,0 +1,294 @@
+"""The captured step: a step of BiSM, or of a rival, as graphs of tensor operations, compiled.
+
+A function of the problem runs once on stand-ins for all tensors that change from step to step (parameters,
+optimiser states, data, buffers); every operation on them is recorded (``make_fx``) and torch's compiler makes a
+program of the recording. The inner step is one such graph, called K times; hypergradient and outer update are
+another. Noise is drawn inside by torch's own generator, in the order of the eager step.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pyro
+import pyro.util
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slopes
+from ..optim.captured import KeptAdam, Settings
+from ..optim.host import descend
+from ..optim.steps import DifferentiableOptim
+from ..programs import params
+from ..programs.pair import Pair
+from ..programs.visible import Batch, flatten
+from .graph import Graph, Original
+
+MAX_CAPTURES = 8  # as torch.compile's own limit
+
+
+@dataclass
+class Captured(Bilevel):
+    """A bi-level problem on stand-ins.
+
+    :ivar strategy: the hypergradient.
+    :ivar write_theta: takes θ's optimiser step in place where it is allowed to; None if torch takes it, outside.
+    :ivar write_phi: the same for φ.
+    """
+
+    is_captured = True
+
+    strategy: Hypergradient | None = None
+    write_theta: Callable[[Gradient, Tensor], None] | None = None
+    write_phi: Callable[[Gradient, Tensor], None] | None = None
+
+
+def told(*values: Tensor) -> Tensor:
+    """What a step tells of itself, in one tensor: to read numbers out one by one takes longer than to compute them."""
+    return torch.stack([value.detach().to(values[0].device) for value in values])
+
+
+def left(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, allowed: Tensor) -> list[Any]:
+    """What of an optimiser's step is left to torch: the gradient; where ``write`` takes it, which leaves have moved."""
+    if write is None:
+        return list(gradient)
+    write(gradient, allowed)
+    return [g is not None for g in gradient]
+
+
+def _look(problem: Bilevel) -> list[Any]:
+    """G and ‖∇_φ G‖."""
+    loss, gradient = slopes(problem, "inner", "phi")
+    return [told(loss, norm(gradient))]
+
+
+def _fit(problem: Captured) -> list[Any]:
+    """An inner step: G, ‖∇_φ G‖, and the gradient if it has yet to be followed, else which leaves it moves."""
+    loss, gradient = slopes(problem, "inner", "phi")
+    length = norm(gradient)
+    return [told(loss, length), *left(problem.write_phi, gradient, length.isfinite())]
+
+
+def _follow(problem: Captured, state: Any) -> list[Any]:
+    """The outer step: ‖dJ/dθ‖, the rest of the strategy's result, and the gradient, or which leaves it moves."""
+    assert problem.strategy is not None
+    found = problem.strategy(problem, state)
+    length = norm(found.gradient)
+    rest = left(problem.write_theta, found.gradient, length.isfinite() & found.loss.isfinite())
+    return [length, found.loss, found.state, found.residual, found.curvature, *rest]
+
+
+class Program:
+    """The graphs of what a method solves, on arguments of one structure.
+
+    :param problem: makes it of a pair, a batch, θ and φ: an object with attributes ``theta`` and ``phi``, and
+        ``write_theta`` and ``write_phi``, which take the optimisers' steps in place where torch need not.
+    :param theta: what ``outer_optim`` moves.
+    :param phi: what ``inner_optim`` moves.
+    :param unrolls: whether the inner optimiser's steps are differentiated.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        problem: Callable[..., Any],
+        theta: Sequence[Tensor],
+        phi: Sequence[Tensor],
+        outer_optim: PyroOptim,
+        inner_optim: PyroOptim,
+        unrolls: bool = False,
+    ):
+        self.pair, self._problem, self._unrolls = pair, problem, unrolls
+        self._theta, self._phi = theta, phi
+        self._outer_optim, self._inner_optim = outer_optim, inner_optim
+        self._outer_kept = KeptAdam.of(outer_optim, theta)
+        self._inner_kept = KeptAdam.of(inner_optim, phi)
+        # the optimisers that are part of a graph; others take their steps outside
+        self._settings = [Settings(inner_optim, phi)] if self._inner_kept is not None or unrolls else []
+        if self._outer_kept:
+            self._settings.append(Settings(outer_optim, theta))
+        # whether a graph may take several steps of both: ClippedAdam's rate changes between them, outside
+        self.takes_steps = all([kept is not None and kept.is_steady for kept in (self._outer_kept, self._inner_kept)])
+        self._graphs: dict[Any, Graph] = {}
+        self._batch: Any = None
+        self._inputs: Mapping[str, Sequence[Tensor]] = {}
+        self._flat: list[Tensor] = []
+
+    def is_current(self, pair: Pair) -> bool:
+        """Whether this is the pair, and the optimisers' settings are those that were captured."""
+        return self.pair is pair and all([settings.are_current() for settings in self._settings])
+
+    def bind(self, batch: Batch, unrolls: bool = False) -> None:
+        """Take up a step's data; ``unrolls`` says whether an optimiser that is not Adam is read too."""
+        self._batch = batch
+        self._inputs = self._context(unrolls)
+        self._flat = [x for group in self._inputs.values() for x in group]
+
+    def move_phi(self, gradient: Any) -> None:
+        """What is left of an inner step after its graph: ``gradient``, or which leaves the graph has moved."""
+        if self._inner_kept is None:
+            descend(self._inner_optim, self._phi, gradient)
+        elif self._inner_kept.ticked(gradient):
+            self.bind(self._batch)
+
+    def move_theta(self, gradient: Any) -> None:
+        """The same of an outer step."""
+        if self._outer_kept:
+            self._outer_kept.ticked(gradient)
+        else:
+            descend(self._outer_optim, self._theta, gradient)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(problem, *args)``, captured the first time. Numbers in ``args`` are scalar inputs too."""
+        leaves, spec = ([], None) if args in ((), (None,)) else flatten(args)
+        leaves = [torch.tensor(x, dtype=torch.float64) if type(x) in (int, float) else x for x in leaves]
+        given = [x.detach() for x in leaves if isinstance(x, Tensor)]
+        key = (function, spec, tuple(None if isinstance(x, Tensor) else x for x in leaves)) if spec else function
+        graph = self._graphs.get(key)
+        if graph is None:
+
+            def whole(values: Sequence[Tensor]) -> Any:
+                rest = iter(values)
+                stand_ins = {name: [next(rest) for _ in group] for name, group in self._inputs.items()}
+                problem, swaps = self._captured(stand_ins)
+                mine = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
+                with params.attributes_kept(self.pair.modules), params.swapped(swaps):
+                    return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else args))
+
+            graph = self._graphs[key] = Graph(whole, [*self._flat, *given], self._original(function, args))
+        return graph([*self._flat, *given])
+
+    def _original(self, function: Callable[..., Any], args: Any) -> "Original":
+        """``function`` as the programs themselves run it."""
+
+        def run() -> Any:
+            problem = self._bound(self._inputs, self._batch, list(self._theta), list(self._phi))
+            with params.attributes_kept(self.pair.modules):
+                return function(problem, *args)
+
+        name = pyro.get_param_store().param_name
+        trained = {str(name(leaf)): leaf for leaf in (*self._theta, *self._phi)}
+        moved: list[tuple[Tensor, str | None]] = [(leaf.detach(), name) for name, leaf in trained.items()]
+        for leaves, kept, group in (
+            (self._theta, self._outer_kept, "outer_state"),
+            (self._phi, self._inner_kept, "inner_state"),
+        ):
+            if kept is not None:
+                width = len(self._inputs[group]) // len(leaves) if leaves else 1
+                moved += [(x, name(leaves[i // width])) for i, x in enumerate(self._inputs[group])]
+        moved += [(buffer, None) for buffer in self._inputs["buffers"]]
+        return Original(run, trained, moved, len(self._theta))
+
+    def _context(self, unrolls: bool) -> dict[str, Sequence[Tensor]]:
+        """All tensors that change from step to step."""
+        batch: Batch = self._batch
+        inner: Sequence[Tensor] = []
+        if self._inner_kept:
+            inner = self._inner_kept.tensors()
+        elif unrolls:
+            inner = list(DifferentiableOptim(self._inner_optim, self._phi).state().values())
+        return {
+            "theta": [p.detach() for p in self._theta],
+            "phi": [p.detach() for p in self._phi],
+            "buffers": self.pair.buffers,
+            "outer_state": self._outer_kept.tensors() if self._outer_kept else [],
+            "inner_state": inner,
+            "rows": [*batch.indices.values()],
+            "data": [x for x in batch.leaves if isinstance(x, Tensor)],
+        }
+
+    def _captured(self, given: Mapping[str, Sequence[Tensor]]) -> tuple[Any, dict[Tensor, Tensor]]:
+        """The problem on stand-ins for :meth:`_context`, and what they stand in for."""
+        batch: Batch = self._batch
+        data = iter(given["data"])
+        leaves = [next(data) if isinstance(x, Tensor) else x for x in batch.leaves]
+        indices = {}
+        for (name, rows), own in zip(batch.indices.items(), given["rows"], strict=True):
+            # rows that are an argument are one tensor with it: so a program reads the rows that it hands to its plate
+            indices[name] = next((y for x, y in zip(batch.leaves, leaves, strict=True) if x is rows), own)
+        stand_in = replace(batch, indices=indices, leaves=leaves)
+        theta, phi = ([p.detach().requires_grad_() for p in given[name]] for name in ("theta", "phi"))
+        swaps = dict(zip((*self._theta, *self._phi), (*theta, *phi), strict=True))
+        swaps |= dict(zip(self.pair.buffers, given["buffers"], strict=True))
+        return self._bound(given, stand_in, theta, phi), swaps
+
+    def _bound(
+        self, given: Mapping[str, Sequence[Tensor]], batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
+    ) -> Any:
+        """The problem on these parameters, whose optimisers' steps are taken in place in ``given``."""
+        problem = self._stand_in(self.pair, batch, theta, phi)
+        if self._outer_kept:
+            kept = self._outer_kept
+            problem.write_theta = lambda g, allowed: kept.write(given["theta"], given["outer_state"], g, allowed)
+        if self._inner_kept:
+            inner = self._inner_kept
+            problem.write_phi = lambda g, allowed: inner.write(given["phi"], given["inner_state"], g, allowed)
+        return problem
+
+    def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
+        return self._problem(pair, batch, theta, phi)
+
+
+class BilevelProgram(Program):
+    """The graphs of a bi-level problem.
+
+    :param strategy: the hypergradient.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        problem: Callable[..., Bilevel],
+        theta: Sequence[Tensor],
+        phi: Sequence[Tensor],
+        outer_optim: PyroOptim,
+        inner_optim: PyroOptim,
+        strategy: Hypergradient,
+    ):
+        super().__init__(pair, problem, theta, phi, outer_optim, inner_optim, strategy.unrolls)
+        self._strategy = strategy
+
+    def fit(self, moves: bool) -> tuple[float, float]:
+        """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
+        report, *gradient = self.run(_fit if moves else _look)
+        loss, length = report.tolist()
+        if moves and math.isfinite(length):
+            self.move_phi(gradient)
+        return loss, length
+
+    def follow(self, problem: Bilevel, state: Any) -> tuple[Result, float]:
+        """The outer step: what the strategy found, and ‖dJ/dθ‖. Nothing moves where they are not finite."""
+        whole = not self._strategy.resets_noise
+        if self._inner_kept is None and self._strategy.unrolls:
+            self.bind(self._batch, unrolls=True)
+        if whole:
+            size, loss, state, residual, curvature, *gradient = self.run(_follow, state)
+            found = Result(loss, gradient, state, residual, curvature)
+        else:
+            found = self._strategy(problem, state)
+            size = norm(found.gradient)
+        length = size.item()
+        if math.isfinite(length) and math.isfinite(found.loss.item()):
+            if whole:
+                self.move_theta(gradient)
+            else:
+                descend(self._outer_optim, self._theta, found.gradient)
+        return found, length
+
+    def _bound(
+        self, given: Mapping[str, Sequence[Tensor]], batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
+    ) -> Captured:
+        problem = super()._bound(given, batch, theta, phi)
+        if self._inner_kept:
+            problem.steps = self._inner_kept.bound(given["inner_state"])
+        elif given["inner_state"]:
+            steps = DifferentiableOptim(self._inner_optim, self._phi)
+            problem.steps = steps.resumed(dict(zip(steps.state(), given["inner_state"], strict=True)))
+        return problem
+
+    def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Captured:
+        plain = self._problem(pair, batch, theta, phi)
+        return Captured(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)

@@ -1,0 +1,1 @@
+"""Optimisers as users pass them, and their own steps as differentiable functions."""

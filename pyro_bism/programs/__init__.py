@@ -1,0 +1,1 @@
+"""What a pair of programs is, a model and its guide: records of their runs, rows, parameters, checks."""
