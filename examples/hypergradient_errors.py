@@ -20,8 +20,8 @@ import numpy as np
 from scipy.stats import spearmanr  # scikit-learn brings SciPy
 from tqdm import tqdm
 
-import kept
 import numpyro_bism as bism
+import results_file
 from hypergradients import tally
 from problems import BATCH_SIZE, PROBLEMS, engine
 
@@ -97,14 +97,14 @@ def main():
     args = parser.parse_args()
     path = args.output / "hypergradient_errors.json"
     about = {"steps": args.steps, "draws": args.draws, "gradients": args.gradients}
-    found = kept.load(parser, path, about)
+    found = results_file.load(parser, path, about)
     for name, strategy in tqdm(list(itertools.product(args.problems, args.strategies)), desc="runs"):
         if strategy in found.setdefault(name, {}):
             continue
         problem = PROBLEMS[name]()
         steps = args.steps or problem.steps // 25
         found[name][strategy] = row(problem, strategy, steps, args.draws, args.gradients)
-        kept.save(path, about, found)
+        results_file.save(path, about, found)
     print("| problem | strategy | true | estimate | verdict |\n|---|---|---|---|---|")
     pairs = []
     for name, strategy in itertools.product(args.problems, args.strategies):

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import kept
+import results_file
 from checkerboard import expected_log_likelihood
 from data import checkerboard, digits, frey_faces
 
@@ -281,7 +281,7 @@ def inner_noise(setting, latents, common, num=400):
 
     def inner(key, phi):
         params = pair.params(theta, unravel(phi), None)
-        return divergences.of(key, bism.loss, bism._inner, pair, params, batch)
+        return divergences.perturbed_inner_loss(key, bism.loss, bism._inner, pair, params, batch)
 
     keys = jax.random.split(jax.random.key(1), num)
     hessians = np.asarray(jax.lax.map(lambda key: jax.hessian(inner, 1)(key, flat), keys))
@@ -394,7 +394,7 @@ def problems_table(parser, args):
     if unknown := [name for name in names if name not in problems.PROBLEMS]:
         parser.error(f"there is no problem {unknown}; there are {list(problems.PROBLEMS)}")
     path, about = args.output / "problems.json", {"steps": args.steps, "seeds": args.seeds}
-    found = kept.load(parser, path, about)
+    found = results_file.load(parser, path, about)
     for name, strategy in tqdm(list(itertools.product(names, chosen)), desc="problems"):
         if strategy in found.setdefault(name, {}):
             continue
@@ -405,7 +405,7 @@ def problems_table(parser, args):
         except ValueError as error:  # it does not fit the programs, and says why
             row = {"refused": str(error)}
         found[name][strategy] = row
-        kept.save(path, about, found)
+        results_file.save(path, about, found)
     lines = ["| problem | the default is | " + " | ".join(chosen) + " |", "|---" * (len(chosen) + 2) + "|"]
     for name in names:
         cells = [_problem_cell(found[name][strategy]) for strategy in chosen]

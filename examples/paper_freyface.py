@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import expit  # scikit-learn brings SciPy
 from tqdm import tqdm
 
-import kept
+import results_file
 from data import Split, digits, frey_faces
 from paper_checkerboard import Setting, numpyro_backend, pyro_backend, start
 
@@ -177,7 +177,7 @@ def main() -> None:
     backend, whole = make(setting), make(setting._replace(batch_size=None))
     path = args.output.with_suffix(".json")
     about = {"backend": args.backend, "steps": steps, "seed": args.seed, "setting": list(setting)}
-    results = kept.load(parser, path, about)
+    results = results_file.load(parser, path, about)
     with tqdm(pairs) as bar:
         for n, k in bar:
             name = f"{n}, K = {k}" if isinstance(n, str) else f"N = {n}, K = {k}"
@@ -190,7 +190,7 @@ def main() -> None:
             seconds = time.perf_counter() - begun
             found = judged(whole, params, data.test, args.seed, temperatures, sweeps)
             results[name] = {"N": n, "K": k, "seconds": seconds, **found}
-            kept.save(path, about, results)
+            results_file.save(path, about, results)
     print(f"{args.backend}, {setting.visible} x {setting.hidden} units, {steps:,} steps, seed {args.seed}")
     print(table(results))
     picture(results, data, args.output.with_suffix(".png"))

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import digits, grbm_log_likelihood
-from report import Run, Theta, describe_posterior, draw, gaussian_log_likelihood, print_table
+from tables import Run, Theta, describe_posterior, draw, gaussian_log_likelihood, print_table
 
 # Noise of the denoising loss, pixels being in [0, 1]. Score matching with noise learns the density of the *noisy*
 # images, so those are held out too. Clean ones have pixels that never vary, where a density has no bound.

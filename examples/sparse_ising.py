@@ -31,7 +31,7 @@ from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoNormal
 from tqdm import tqdm
 
-import kept
+import results_file
 from numpyro_bism import CD, Gibbs, PersistentVI, PseudoLikelihood, to_arviz
 
 MEAN_DEGREE = 2  # of the random graph
@@ -319,7 +319,7 @@ def main() -> None:
     cells = [(graph, num, seed) for seed in args.seeds for graph in args.graphs for num in args.draws]
     path = args.output.with_suffix(".json")
     about = {"steps": steps, "chains": args.chains, "smoke": args.smoke}
-    results = kept.load(parser, path, about)
+    results = results_file.load(parser, path, about)
     with tqdm([(*cell, method) for cell in cells for method in args.methods]) as bar:
         for graph, num_draws, seed, method in bar:
             key = key_of(graph, num_draws, seed)
@@ -338,7 +338,7 @@ def main() -> None:
             found = np.asarray(METHODS[method](x, steps, args.chains, seed, run.get("penalty")))
             seconds = time.perf_counter() - begun
             run[method] = {"error": float(np.sqrt(np.mean((found - truth) ** 2))), "seconds": seconds}
-            kept.save(path, about, results)
+            results_file.save(path, about, results)
     print(f"root-mean-square error of the couplings, {steps:,} steps, seeds {args.seeds}")
     print(report_cells(results, cells, args.methods))
     print(f"The numbers are in {path}.")

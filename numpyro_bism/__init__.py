@@ -52,7 +52,7 @@ from .rivals import CD, NCE, VNCE, MarginalSM, PersistentVI, PseudoLikelihood, R
 from .sampling import AnnealedLangevin, Gibbs, Langevin
 from .sampling.chains import run_chains
 from .sampling.kernels import Kernel
-from .sampling.mcmc import program, recorded
+from .sampling.mcmc import as_model, with_statistics
 from .sampling.predictive import Predictive
 
 __version__ = "0.1.0"
@@ -99,6 +99,7 @@ __all__ = [
     "Unrolled",
     "VNCEInfo",
     "ais",
+    "as_model",
     "calibration",
     "denoise",
     "diagnose",
@@ -111,12 +112,11 @@ __all__ = [
     "log_normalizer",
     "loo",
     "maximum_mean_discrepancy",
-    "program",
     "psis_khat",
-    "recorded",
     "run_chains",
     "score",
     "to_arviz",
+    "with_statistics",
 ]
 
 # jaxlib 0.10.2, the newest for Python 3.11, silently sums wrongly on CPUs from row 32,769 on where a product with a

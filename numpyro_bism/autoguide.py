@@ -26,7 +26,7 @@ from numpyro.distributions.discrete import (
 
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of
 from .programs import visible
-from .programs.records import Site, record
+from .programs.records import SiteRecord, record
 
 __all__ = ["AmortizedGuide"]
 
@@ -144,7 +144,7 @@ class AmortizedGuide:
             self.model(*args, **kwargs)
         inputs = _Inputs.found(run.sites, leaves, spec)
         hidden = {name: site for name, site in run.sites.items() if not site.is_observed}
-        latents = tuple(_Latent.of(site, inputs, self.family, self.discrete) for site in hidden.values())
+        latents = tuple(_Latent.from_site(site, inputs, self.family, self.discrete) for site in hidden.values())
         if not latents:
             raise ValueError("AmortizedGuide: the model has no latent site. Pass guide=lambda *args: None.")
         self._inputs, self._latents = inputs, latents
@@ -177,7 +177,7 @@ class _Inputs:
     dtype: Any
 
     @classmethod
-    def found(cls, sites: Mapping[str, Site], leaves: Sequence[Any], spec: Any) -> "_Inputs":
+    def found(cls, sites: Mapping[str, SiteRecord], leaves: Sequence[Any], spec: Any) -> "_Inputs":
         site, seen = _first_visible(sites, leaves)
         leading = site.fn.event_dim - jnp.ndim(site.value)
         frame = next((f for f in site.frames if f.dim == leading), None)
@@ -223,7 +223,7 @@ class _Inputs:
         return jnp.concatenate([x.reshape(len(x), -1).astype(self.dtype) for x in values], -1)
 
 
-def _first_visible(sites: Mapping[str, Site], leaves: Sequence[Any]) -> tuple[Site, visible.VisibleSite]:
+def _first_visible(sites: Mapping[str, SiteRecord], leaves: Sequence[Any]) -> tuple[SiteRecord, visible.VisibleSite]:
     """A site that is data, and where its value stands among the arguments.
 
     :raises ValueError: if there is none; what is wrong with the first.
@@ -271,7 +271,7 @@ class _Latent:
     is_summed: bool
 
     @classmethod
-    def of(cls, site: Site, inputs: _Inputs, family: str, discrete: str) -> "_Latent":
+    def from_site(cls, site: SiteRecord, inputs: _Inputs, family: str, discrete: str) -> "_Latent":
         fn, base = site.fn, base_of(site.fn)
         frames = tuple(f.name for f in site.frames)
         value_shape = jnp.shape(site.value)

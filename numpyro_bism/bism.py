@@ -10,9 +10,9 @@ from jax import Array
 from numpyro.infer import Trace_ELBO
 
 from . import divergences, energies
-from .compiled.noise import taken_apart
+from .compiled.noise import split_noise
 from .energies import averages
-from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, fused, require_hypergradient
+from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, require_hypergradient, unroll_factor
 from .hypergradients.shifts import require_shiftable, shifted_losses
 from .hypergradients.surrogates import covariance_loss, posterior_loss
 from .losses import OuterLoss, require_outer_loss
@@ -23,7 +23,7 @@ from .programs.checks import Analysis
 from .programs.coupling import check_rows
 from .programs.guides import refuse_autoguide
 from .programs.modes import in_own_modes
-from .programs.pair import Pair
+from .programs.pair import ModelAndGuide
 from .programs.params import jittered
 from .training import runaways
 from .training.settings import require_guide
@@ -211,11 +211,11 @@ class BiSM(Trainer):
         # without inner steps the losses are for info alone
         num = max(self.num_inner_steps, 1)
         keys = jax.random.split(key_inner, num) if self.num_inner_steps else key_inner[None]
-        ahead = self._strategy.ahead(key_outer)
+        ahead = self._strategy.noise_keys(key_outer)
         problem = self._problem(pair, batch, mutable, keys[: self.num_inner_steps])
-        draw, inner = taken_apart(problem.inner, key_inner, theta, phi)
+        draw, inner = split_noise(problem.inner, key_inner, theta, phi)
         noise = jax.vmap(draw)(jnp.concatenate([keys, ahead]))
-        problem = replace(problem, ahead=([x[num:] for x in noise], inner))
+        problem = replace(problem, prefetched=([x[num:] for x in noise], inner))
         inner_state = state.inner_optim_state
 
         def fit(inner_state, noise):
@@ -225,7 +225,7 @@ class BiSM(Trainer):
             return self.inner_optim.update(gradient, inner_state, value=loss), (loss, norm(gradient))
 
         fitted, (inner_losses, inner_norms) = jax.lax.scan(
-            fit, inner_state, [x[:num] for x in noise], length=num, unroll=fused(num)
+            fit, inner_state, [x[:num] for x in noise], length=num, unroll=unroll_factor(num)
         )
         if self.num_inner_steps:
             inner_state = fitted
@@ -267,14 +267,18 @@ class BiSM(Trainer):
             f"it in inner_optim. Otherwise {self._strategy.cure}"
         )
 
-    def _problem(self, pair: Pair, batch: Any, mutable: Any, inner_keys: Any, outer_loss: Any = None) -> Bilevel:
+    def _problem(
+        self, pair: ModelAndGuide, batch: Any, mutable: Any, inner_keys: Any, outer_loss: Any = None
+    ) -> Bilevel:
         loss = self.loss if outer_loss is None else outer_loss
 
         def outer(key, theta, phi):
             return pair.outer_loss(key, pair.params(theta, phi, mutable), batch, loss)
 
         def inner(key, theta, phi):
-            return divergences.of(key, self.loss, self._inner, pair, pair.params(theta, phi, mutable), batch)
+            return divergences.perturbed_inner_loss(
+                key, self.loss, self._inner, pair, pair.params(theta, phi, mutable), batch
+            )
 
         def surrogate(estimate):
             """A loss that needs θ a second time, as numbers: what it does not differentiate."""
@@ -347,18 +351,18 @@ class BiSM(Trainer):
         params = pair.params(*self._unpack(pair, state), state.mutable_state)
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = pair.batch(key_batch, leaves, spec)
-        values, _ = pair.hard_draw(key_draw, params, batch, batch.v)
+        values, _ = pair.draw_discrete(key_draw, params, batch, batch.v)
 
         def same(kept_state, kept_leaves, _):
             return kept_state is state and all(a is b for a, b in zip(kept_leaves, leaves, strict=False))
 
         like = next((kept[2] for kept in self._energies if len(kept[1]) == len(leaves) and same(*kept)), None)
-        energy, x = energies.Energy.of(pair.model, pair.sites, batch, params, key_energy, values, like)
+        energy, x = energies.Energy.from_model(pair.model, pair.sites, batch, params, key_energy, values, like)
         if like is None:  # two, as a report looks at all rows and at some
             self._energies = [(state, leaves, energy), *self._energies[:1]]
         return energy, params, x
 
-    def _unpack(self, pair: Pair, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _unpack(self, pair: ModelAndGuide, state: BiSMState) -> tuple[dict[str, Any], dict[str, Any]]:
         theta = self.optim.get_params(state.optim_state)
         phi = self.inner_optim.get_params(state.inner_optim_state)
         require_no_local(pair, phi)

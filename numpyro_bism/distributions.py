@@ -192,7 +192,7 @@ def relaxed(fn: dist.Distribution) -> dist.Distribution:
     return fn if is_flat(fn) else rebuild(fn, change)
 
 
-def hard(fn: dist.Distribution) -> dist.Distribution:
+def discretized(fn: dist.Distribution) -> dist.Distribution:
     """The discrete distribution that a relaxed guide site stands for; any other unchanged."""
     if not isinstance(base_of(fn), ConcreteBernoulli | ConcreteOneHot):
         return fn

@@ -12,7 +12,7 @@ from numpyro.infer.elbo import ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 from .brief import named
 from .losses import OuterLoss
-from .programs.pair import Draw, Pair
+from .programs.pair import Draw, ModelAndGuide
 from .programs.visible import Batch
 
 __all__ = ["FisherDivergence", "InnerLoss"]
@@ -22,12 +22,12 @@ __all__ = ["FisherDivergence", "InnerLoss"]
 class InnerLoss(Protocol):
     """What BiSM asks of an inner loss that is no ELBO of the host. Your own derives from it: ``docs/extending.md``."""
 
-    def check_guide(self, pair: Pair) -> None:
+    def check_guide(self, pair: ModelAndGuide) -> None:
         """:raises ValueError: where it does not fit the guide's sites."""
         return
 
     @abstractmethod
-    def __call__(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
+    def __call__(self, rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
         """G: the mean over the batch, at the perturbed v, with fresh draws."""
         ...
 
@@ -51,7 +51,7 @@ class FisherDivergence(InnerLoss):
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}.")
 
-    def check_guide(self, pair: Pair) -> None:
+    def check_guide(self, pair: ModelAndGuide) -> None:
         if pair.phi and not (pair.sampled or pair.enumerated):
             raise ValueError(
                 "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
@@ -63,7 +63,7 @@ class FisherDivergence(InnerLoss):
                 "Use inner_loss=TraceEnum_ELBO()."
             )
 
-    def __call__(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
+    def __call__(self, rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
         def one(key):
             key_draw, key_model = jax.random.split(key)
             draw, _ = pair.draw(key_draw, params, batch, v)
@@ -82,7 +82,7 @@ class FisherDivergence(InnerLoss):
         return jax.vmap(one)(jax.random.split(rng_key, self.num_particles)).mean() / len(batch.v)
 
 
-def as_inner_loss(inner_loss: Any) -> Callable[[Array, Pair, Mapping[str, Any], Batch, Array], Array]:
+def as_inner_loss(inner_loss: Any) -> Callable[[Array, ModelAndGuide, Mapping[str, Any], Batch, Array], Array]:
     """The inner loss as a function of (rng_key, pair, params, batch, perturbed v), a mean over the data.
 
     A host ELBO sums over the data; here it is divided by their number, so that the inner learning rate means
@@ -102,7 +102,7 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Array, Pair, Mapping[str, Any], 
             "inner_loss: multi_sample_guide=True and sum_sites=False are not supported; take the defaults."
         )
 
-    def elbo(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
+    def elbo(rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
         args, kwargs = batch.arguments(v)
         model, guide = pair.programs(params, batch)
         return inner_loss.loss(rng_key, {}, model, guide, *args, **kwargs) / pair.num_data
@@ -110,7 +110,7 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Array, Pair, Mapping[str, Any], 
     return elbo
 
 
-def check(inner_loss: Any, pair: Pair) -> None:
+def check(inner_loss: Any, pair: ModelAndGuide) -> None:
     """:raises ValueError: where the inner loss does not fit the guide's sites."""
     if isinstance(inner_loss, InnerLoss):
         inner_loss.check_guide(pair)
@@ -127,8 +127,8 @@ def check(inner_loss: Any, pair: Pair) -> None:
         )
 
 
-def of(
-    rng_key: Array, loss: OuterLoss, inner_loss: Callable, pair: Pair, params: Mapping[str, Any], batch: Batch
+def perturbed_inner_loss(
+    rng_key: Array, loss: OuterLoss, inner_loss: Callable, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch
 ) -> Array:
     """The inner loss G on freshly perturbed data, perturbed as the outer loss perturbs them."""
     key_noise, key_inner = jax.random.split(rng_key)

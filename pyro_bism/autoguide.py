@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from .distributions import ConcreteBernoulli, ConcreteOneHot, base_of
 from .programs import visible
-from .programs.records import Site, record
+from .programs.records import SiteRecord, record
 
 __all__ = ["AmortizedGuide"]
 
@@ -122,7 +122,7 @@ class AmortizedGuide(PyroModule):
             self._model[0](*args, **kwargs)
         inputs = _Inputs.found(run.sites, leaves, spec)
         hidden = {name: site for name, site in run.sites.items() if not site.is_observed}
-        latents = tuple(_Latent.of(site, inputs, self.family, self.discrete) for site in hidden.values())
+        latents = tuple(_Latent.from_site(site, inputs, self.family, self.discrete) for site in hidden.values())
         if not latents:
             raise ValueError("AmortizedGuide: the model has no latent site. Pass guide=lambda *args: None.")
         with torch.no_grad():
@@ -172,7 +172,7 @@ class _Inputs:
     dtype: torch.dtype
 
     @classmethod
-    def found(cls, sites: Mapping[str, Site], leaves: Sequence[Any], spec: Any) -> "_Inputs":
+    def found(cls, sites: Mapping[str, SiteRecord], leaves: Sequence[Any], spec: Any) -> "_Inputs":
         site, seen = _first_visible(sites, leaves)
         value = site.value
         leading = site.fn.event_dim - value.dim()
@@ -225,7 +225,7 @@ class _Inputs:
         return torch.cat([x.reshape(len(x), -1).to(self.dtype) for x in values], -1)
 
 
-def _first_visible(sites: Mapping[str, Site], leaves: Sequence[Any]) -> tuple[Site, visible.VisibleSite]:
+def _first_visible(sites: Mapping[str, SiteRecord], leaves: Sequence[Any]) -> tuple[SiteRecord, visible.VisibleSite]:
     """A site that is data, and where its value stands among the arguments.
 
     :raises ValueError: if there is none; what is wrong with the first.
@@ -273,7 +273,7 @@ class _Latent:
     is_summed: bool
 
     @classmethod
-    def of(cls, site: Site, inputs: _Inputs, family: str, discrete: str) -> "_Latent":
+    def from_site(cls, site: SiteRecord, inputs: _Inputs, family: str, discrete: str) -> "_Latent":
         fn, base = site.fn, base_of(site.fn)
         frames = tuple(f.name for f in site.frames if f.vectorized)
         batch_shape = list(site.value.shape[: site.value.dim() - fn.event_dim])

@@ -11,18 +11,18 @@ from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
 from . import divergences, energies
-from .compiled.step import BilevelProgram
+from .compiled.step import CapturedBilevelStep
 from .energies import averages
 from .hypergradients import Amortized, Bilevel, Hypergradient, Result, chosen, norm, require_hypergradient, slopes
 from .hypergradients.shifts import require_shiftable, shifted_losses
 from .hypergradients.surrogates import covariance_loss, posterior_loss
 from .losses import OuterLoss, require_outer_loss
-from .optim.host import descend, require_unrollable, settle
+from .optim.host import create_optimizers, descend, require_unrollable
 from .programs.analysis import analyse, check_held
 from .programs.coupling import check_rows
 from .programs.guides import refuse_autoguide, runs_model
 from .programs.modes import in_own_modes
-from .programs.pair import Pair
+from .programs.pair import ModelAndGuide
 from .programs.params import buffers_kept, jittered
 from .training import runaways
 from .training.settings import require_guide, require_optim, same_settings
@@ -142,7 +142,7 @@ class BiSM(Trainer):
         self.info: BiSMInfo | None = None
         self._inner = divergences.as_inner_loss(inner_loss)
         # what the hypergradient carries from step to step, in a tuple; None before the first
-        self._carried: tuple[Any] | None = None
+        self._method_state: tuple[Any] | None = None
         self._carried_by: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # whose names; None after loading
         self._watch = runaways.begin()
 
@@ -161,13 +161,13 @@ class BiSM(Trainer):
         batch = pair.batch(leaves, spec)
         buffers = Buffers(pair.buffers)
         problem = self._problem(pair, batch, theta, phi)
-        program: BilevelProgram | None = self._captured(pair, batch) if self.jit else None
+        program: CapturedBilevelStep | None = self._captured(pair, batch) if self.jit else None
         if program is not None:
             problem.run = program.run  # type: ignore[method-assign]
         names = tuple(pair.theta), tuple(pair.phi)
         # a parameter that was frozen or unfrozen on the way has no place in what is carried
-        if self._carried is None or self._carried_by not in (None, names):
-            self._carried = (self._strategy.init(theta, phi),)
+        if self._method_state is None or self._carried_by not in (None, names):
+            self._method_state = (self._strategy.init(theta, phi),)
         self._carried_by = names
         try:
             inner_loss, inner_norm = self._fit(problem, buffers, program)
@@ -196,7 +196,7 @@ class BiSM(Trainer):
             )
             self._annotate(failure, leaves, spec, pair)
             raise failure
-        self._carried = (found.state,)
+        self._method_state = (found.state,)
         if program is None:
             descend(self.optim, theta, found.gradient)
         before = self._watch
@@ -205,13 +205,13 @@ class BiSM(Trainer):
         runaways.warn(before, self._watch)
         return self.info.outer_loss
 
-    def _follow(self, problem: Bilevel, program: BilevelProgram | None) -> tuple[Result, float]:
+    def _follow(self, problem: Bilevel, program: CapturedBilevelStep | None) -> tuple[Result, float]:
         """What the hypergradient finds, and its norm; a program moves θ too."""
-        assert self._carried is not None
+        assert self._method_state is not None
         if program is not None:
-            return program.follow(problem, *self._carried)
+            return program.follow(problem, *self._method_state)
         with pyro.validation_enabled(False):
-            found = self._strategy(problem, *self._carried)
+            found = self._strategy(problem, *self._method_state)
         return found, norm(found.gradient).item()
 
     @property
@@ -219,15 +219,15 @@ class BiSM(Trainer):
         assert self.hypergradient is not None  # chosen when the programs were looked at
         return self.hypergradient
 
-    def _made(self, pair: Pair) -> BilevelProgram:
+    def _capture(self, pair: ModelAndGuide) -> CapturedBilevelStep:
         theta, phi = list(pair.theta.values()), list(pair.phi.values())
-        return BilevelProgram(pair, self._problem, theta, phi, self.optim, self.inner_optim, self._strategy)
+        return CapturedBilevelStep(pair, self._problem, theta, phi, self.optim, self.inner_optim, self._strategy)
 
     def _problem(self, pair, batch, theta, phi, outer_loss=None) -> Bilevel:
         loss = self.loss if outer_loss is None else outer_loss
         return Bilevel(
             outer=lambda: pair.outer_loss(batch, loss),
-            inner=lambda: divergences.of(self.loss, self._inner, pair, batch),
+            inner=lambda: divergences.perturbed_inner_loss(self.loss, self._inner, pair, batch),
             posterior=lambda: posterior_loss(pair, batch, loss),
             covariance=lambda num: covariance_loss(pair, batch, loss, num),
             shifted=lambda: shifted_losses(pair, batch, loss, self._inner),
@@ -239,7 +239,7 @@ class BiSM(Trainer):
             buffers=pair.buffers,
         )
 
-    def _fit(self, problem: Bilevel, buffers: Buffers, program: BilevelProgram | None) -> tuple[float, float]:
+    def _fit(self, problem: Bilevel, buffers: Buffers, program: CapturedBilevelStep | None) -> tuple[float, float]:
         """The K kept inner steps: G and ‖∇_φ G‖ at the last."""
         for k in range(max(self.num_inner_steps, 1)):
             # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
@@ -275,7 +275,7 @@ class BiSM(Trainer):
         finally:
             buffers.restore()
 
-    def _analyse(self, leaves: list[Any], spec: Any) -> Pair:
+    def _analyse(self, leaves: list[Any], spec: Any) -> ModelAndGuide:
         refuse_autoguide(self.guide)
         guide = averages.averaging(self.guide)
         # what Amortized() asks of a guide is no less than what the others do that may be chosen
@@ -294,13 +294,13 @@ class BiSM(Trainer):
             with buffers_kept(pair.buffers):
                 pair = self._fitted(pair, batch)
         phi = list(pair.phi.values())
-        settle(self.optim, list(pair.theta.values()))
-        settle(self.inner_optim, phi)
+        create_optimizers(self.optim, list(pair.theta.values()))
+        create_optimizers(self.inner_optim, phi)
         if self._strategy.unrolls:
             require_unrollable(self.inner_optim, phi)
         return pair
 
-    def _fitted(self, pair: Pair, batch: Any) -> Pair:
+    def _fitted(self, pair: ModelAndGuide, batch: Any) -> ModelAndGuide:
         """The pair with what the hypergradient knows of it; where none was asked for, it is chosen.
 
         :raises ValueError: where the one asked for does not fit the programs.
@@ -322,10 +322,10 @@ class BiSM(Trainer):
     def _optims(self) -> dict[str, PyroOptim]:
         return {"optim": self.optim, "inner_optim": self.inner_optim}
 
-    def _kept(self) -> dict[str, Any]:
-        return {"hypergradient": self._carried, "watch": self._watch}
+    def _checkpoint(self) -> dict[str, Any]:
+        return {"hypergradient": self._method_state, "watch": self._watch}
 
-    def _keep(self, kept: Mapping[str, Any]) -> None:
+    def _restore(self, kept: Mapping[str, Any]) -> None:
         carried = kept["hypergradient"]
         pair = next(reversed(self._pairs.values()))
         fresh = self._strategy.init(list(pair.theta.values()), list(pair.phi.values()))
@@ -334,18 +334,18 @@ class BiSM(Trainer):
                 f"The state was made with another hypergradient than {type(self._strategy).__name__}: it lacks "
                 "what that one carries from step to step, or has more."
             )
-        self._carried, self._carried_by = carried, None
+        self._method_state, self._carried_by = carried, None
         self._watch = runaways.Watch(*kept["watch"])
 
     @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> tuple[energies.Energy, energies.Point]:
         """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
         pair, leaves, spec = self._prepare_evaluation(args, kwargs)
-        batch = pair.batch(leaves, spec, cut=True)
+        batch = pair.batch(leaves, spec, resizable=True)
         buffers = Buffers(pair.buffers)
         try:
-            values = pair.hard_draw(batch, batch.v)
+            values = pair.draw_discrete(batch, batch.v)
         finally:
             buffers.restore()
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
-        return energies.Energy.of(pair.model, pair.sites, batch, pair.buffers, values)
+        return energies.Energy.from_model(pair.model, pair.sites, batch, pair.buffers, values)

@@ -214,7 +214,7 @@ def relaxed(fn: TorchDistribution) -> TorchDistribution:
     return fn if is_flat(fn) else rebuild(fn, change)
 
 
-def hard(fn: TorchDistribution) -> TorchDistribution:
+def discretized(fn: TorchDistribution) -> TorchDistribution:
     """The discrete distribution that a relaxed guide site stands for; any other unchanged."""
     if not isinstance(base_of(fn), ConcreteBernoulli | ConcreteOneHot):
         return fn

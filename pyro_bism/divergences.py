@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .brief import named
 from .losses import OuterLoss
-from .programs.pair import Draw, Pair
-from .programs.records import Site
+from .programs.pair import Draw, ModelAndGuide
+from .programs.records import SiteRecord
 from .programs.visible import Batch
 
 __all__ = ["FisherDivergence", "InnerLoss"]
@@ -23,12 +23,12 @@ __all__ = ["FisherDivergence", "InnerLoss"]
 class InnerLoss(Protocol):
     """What BiSM asks of an inner loss that is no ELBO of the host. Your own derives from it: ``docs/extending.md``."""
 
-    def check_guide(self, pair: Pair) -> None:
+    def check_guide(self, pair: ModelAndGuide) -> None:
         """:raises ValueError: where it does not fit the guide's sites."""
         return
 
     @abstractmethod
-    def __call__(self, pair: Pair, batch: Batch, v: Tensor) -> Tensor:
+    def __call__(self, pair: ModelAndGuide, batch: Batch, v: Tensor) -> Tensor:
         """G: the mean over the batch, at the perturbed v, with fresh draws."""
         ...
 
@@ -52,7 +52,7 @@ class FisherDivergence(InnerLoss):
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}.")
 
-    def check_guide(self, pair: Pair) -> None:
+    def check_guide(self, pair: ModelAndGuide) -> None:
         if pair.phi and not (pair.sampled or pair.enumerated):
             raise ValueError(
                 "FisherDivergence needs a guide that draws its latents from a density; this one gives points "
@@ -69,7 +69,7 @@ class FisherDivergence(InnerLoss):
                 "Use inner_loss=TraceEnum_ELBO()."
             )
 
-    def __call__(self, pair: Pair, batch: Batch, v: Tensor) -> Tensor:
+    def __call__(self, pair: ModelAndGuide, batch: Batch, v: Tensor) -> Tensor:
         total: Any = 0.0
         for _ in range(self.num_particles):
             draw, sites = pair.draw(batch, v)
@@ -88,7 +88,9 @@ class FisherDivergence(InnerLoss):
             total = total + sum(0.5 * g.square().sum() for g in gradients)
         return total / (self.num_particles * len(batch.v))
 
-    def _again(self, pair: Pair, batch: Batch, v: Tensor, values: Mapping[str, Tensor]) -> tuple[Draw, dict[str, Site]]:
+    def _again(
+        self, pair: ModelAndGuide, batch: Batch, v: Tensor, values: Mapping[str, Tensor]
+    ) -> tuple[Draw, dict[str, SiteRecord]]:
         try:
             return pair.draw(batch, v, values)
         except KeyError as error:
@@ -99,7 +101,7 @@ class FisherDivergence(InnerLoss):
             ) from error
 
 
-def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
+def as_inner_loss(inner_loss: Any) -> Callable[[ModelAndGuide, Batch, Tensor], Tensor]:
     """The inner loss as a function of (pair, batch, perturbed v), a mean over the data.
 
     A host ELBO sums over the data; here it is divided by their number, so that the inner learning rate means
@@ -118,7 +120,7 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
 
     is_plain = type(inner_loss) is Trace_ELBO and inner_loss.num_particles == 1 and not inner_loss.vectorize_particles
 
-    def elbo(pair: Pair, batch: Batch, v: Tensor) -> Tensor:
+    def elbo(pair: ModelAndGuide, batch: Batch, v: Tensor) -> Tensor:
         host = inner_loss
         if pair.averaged and not pair.enumerated and type(inner_loss) is TraceEnum_ELBO:
             # the same number, without its complaint that there is nothing to enumerate
@@ -132,7 +134,7 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Pair, Batch, Tensor], Tensor]:
     return elbo
 
 
-def check(inner_loss: Any, pair: Pair) -> None:
+def check(inner_loss: Any, pair: ModelAndGuide) -> None:
     """:raises ValueError: where the inner loss does not fit the guide's sites."""
     if isinstance(inner_loss, InnerLoss):
         inner_loss.check_guide(pair)
@@ -143,6 +145,6 @@ def check(inner_loss: Any, pair: Pair) -> None:
         )
 
 
-def of(loss: OuterLoss, inner_loss: Callable, pair: Pair, batch: Batch) -> Tensor:
+def perturbed_inner_loss(loss: OuterLoss, inner_loss: Callable, pair: ModelAndGuide, batch: Batch) -> Tensor:
     """The inner loss G on freshly perturbed data, perturbed as the outer loss perturbs them."""
     return inner_loss(pair, batch, loss.perturb(batch.v, loss.draw(batch.v)))

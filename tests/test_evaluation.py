@@ -233,7 +233,7 @@ class Untrained:
             with numpyro.handlers.seed(rng_seed=0), record(params) as run:
                 self.model(*args)
             batch = visible.batch(visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
-            energy, x = Energy.of(self.model, batch.sites, batch, params, rng_key)
+            energy, x = Energy.from_model(self.model, batch.sites, batch, params, rng_key)
             self.found[key] = energy, params, x
         return self.found[key]
 

@@ -847,8 +847,8 @@ def test_amortized_finds_the_greatest_curvature_in_another_block(backend):
         loss, strategy = pyro_bism.DenoisingScoreMatching(0.3), pyro_bism.Amortized()
         bism = pyro_bism.BiSM(*programs, still, loss, hypergradient=strategy)
         bism.step(torch.as_tensor(x))
-        (state,) = bism._carried
-        bism._carried = (state._replace(direction=[torch.tensor([1.0, 0.0])], moments=torch.zeros(3)),)
+        (state,) = bism._method_state
+        bism._method_state = (state._replace(direction=[torch.tensor([1.0, 0.0])], moments=torch.zeros(3)),)
         curvatures = []
         for _ in range(30):
             bism.step(torch.as_tensor(x))

@@ -66,7 +66,7 @@ class Pyro:
         with pyro.poutine.block(), pyro_bism.programs.records.record({}) as run:
             model(*args)
         batch = pyro_visible.Batch(pyro_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
-        return self.energies.Energy.of(model, batch.sites, batch)
+        return self.energies.Energy.from_model(model, batch.sites, batch)
 
     def call(self, function, model, *args, free=True, **options):
         options.pop("rng_key", None)
@@ -89,7 +89,7 @@ class Numpyro:
         with numpyro.handlers.seed(rng_seed=0), numpyro_bism.programs.records.record({}) as run:
             model(*args)
         batch = numpyro_visible.batch(numpyro_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
-        energy, x = self.energies.Energy.of(model, batch.sites, batch, {}, rng_key)
+        energy, x = self.energies.Energy.from_model(model, batch.sites, batch, {}, rng_key)
         return energy, {}, x
 
     def call(self, function, model, *args, free=True, **options):

@@ -28,7 +28,7 @@ from numpyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
-from numpyro_bism.divergences import of
+from numpyro_bism.divergences import perturbed_inner_loss
 from numpyro_bism.programs.rows import draw_rows
 from numpyro_bism.programs.visible import flatten
 from oracles import central_difference
@@ -199,7 +199,7 @@ def test_summed_out_inner_loss_is_the_kl_by_enumeration():
                 inner_loss=TraceEnum_ELBO(max_plate_nesting=2))  # fmt: skip
     pair, batch, *_ = prepared(bism, X[:, None])
     params = {"w": W + 0.3, "b": B, "c": C, "unused": jnp.zeros(())}
-    ours = of(KEY, bism.loss, bism._inner, pair, params, batch)
+    ours = perturbed_inner_loss(KEY, bism.loss, bism._inner, pair, params, batch)
     logits, field = X @ W + C, X @ (W + 0.3) + C
     q = jax.nn.sigmoid(logits)
     log_q = q * jax.nn.log_sigmoid(logits) + (1 - q) * jax.nn.log_sigmoid(-logits)
@@ -574,7 +574,7 @@ def test_other_sizes_are_described_without_a_second_analysis(programs, monkeypat
         leaves, spec = flatten((x,), {})
         other.init(KEY, x)
         pair, fresh = bism.pair(leaves, spec), other.pair(leaves, spec)
-        for name in ("sites", "subsampled", "num_data", "num_plate_dims", "enumerated", "sampled", "softened"):
+        for name in ("sites", "subsampled", "num_data", "num_plate_dims", "enumerated", "sampled", "relaxed_sites"):
             assert getattr(pair, name) == getattr(fresh, name)
     if programs[0] is model:  # the rest leave and enter subsampling, which takes a new look
         monkeypatch.setattr(bism, "_analyse", None)

@@ -27,7 +27,7 @@ def step(key, theta):
 
 def test_the_parts_make_up_the_whole_and_the_noise_is_no_larger_than_its_draws():
     keys, theta = jax.random.split(jax.random.key(0), 5), jnp.array([1.0, 2.0, 3.0])
-    draw, rest = noise_module.taken_apart(step, keys[0], theta)
+    draw, rest = noise_module.split_noise(step, keys[0], theta)
     noise = jax.vmap(draw)(keys)
     assert max(x[0].size for x in noise) <= 12
     for i, key in enumerate(keys):
@@ -37,7 +37,7 @@ def test_the_parts_make_up_the_whole_and_the_noise_is_no_larger_than_its_draws()
 
 
 def test_nothing_is_drawn_ahead_that_depends_on_the_rest():
-    draw, rest = noise_module.taken_apart(
+    draw, rest = noise_module.split_noise(
         lambda key, x: jax.random.normal(jax.random.fold_in(key, x), ()), jax.random.key(0), 3
     )
     noise = draw(jax.random.key(1))

@@ -39,7 +39,7 @@ from numpyro_bism import (
 from numpyro_bism.divergences import as_inner_loss
 from numpyro_bism.optim.host import as_optim
 from numpyro_bism.optim.steps import differentiable_update
-from numpyro_bism.programs.pair import Pair
+from numpyro_bism.programs.pair import ModelAndGuide
 from numpyro_bism.programs.visible import Batch, flatten
 from oracles import LinearGaussian, Moments, central_difference, dsm_optimum
 
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
     """A BiSM's two losses at its initial parameters, with known keys."""
 
     bism: BiSM
-    pair: Pair
+    pair: ModelAndGuide
     batch: Batch
     theta: Any
     phi: Any

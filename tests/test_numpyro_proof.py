@@ -218,7 +218,7 @@ def energy_of(model, *args):
     with numpyro.handlers.seed(rng_seed=0), records.record({}) as run:
         model(*args)
     batch = visible.batch(visible.find(run.sites, leaves, ["v"], discrete=True), {}, leaves, spec)
-    return Energy.of(model, batch.sites, batch, {}, jax.random.key(0))[0]
+    return Energy.from_model(model, batch.sites, batch, {}, jax.random.key(0))[0]
 
 
 @pytest.mark.parametrize("longer", [False, True])
@@ -250,7 +250,7 @@ def test_mixed_visible_sites_keep_their_structure():
     with numpyro.handlers.seed(rng_seed=0), records.record({}) as run:
         model(*leaves)
     batch = visible.batch(visible.find(run.sites, leaves, ["v", "u"], discrete=True), {}, leaves, spec)
-    energy = Energy.of(model, batch.sites, batch, {}, jax.random.key(0))[0]
+    energy = Energy.from_model(model, batch.sites, batch, {}, jax.random.key(0))[0]
     assert [(b.kind, b.names, b.is_constant, b.is_diagonal) for b in energy.blocks] == [
         ("gaussian", (VISIBLE,), True, True),
         ("affine", ("u",), False, False),

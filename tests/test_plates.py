@@ -49,7 +49,7 @@ class Torch:
             model(*args)
         indices = first if run.full_sizes["data"] != model.size else {}
         sites = pyro_bism.programs.visible.find(run.sites, leaves, ["v"], discrete=True)
-        energy, x = pyro_bism.energies.Energy.of(
+        energy, x = pyro_bism.energies.Energy.from_model(
             model, sites, pyro_bism.programs.visible.Batch(sites, indices, leaves, spec)
         )
         return energy, energy.density(x), x
@@ -57,7 +57,7 @@ class Torch:
     def step(self, model, x, kernel):
         method = pyro_bism.CD(model, pyro.optim.SGD({"lr": 0.0}), kernel, persistent=True, num_chains=5)
         method.step(x)
-        return method._carried[0][0]
+        return method._method_state[0][0]
 
 
 class Jax:
@@ -83,7 +83,7 @@ class Jax:
         sites = numpyro_bism.programs.visible.find(run.sites, leaves, ["v"], discrete=True)
         params = {name: param["value"] for name, param in run.params.items()}
         batch = numpyro_bism.programs.visible.batch(sites, indices, leaves, spec)
-        energy, x = numpyro_bism.energies.Energy.of(model, sites, batch, params, jax.random.key(0))
+        energy, x = numpyro_bism.energies.Energy.from_model(model, sites, batch, params, jax.random.key(0))
         return energy, energy.density(params, x), x
 
     def step(self, model, x, kernel):
@@ -179,7 +179,9 @@ def test_rows_of_one_density(host, kind, draws, sizes):
         energy, density, x = host.energy(Model(host, kind, size, draws), data(host, kind, FULL if draws else size))
         assert energy.is_homogeneous
         assert all(block.is_constant for block in energy.blocks if block.kind == "gaussian")
-    integral = host.package.energies.Integral.of(density, x, [host.package.energies.VISIBLE, *energy.latents])
+    integral = host.package.energies.Integral.over_variables(
+        density, x, [host.package.energies.VISIBLE, *energy.latents]
+    )
     value, _ = integral.estimate(density, x)
     np.testing.assert_allclose(value, log_normalizer(kind), rtol=1e-9)
 

@@ -195,7 +195,7 @@ def reads_closure():
 
 
 @pytest.mark.parametrize(
-    ("make", "is_stated"),
+    ("make", "reads_phi_through_param"),
     [
         (reads_statement, True),
         (reads_pyro_params, True),
@@ -204,11 +204,11 @@ def reads_closure():
         (reads_closure, False),
     ],
 )
-def test_hypergradient_however_the_guide_reads_its_parameters(make, is_stated):
+def test_hypergradient_however_the_guide_reads_its_parameters(make, reads_phi_through_param):
     bism = BiSM(model, make(), OPTIMS["adam"], LOSSES["denoising"], hypergradient=Unrolled(3))
     x = torch.randn(N, D)
     check_hypergradient(bism, x)
-    assert bism.pair(x).is_stated is is_stated
+    assert bism.pair(x).reads_phi_through_param is reads_phi_through_param
 
 
 def test_every_steps_data_are_validated():

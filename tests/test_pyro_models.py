@@ -36,7 +36,7 @@ from pyro_bism import (
     SlicedScoreMatching,
     Unrolled,
 )
-from pyro_bism.optim.host import descend, settle, torch_optimizer
+from pyro_bism.optim.host import create_optimizers, descend, torch_optimizer
 from pyro_bism.programs.visible import Rows
 from test_pyro_bism import (
     OPTIMS,
@@ -990,7 +990,7 @@ def test_a_step_is_the_optimisers_own(settings):
     for optim in (ours, theirs):
         pyro.clear_param_store()
         leaves = [pyro.param(f"p{i}", torch.full((i + 1, 2), 0.5)) for i in range(3)]
-        settle(optim, leaves)
+        create_optimizers(optim, leaves)
         pairs.append(leaves)
     for t in range(6):
         gradient = [
@@ -1638,7 +1638,7 @@ def test_a_model_without_latents_needs_no_guide_parameters(strategy, inner_loss)
 
 def test_rows_of_a_subsampled_argument_are_read_without_a_copy_and_all_else_sees_them():
     x, rows, values = torch.randn(10, 3), torch.tensor([4, 1]), torch.randn(2, 3, requires_grad=True)
-    stand_in = Rows.of(x, 0, rows, values)
+    stand_in = Rows.with_values(x, 0, rows, values)
     whole = x.index_copy(0, rows, values.detach())
     assert stand_in[rows] is values and stand_in.index_select(-2, rows) is values
     torch.testing.assert_close(stand_in[rows, 1:], values[:, 1:])

@@ -75,7 +75,7 @@ class PyroBackend:
         return function(bism, torch.as_tensor(x), *args, **options)
 
     def nuts(self, bism, x, num_samples=40):
-        kernel = pyro_bism.recorded(NUTS(pyro_bism.program(bism, torch.as_tensor(x), sites=["h"])))
+        kernel = pyro_bism.with_statistics(NUTS(pyro_bism.as_model(bism, torch.as_tensor(x), sites=["h"])))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "num_chains=2 is more than available_cpu")
             mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=30, num_chains=2, disable_progbar=True)
@@ -121,7 +121,7 @@ class NumpyroBackend:
         return function(bism, self.states[id(bism)][1], x, *args, rng_key=jax.random.key(1), **options)
 
     def nuts(self, bism, x, num_samples=40):
-        kernel = numpyro_bism.recorded(NumpyroNUTS(self.call(numpyro_bism.program, bism, x, sites=["h"])))
+        kernel = numpyro_bism.with_statistics(NumpyroNUTS(self.call(numpyro_bism.as_model, bism, x, sites=["h"])))
         options = {"num_chains": 2, "chain_method": "vectorized", "progress_bar": False}
         mcmc = NumpyroMCMC(kernel, num_samples=num_samples, num_warmup=100, **options)
         mcmc.run(jax.random.key(0))

@@ -75,7 +75,7 @@ class Torch:
         pyro.set_rng_seed(1)
         target = rival.target(*args)
         batch = target.batch(*pytree.tree_flatten((tuple(args), {})))
-        loss, _ = rival._loss(target, batch, *rival._carried)
+        loss, _ = rival._loss(target, batch, *rival._method_state)
         names = [*target.pair.theta, *(rival._own_names or target.pair.phi)]
         found = torch.autograd.grad(loss, [*target.pair.theta.values(), *rival._own(target.pair)])
         return loss.item(), {name: g.numpy() for name, g in zip(names, found, strict=True)}

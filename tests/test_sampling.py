@@ -104,7 +104,7 @@ class PyroBackend:
         return pyro_bism.sampling.chains.run_chains(bism, torch.as_tensor(x), **{"progress_bar": False, **options})
 
     def program(self, bism, x, **options):
-        return pyro_bism.sampling.mcmc.program(bism, torch.as_tensor(x), **options)
+        return pyro_bism.sampling.mcmc.as_model(bism, torch.as_tensor(x), **options)
 
     def nuts(self, program, num_warmup, num_samples, kernel=pyro.infer.NUTS):
         mcmc = pyro.infer.MCMC(kernel(program), num_samples, warmup_steps=num_warmup, disable_progbar=True)
@@ -208,7 +208,7 @@ class NumpyroBackend:
         )
 
     def program(self, bism, x, **options):
-        return numpyro_bism.sampling.mcmc.program(bism, None, jnp.asarray(x), rng_key=None, **options)
+        return numpyro_bism.sampling.mcmc.as_model(bism, None, jnp.asarray(x), rng_key=None, **options)
 
     def nuts(self, program, num_warmup, num_samples, kernel=numpyro.infer.NUTS):
         mcmc = numpyro.infer.MCMC(
@@ -944,7 +944,7 @@ def test_a_recorded_kernel_tells_its_energy(backend, kind):
     options = {"trajectory_length": 1.5} if kind == "HMC" else {}
 
     def kernel(program):
-        return backend.sampling.recorded(getattr(host, kind)(program, **options))
+        return backend.sampling.with_statistics(getattr(host, kind)(program, **options))
 
     mcmc = backend.nuts(program, 100, 200, kernel)
     data = backend.package.diagnostics._read("posterior", mcmc, N, {"h": np.zeros((N, K))}, rows=True)
@@ -958,8 +958,8 @@ def test_a_recorded_kernel_tells_its_energy(backend, kind):
     assert 0 < step[0, 0] < 2
     assert ((acceptance >= 0) & (acceptance <= 1 + 1e-9)).all()
     assert 0.6 < acceptance.mean() < 1
-    with pytest.raises(ValueError, match="recorded takes an HMC or NUTS"):
-        backend.sampling.recorded(program)
+    with pytest.raises(ValueError, match="with_statistics takes an HMC or NUTS"):
+        backend.sampling.with_statistics(program)
 
 
 def test_progress_is_shown(backend, capsys):

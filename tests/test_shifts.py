@@ -185,7 +185,7 @@ def expected(host, fn):
         return cross
     if isinstance(base, host.dist.MultivariateNormal):  # up to the entropy of q
         return lambda shift: host.divergence(fn, host.shifts._moved("h", fn, shift)).sum()
-    fn = host.bism.distributions.hard(fn)
+    fn = host.bism.distributions.discretized(fn)
     is_one_hot = "logits" in at and fn.event_shape
     support = host.array(np.eye(3)[:, None] + np.zeros((2, 1))) if is_one_hot else fn.enumerate_support()
     log_q = fn.log_prob(support)

@@ -19,7 +19,7 @@ MAX_NUMBERS = 2**20  # drawn ahead for outer steps to come: 4 MB
 MAX_STEPS = 32
 
 
-def taken_apart(
+def split_noise(
     function: Callable[..., Any], key: Any, *args: Any
 ) -> tuple[Callable[[Array], list[Array]], Callable[..., Any]]:
     """``draw``, what needs the key alone, and ``rest``: ``rest(draw(key), *args) == function(key, *args)``.
@@ -62,7 +62,7 @@ def taken_apart(
     return draw, rest
 
 
-def num_ahead(draw: Callable[[Array], list[Array]], key: Any) -> int:
+def num_prefetched(draw: Callable[[Array], list[Array]], key: Any) -> int:
     """For how many steps to come noise is drawn at once: few enough to hold it."""
     size = sum(math.prod(x.shape) for x in jax.eval_shape(draw, key))
     return max(1, min(MAX_STEPS, MAX_NUMBERS // max(size, 1)))

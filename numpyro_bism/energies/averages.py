@@ -26,7 +26,7 @@ from .. import energies
 from ..distributions import AveragedBernoulli, AveragedOneHot, base_of, rebuild
 from ..losses import OuterLoss
 from ..programs.checks import Analysis
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.records import is_enumerated, record
 from ..programs.visible import Batch
 from .proof import prove
@@ -96,14 +96,14 @@ def check(start: Analysis, batch: Batch, rng_key: Array, loss: OuterLoss, inner_
             )
 
 
-def _is_affine(pair: Pair, params: Mapping[str, Any], batch: Batch, rng_key: Array, name: str) -> bool:
-    drawn, _ = pair.hard_draw(rng_key, params, batch, batch.v)
+def _is_affine(pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, rng_key: Array, name: str) -> bool:
+    drawn, _ = pair.draw_discrete(rng_key, params, batch, batch.v)
     values = {n: v for n, v in drawn.items() if n not in pair.subsampled}
-    energy, x = energies.Energy.of(pair.model, pair.sites, batch, params, rng_key, values)
+    energy, x = energies.Energy.from_model(pair.model, pair.sites, batch, params, rng_key, values)
     return prove(energy, params, x).degrees.within((name,)) <= 1
 
 
-def _is_read(pair: Pair, params: Mapping[str, Any], batch: Batch, rng_key: Array, name: str) -> bool:
+def _is_read(pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, rng_key: Array, name: str) -> bool:
     """Whether another site of the guide depends on this one's value."""
     args, kwargs = batch.arguments(batch.v)
 

@@ -13,9 +13,9 @@ from numpyro.distributions.discrete import BernoulliLogits, BernoulliProbs, Mult
 from numpyro.handlers import block as hidden
 from numpyro.handlers import seed
 
-from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard
+from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, discretized
 from ..programs import visible
-from ..programs.records import Site, joint_per_example, leading_plates, record
+from ..programs.records import SiteRecord, joint_per_example, leading_plates, record
 from .density import VISIBLE, Block, Density, Latent, Point, close, curvature, pack
 from .proof import Proof, prove
 from .structure import find_blocks
@@ -53,7 +53,7 @@ class Energy:
         return tuple(name for name in self.latents if name not in self.observed)
 
     @classmethod
-    def of(
+    def from_model(
         cls,
         model: Callable,
         sites: tuple[visible.VisibleSite, ...],
@@ -75,7 +75,7 @@ class Energy:
         """
         key_model, _ = jax.random.split(rng_key)
         args, kwargs = batch.arguments(batch.v)
-        with seed(rng_seed=key_model), record(params, {**batch.indices, **(values or {})}, harden=True) as run:
+        with seed(rng_seed=key_model), record(params, {**batch.indices, **(values or {})}, discretize=True) as run:
             model(*args, **kwargs)
         n = len(batch.v)
         drawn = {name: site for name, site in run.sites.items() if not site.is_observed}
@@ -244,14 +244,14 @@ class Energy:
         """
         v = self.batch.v
         energy = replace(self, latents={**self.latents, **observed}, observed=tuple(observed))
-        hard = energy.log_joint(params, {**x, **energy.seen(v)})
+        discretized = energy.log_joint(params, {**x, **energy.seen(v)})
         for name, latent in observed.items():
             sites = tuple(replace(site, is_soft=site.is_soft or site.name == name) for site in energy.sites)
             trial = replace(energy, sites=sites, batch=replace(energy.batch, sites=sites))
             takes = latent.kind != "labels"
             if takes:
                 try:
-                    takes = bool(close(trial.log_joint(params, {**x, **energy.seen(v)}), hard))
+                    takes = bool(close(trial.log_joint(params, {**x, **energy.seen(v)}), discretized))
                 except Exception:  # whatever a program trips over: it gets integers then
                     takes = False
             if takes:
@@ -281,7 +281,9 @@ class Energy:
         log_joint = jax.jit(self.log_joint)(params, same)
         return bool(close(log_joint, log_joint[:1]))
 
-    def _proved_at_any_size(self, params: Mapping[str, Any], recorded: Mapping[str, Site], x: Point) -> Proof | None:
+    def _proved_at_any_size(
+        self, params: Mapping[str, Any], recorded: Mapping[str, SiteRecord], x: Point
+    ) -> Proof | None:
         """What is proved where the batch's plates take any number of rows, if the density is the same there; else None.
 
         A plate of a fixed size, or one that draws rows, may have as many as there are units: an array of parameters
@@ -299,7 +301,7 @@ class Energy:
         hides = COVARIATES not in proof.degrees.groups and not self._has_equal_rows(params, x)
         return None if hides else proof
 
-    def _batch_plates(self, recorded: Mapping[str, Site]) -> frozenset[str]:
+    def _batch_plates(self, recorded: Mapping[str, SiteRecord]) -> frozenset[str]:
         """The plates whose rows are the batch, but for those that are handed them: these are the user's."""
         names = (*(site.name for site in self.sites), *self.latents)
         return leading_plates(recorded[name] for name in names) - self.batch.handed
@@ -332,7 +334,7 @@ class _Rewritten:
 
 
 def _declared(
-    recorded: Mapping[str, Site], sites: Sequence[visible.VisibleSite], latents: Mapping[str, Latent]
+    recorded: Mapping[str, SiteRecord], sites: Sequence[visible.VisibleSite], latents: Mapping[str, Latent]
 ) -> dict[str, str]:
     """By variable, the structure that ``infer={"structure": ...}`` declares.
 
@@ -368,8 +370,8 @@ def _widened(v: Array) -> Array:
     return v.astype(jnp.promote_types(v.dtype, jnp.result_type(float)))
 
 
-def _latent(site: Site, n: int) -> Latent:
-    fn, base, shape = hard(site.fn), base_of(hard(site.fn)), jnp.shape(site.value)
+def _latent(site: SiteRecord, n: int) -> Latent:
+    fn, base, shape = discretized(site.fn), base_of(discretized(site.fn)), jnp.shape(site.value)
     if shape[:1] != (n,):
         raise ValueError(
             f"Latent site '{site.name}' has shape {shape}, without the batch of {n} as its leading dimension: all "

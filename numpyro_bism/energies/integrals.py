@@ -50,7 +50,7 @@ class Integral:
     num_configurations: int
 
     @classmethod
-    def of(cls, density: Density, x: Point, over: Sequence[str]) -> "Integral":
+    def over_variables(cls, density: Density, x: Point, over: Sequence[str]) -> "Integral":
         """:raises OutOfReach: where there are too many configurations or dimensions; it says which."""
         over = tuple(over)
         real = [b for b in density.blocks if b.kind in ("gaussian", "free") and set(b.names) & set(over)]

@@ -16,7 +16,7 @@ from numpyro.handlers import seed
 from ..bism import BiSM
 from ..programs import visible
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.records import record
 from ..rivals import PersistentVI
 from ..sampling.chains import Chains
@@ -137,7 +137,7 @@ def to_arviz(
         )
         if source is not None
     }
-    layout = _Layout.of(pair, batch, run, coords or {}, dims or {})
+    layout = _Layout.from_run(pair, batch, run, coords or {}, dims or {})
 
     draws = ("chain", "draw")
     if posterior is None:
@@ -246,7 +246,7 @@ def read_samples(group: str, source: Any, n: int, known: Mapping[str, np.ndarray
 
 
 def _log_p(
-    pair: Pair, params: Mapping[str, Any], batch: visible.Batch, latents: Mapping[str, np.ndarray]
+    pair: ModelAndGuide, params: Mapping[str, Any], batch: visible.Batch, latents: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """log p̃(v, h) of draws (chain, draw, n, ...), by draw and datapoint."""
     args, kwargs = batch.arguments(batch.v)
@@ -271,7 +271,9 @@ class _Layout:
     dims: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, pair: Pair, batch: visible.Batch, run: GuideDraws, coords: Mapping, dims: Mapping) -> "_Layout":
+    def from_run(
+        cls, pair: ModelAndGuide, batch: visible.Batch, run: GuideDraws, coords: Mapping, dims: Mapping
+    ) -> "_Layout":
         sites = {**run.latents, **run.visible, **run.covariates}
         obs = "obs_id" if "obs" in sites else "obs"
         plate = pair.sites[0].labels

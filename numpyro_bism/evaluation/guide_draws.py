@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ..bism import BiSM, BiSMState
 from ..programs import visible
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
-from ..programs.records import Site, per_example, record
+from ..programs.pair import ModelAndGuide
+from ..programs.records import SiteRecord, per_example, record
 
 MAX_CELLS = 2**20  # numbers of v and h that are worked on at once
 
@@ -44,10 +44,10 @@ def guide_draws(bism: BiSM, state: BiSMState, *args: Any, rng_key: Array, num_dr
 
 
 def run_guide(
-    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch, num_draws: int
+    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: visible.Batch, num_draws: int
 ) -> GuideDraws:
     n = len(batch.v)
-    seen: dict[str, dict[str, Site]] = {}
+    seen: dict[str, dict[str, SiteRecord]] = {}
 
     @jax.jit
     def first():
@@ -90,26 +90,26 @@ def run_guide(
 
 
 def _draw(
-    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch
-) -> tuple[dict[str, Site], dict[str, Site]]:
+    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: visible.Batch
+) -> tuple[dict[str, SiteRecord], dict[str, SiteRecord]]:
     """One run of guide and model: the guide's drawn sites, the model's sites."""
     args, kwargs = batch.arguments(batch.v)
     key_model, key_guide = jax.random.split(rng_key)
-    with seed(rng_seed=key_guide), record(params, batch.indices, harden=True) as q:
+    with seed(rng_seed=key_guide), record(params, batch.indices, discretize=True) as q:
         pair.guide(*args, **kwargs)
     drawn = {name: s for name, s in q.sites.items() if not s.is_observed}
     given = {**batch.indices, **{name: s.value for name, s in drawn.items()}}
-    with seed(rng_seed=key_model), record(params, given, harden=True) as p:
+    with seed(rng_seed=key_model), record(params, given, discretize=True) as p:
         pair.model(*args, **kwargs)
     return drawn, p.sites
 
 
-def terms_by_site(sites: Mapping[str, Site], n: int) -> dict[str, Any]:
+def terms_by_site(sites: Mapping[str, SiteRecord], n: int) -> dict[str, Any]:
     """A program's log density by site and datapoint, each of shape (n,)."""
     return {name: per_example(site, n) for name, site in sites.items()}
 
 
-def _raise_bad(role: str, drawn: Mapping[str, Site], model_sites: Mapping[str, Site], n: int) -> None:
+def _raise_bad(role: str, drawn: Mapping[str, SiteRecord], model_sites: Mapping[str, SiteRecord], n: int) -> None:
     terms = terms_by_site(model_sites if role == "model" else drawn, n)
     # a sum of +inf and -inf is bad though neither need be
     terms["all sites together"] = sum(terms.values())
@@ -126,7 +126,7 @@ def _is_bad(x: Array) -> Array:
     return jnp.isnan(x) | jnp.isposinf(x)
 
 
-def check_latents(sites: Mapping[str, Site], n: int) -> None:
+def check_latents(sites: Mapping[str, SiteRecord], n: int) -> None:
     latents = {name: s for name, s in sites.items() if not s.infer.get("is_auxiliary", False)}
     if not latents:
         raise ValueError("The guide has no latent site, so there is nothing to draw.")

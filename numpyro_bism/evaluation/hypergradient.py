@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..bism import BiSM, BiSMState
 from ..brief import named
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.records import per_example
 from ..programs.visible import Batch
 from .comparison import CLOSE, PART, Compared, HypergradientError, judged
@@ -167,7 +167,7 @@ class _Drawn:
 
 def marginal_loss(
     rng_key: Array,
-    pair: Pair,
+    pair: ModelAndGuide,
     params: Mapping[str, Any],
     fixed: Mapping[str, Any],
     batch: Batch,
@@ -184,8 +184,8 @@ def marginal_loss(
     v, n = loss.perturb(batch.v, noise), len(batch.v)
 
     def draw(key: Array) -> Any:
-        values, keys = pair.hard_draw(key, fixed, batch, v)
-        sites = pair.guide_at(key_guide, fixed, batch, v, values, keys, harden=True)
+        values, keys = pair.draw_discrete(key, fixed, batch, v)
+        sites = pair.guide_at(key_guide, fixed, batch, v, values, keys, discretize=True)
         check_latents(sites, n)
         # a latent that is computed from other draws (Delta) carries their change of volume
         return values, sum(per_example(site, n) for site in sites.values())

@@ -71,7 +71,7 @@ def log_likelihood(
     found: Any = None
     if method != "importance":
         try:
-            integral = Integral.of(density, x, energy.hidden)
+            integral = Integral.over_variables(density, x, energy.hidden)
             if method == "exact" and integral.quadrature:
                 raise OutOfReach(
                     f"There is no exact sum over {named(energy.hidden)}, but quadrature over "
@@ -121,8 +121,8 @@ def _over_theta(
     energy, params, x = energy_of(trained.at(draws[0]), state, args, kwargs, rng_key)
     one = {name: value[:1] for name, value in x.items()} if energy.is_homogeneous else x
     try:
-        hidden = Integral.of(energy.density(params, x), x, energy.hidden)
-        whole = Integral.of(energy.density(params, one), one, [VISIBLE, *energy.latents])
+        hidden = Integral.over_variables(energy.density(params, x), x, energy.hidden)
+        whole = Integral.over_variables(energy.density(params, one), one, [VISIBLE, *energy.latents])
         exact = not (hidden.quadrature or whole.quadrature)
     except ValueError:
         exact = False

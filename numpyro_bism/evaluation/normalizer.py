@@ -42,7 +42,7 @@ def free_energy(trained: Any, state: Any, *args: Any, rng_key: Array | None = No
     """
     energy, params, x = energy_of(trained, state, args, kwargs, rng_key)
     density = energy.density(params, x)
-    integral = Integral.of(density, x, energy.hidden)
+    integral = Integral.over_variables(density, x, energy.hidden)
     value, _ = integral.estimate(density, x)
     finite(value, "free energy", "the energy grows without bound in the latents")
     return jnp.asarray(-value, x[VISIBLE].dtype)
@@ -64,7 +64,7 @@ def log_normalizer(trained: Any, state: Any, *args: Any, rng_key: Array | None =
     energy, params, x = energy_of(trained, state, args, kwargs, rng_key)
     density = energy.density(params, x)
     rows = {name: value[:1] for name, value in x.items()} if energy.is_homogeneous else x
-    integral = Integral.of(density, rows, [VISIBLE, *energy.latents])
+    integral = Integral.over_variables(density, rows, [VISIBLE, *energy.latents])
     value, error = integral.estimate(density, rows, x)
     finite(value, "normaliser", "the energy does not grow in every direction: Z is infinite")
     if len(value) == 1:

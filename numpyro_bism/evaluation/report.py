@@ -307,9 +307,9 @@ def _is_by_row(
         params = pair.params(*trained._unpack(pair, state), state.mutable_state)
         batch = pair.batch(rng_key, leaves, spec)
         if not values:
-            drawn, _ = pair.hard_draw(rng_key, params, batch, batch.v)
+            drawn, _ = pair.draw_discrete(rng_key, params, batch, batch.v)
             values = {name: x for name, x in drawn.items() if name not in batch.indices}
-        sites = pair.guide_at(rng_key, params, batch, batch.v, values, harden=True)
+        sites = pair.guide_at(rng_key, params, batch, batch.v, values, discretize=True)
         total: Any = sum(per_example(site, len(batch.v)) for site in sites.values())
         return total, dict(values)
 
@@ -336,7 +336,7 @@ def _weights_at(
     n = len(batch.v)
 
     def one(values):
-        with seed(rng_seed=key_guide), record(params, {**batch.indices, **values}, harden=True) as p:
+        with seed(rng_seed=key_guide), record(params, {**batch.indices, **values}, discretize=True) as p:
             pair.model(*args, **kwargs)
         log_p: Any = sum(per_example(site, n) for site in p.sites.values())
         return log_p - pair.log_guide(key_guide, params, batch, values)

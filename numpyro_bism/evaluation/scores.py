@@ -120,7 +120,7 @@ def summable(trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array) -
     energy, params, x = energy_of(trained, state, args, kwargs, rng_key)
     density = energy.density(params, x)
     try:
-        integral = Integral.of(density, x, energy.hidden)
+        integral = Integral.over_variables(density, x, energy.hidden)
     except ValueError:
         integral = None
     integral = None if integral is None or integral.quadrature else integral

@@ -13,7 +13,7 @@ from .choice import chosen
 from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
-from .problem import Bilevel, Detached, Hypergradient, Result, Shifted, fused, require_hypergradient
+from .problem import Bilevel, Detached, Hypergradient, Result, Shifted, require_hypergradient, unroll_factor
 from .surrogates import Covariance, Exact
 from .unrolled import Unrolled
 
@@ -31,6 +31,6 @@ __all__ = [
     "Shifted",
     "Unrolled",
     "chosen",
-    "fused",
     "require_hypergradient",
+    "unroll_factor",
 ]

@@ -14,10 +14,10 @@ from .problem import Bilevel, Hypergradient, Result
 
 __all__ = ["Amortized"]
 
-MEMORY = 0.99  # of Amortized's running sums, a step
-FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
+MOMENT_DECAY = 0.99  # of Amortized's running sums, a step
+RATE_FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
 # share of ∂J/∂φ in Amortized's direction: where H has blocks, no power of it leads from one to another
-FRESH = 0.1
+RHS_SHARE = 0.1
 # of x kept a step where it has grown along negative curvature, by 1 + FRACTION a step at most
 SHRINK = 0.9
 
@@ -77,9 +77,9 @@ class Amortized(Hypergradient):
             d = jnp.where((d == 0).all(), ratio(system.rhs, norm), d)
             image = system.products(d)[1]
             curvature = d.dot(image)
-            along, square = MEMORY * along + curvature, MEMORY * square + image.dot(image)
-            rate = FRACTION * jnp.maximum(ratio(along, square), 0)
-            d = ratio(image, jnp.linalg.norm(image)) + FRESH * ratio(system.rhs, norm)
+            along, square = MOMENT_DECAY * along + curvature, MOMENT_DECAY * square + image.dot(image)
+            rate = RATE_FRACTION * jnp.maximum(ratio(along, square), 0)
+            d = ratio(image, jnp.linalg.norm(image)) + RHS_SHARE * ratio(system.rhs, norm)
             d = ratio(d, jnp.linalg.norm(d))
         else:
             rate, curvature = jnp.asarray(self.step_size, x.dtype), jnp.inf  # type: ignore[assignment]
@@ -90,7 +90,7 @@ class Amortized(Hypergradient):
         if self.num_steps > 1:
             x = jax.lax.fori_loop(0, self.num_steps - 1, lambda _, x: improved(x, system.products(x)[1]), x)
         cross, image = system.products(x)
-        bent = MEMORY * bent + x.dot(image)
+        bent = MOMENT_DECAY * bent + x.dot(image)
         rest, x = image - system.rhs, improved(x, image) * jnp.where(bent < 0, SHRINK, 1.0).astype(x.dtype)
         moments = jnp.stack([along, square, bent]).astype(state.moments.dtype)
         gradient = jax.tree.map(jnp.subtract, system.direct, cross)

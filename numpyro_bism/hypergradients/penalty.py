@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .problem import Bilevel, Hypergradient, Result, fused
+from .problem import Bilevel, Hypergradient, Result, unroll_factor
 
 __all__ = ["Penalty"]
 
@@ -67,7 +67,7 @@ class Penalty(Hypergradient):
         num = len(problem.inner_keys)
         if num:
             keys = (problem.inner_keys, jax.random.split(key_fit, num))
-            second, _ = jax.lax.scan(fit, second, keys, unroll=fused(num))
+            second, _ = jax.lax.scan(fit, second, keys, unroll=unroll_factor(num))
         psi = problem.optim.get_params(second)
         loss, direct = jax.value_and_grad(problem.outer, argnums=1)(key_outer, theta, psi)
         rise = jax.grad(lambda t: problem.inner(key_inner, t, psi) - problem.inner(key_inner, t, phi))(theta)

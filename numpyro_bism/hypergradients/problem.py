@@ -11,12 +11,12 @@ from jax import Array
 
 from ..brief import lacking
 
-__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "Shifted", "fused", "require_hypergradient"]
+__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "Shifted", "require_hypergradient", "unroll_factor"]
 
 MAX_FUSED, FUSED_STEPS = 20, 5
 
 
-def fused(num_steps: int) -> int:
+def unroll_factor(num_steps: int) -> int:
     """How many inner steps stand in one body of the compiled loop: all of a few, so that there is no loop, else five.
 
     XLA fuses across them, and a small model's step takes 0.7 times as long. Steps that are differentiated hand on what
@@ -60,8 +60,8 @@ class Bilevel:
     :ivar shifted: (rng_key, θ, φ) to both on shifted distributions.
     :ivar optim: the inner optimiser, in NumPyro's form.
     :ivar inner_keys: the keys of the K inner steps just taken.
-    :ivar ahead: the noise of the strategy's own keys, those of ``Hypergradient.ahead``, and G as a function of
-        (noise, θ, φ); None where each step is to draw its own.
+    :ivar prefetched: the noise of the strategy's own keys, those of ``Hypergradient.noise_keys``, and G as a function
+        of (noise, θ, φ); None where each step is to draw its own.
     """
 
     outer: Callable[[Array, Any, Any], Array]
@@ -71,7 +71,7 @@ class Bilevel:
     shifted: Callable[[Array, Any, Any], Shifted]
     optim: Any
     inner_keys: Array
-    ahead: tuple[Any, Callable[[Any, Any, Any], Array]] | None = None
+    prefetched: tuple[Any, Callable[[Any, Any, Any], Array]] | None = None
 
 
 class Result(NamedTuple):
@@ -115,7 +115,7 @@ class Hypergradient(Protocol):
         """The state before the first step, from θ, the inner optimiser and its state; None if there is none."""
         return None
 
-    def ahead(self, rng_key: Array) -> Array:
+    def noise_keys(self, rng_key: Array) -> Array:
         """The keys of inner steps that it will take, called with this one: their noise is drawn beforehand."""
         return rng_key[None][:0]
 

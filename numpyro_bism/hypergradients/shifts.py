@@ -33,9 +33,9 @@ from ..distributions import (
 )
 from ..divergences import InnerLoss
 from ..losses import OuterLoss
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.params import constrain, jittered, unconstrain
-from ..programs.records import Site, is_enumerated, record
+from ..programs.records import SiteRecord, is_enumerated, record
 from ..programs.visible import Batch
 from . import Shifted
 
@@ -49,7 +49,7 @@ Shifts = Mapping[tuple[str, str], Array]  # by site and parameter
 
 
 def require_shiftable(
-    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, inner_loss: Callable
+    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, inner_loss: Callable
 ) -> frozenset[tuple[str, str]]:
     """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
 
@@ -76,7 +76,7 @@ def require_shiftable(
     return frozenset(key for key, x in at.items() if _is_reached(key, (x != moved[key]).any(axes[key[0]])))
 
 
-def _require_kind(pair: Pair, inner_loss: Callable) -> None:
+def _require_kind(pair: ModelAndGuide, inner_loss: Callable) -> None:
     if pair.change is not None:
         raise ValueError(
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
@@ -89,7 +89,7 @@ def _require_kind(pair: Pair, inner_loss: Callable) -> None:
         )
 
 
-def _require_sites(sites: Mapping[str, Site], pair: Pair, n: int) -> dict[str, int]:
+def _require_sites(sites: Mapping[str, SiteRecord], pair: ModelAndGuide, n: int) -> dict[str, int]:
     """Along which axis of each site's parameters the examples stand."""
     if not sites:
         raise ValueError(
@@ -129,7 +129,7 @@ def _is_reached(key: tuple[str, str], moves: Array) -> bool:
     return bool(moves.any())
 
 
-def _learnt(sites: Mapping[str, Site]) -> dict[tuple[str, str], Array]:
+def _learnt(sites: Mapping[str, SiteRecord]) -> dict[tuple[str, str], Array]:
     """λ of all sites, as far as the distributions depend on it: of the logits of classes their differences."""
     found = {}
     for name, site in sites.items():
@@ -147,7 +147,7 @@ def _differ(x: Array, y: Array) -> Array:
 
 def shifted_losses(
     rng_key: Array,
-    pair: Pair,
+    pair: ModelAndGuide,
     params: Callable[[Any], Mapping[str, Any]],
     batch: Batch,
     loss: OuterLoss,
@@ -178,7 +178,7 @@ def shifted_losses(
     def natural(x: Shifts) -> Shifts:
         return {key: len(v) * _natural(base_of(sites[key[0]].fn), key[1], value) for key, value in x.items()}
 
-    def with_shifts(shifts: Shifts) -> Pair:
+    def with_shifts(shifts: Shifts) -> ModelAndGuide:
         return replace(pair, guide=_shifting(pair.guide, shifts))
 
     def outer(theta: Any, shifts: Shifts) -> Array:
@@ -187,13 +187,13 @@ def shifted_losses(
     def inner(rng_key: Array, theta: Any, shifts: Shifts) -> Array:
         return inner_loss(rng_key, with_shifts(shifts), params(theta), batch, v)
 
-    relaxed = frozenset(pair.softened.difference(pair.averaged))
+    relaxed = frozenset(pair.relaxed_sites.difference(pair.averaged))
     return Shifted(zeros, outer, inner, natural, dot, scaled, relaxed, bool(pair.sampled))
 
 
 def _sites(
-    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array, index: int = 0
-) -> dict[str, Site]:
+    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array, index: int = 0
+) -> dict[str, SiteRecord]:
     """What the guide samples at v; each summed-out site has the value of its support at ``index``."""
     args, kwargs = batch.arguments(v)
     with seed(rng_seed=rng_key), record(params, batch.indices) as run, _Summed(index):
@@ -231,7 +231,7 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
     return run
 
 
-def _require_plain(site: Site) -> None:
+def _require_plain(site: SiteRecord) -> None:
     """:raises ValueError: where a scale or a mask of the user's lies over a site: G's curvature is not F then."""
     scale: Any = 1.0 if site.scale is None else site.scale
     for frame in site.frames:
@@ -362,7 +362,7 @@ _CLASSES = ConcreteOneHot, AveragedOneHot, dist.CategoricalLogits, dist.Multinom
 _FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal, dist.MultivariateNormal}
 
 
-def _axis(site: Site, plates: Collection[str], n: int) -> int:
+def _axis(site: SiteRecord, plates: Collection[str], n: int) -> int:
     """Along which axis of the parameters the examples stand."""
     shape = _shape(site.fn, base_of(site.fn))
     dims = [frame.dim for frame in site.frames if frame.name in plates]

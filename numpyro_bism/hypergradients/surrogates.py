@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from ..losses import OuterLoss
-from ..programs.pair import Pair, mean_slope
+from ..programs.pair import ModelAndGuide, mean_slope
 from ..programs.visible import Batch
 from .problem import Bilevel, Hypergradient, Result
 
@@ -28,7 +28,7 @@ class Exact(Hypergradient):
     differentiates_inner = False
 
     def check(self, loss: Any, pair: Any) -> None:
-        relaxed = sorted(pair.softened.difference(pair.averaged))
+        relaxed = sorted(pair.relaxed_sites.difference(pair.averaged))
         if relaxed:
             raise ValueError(
                 f"Exact() asks for a guide that is the posterior; the relaxed sites {relaxed} never are. "
@@ -82,7 +82,7 @@ class Covariance(Hypergradient):
 
 def posterior_loss(
     rng_key: Array,
-    pair: Pair,
+    pair: ModelAndGuide,
     params: Mapping[str, Any],
     fixed: Mapping[str, Any],
     batch: Batch,
@@ -118,7 +118,7 @@ def posterior_loss(
 
 def covariance_loss(
     rng_key: Array,
-    pair: Pair,
+    pair: ModelAndGuide,
     params: Mapping[str, Any],
     fixed: Mapping[str, Any],
     batch: Batch,
@@ -136,7 +136,7 @@ def covariance_loss(
 
     def log_guide(u, values, keys):
         values = pair.fixed_latents(key_guide, fixed, batch, u, values, keys)
-        sites = pair.guide_at(key_guide, fixed, batch, u, values, keys, harden=True)
+        sites = pair.guide_at(key_guide, fixed, batch, u, values, keys, discretize=True)
         return sum(site.log_prob().sum() for site in sites.values())
 
     def one(drawn):
@@ -149,7 +149,7 @@ def covariance_loss(
         return model_score(v), log_joint, jax.grad(log_guide)(v, values, keys)
 
     keys = jax.random.split(key_draw, num_particles)
-    model_scores, log_joints, guide_scores = jax.vmap(lambda key: one(pair.hard_draw(key, fixed, batch, v)))(keys)
+    model_scores, log_joints, guide_scores = jax.vmap(lambda key: one(pair.draw_discrete(key, fixed, batch, v)))(keys)
     fixed_scores = jax.lax.stop_gradient(model_scores)
     centred = fixed_scores - fixed_scores.mean(0)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from ..optim.steps import differentiable_update
-from .problem import Bilevel, Hypergradient, Result, fused
+from .problem import Bilevel, Hypergradient, Result, unroll_factor
 
 __all__ = ["Unrolled"]
 
@@ -53,9 +53,9 @@ class Unrolled(Hypergradient):
     def unrolls(self) -> bool:  # type: ignore[override]
         return self.num_steps > 0
 
-    def ahead(self, rng_key: Array) -> Array:
+    def noise_keys(self, rng_key: Array) -> Array:
         # to recompute is to save memory: there every step draws its own
-        return self._keys(rng_key)[1] if self.memory == "store" else super().ahead(rng_key)
+        return self._keys(rng_key)[1] if self.memory == "store" else super().noise_keys(rng_key)
 
     def _keys(self, rng_key: Array) -> tuple[Array, Array]:
         key_outer, key_inner = jax.random.split(rng_key)
@@ -64,7 +64,7 @@ class Unrolled(Hypergradient):
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
         key_outer, keys = self._keys(rng_key)
         stores = self.memory == "store"
-        noise, inner = problem.ahead if stores and problem.ahead else (keys, problem.inner)
+        noise, inner = problem.prefetched if stores and problem.prefetched else (keys, problem.inner)
 
         def step(theta, fast, noise):
             phi = problem.optim.get_params(fast)
@@ -85,7 +85,7 @@ class Unrolled(Hypergradient):
                     fast,
                     noise,
                     length=self.num_steps,
-                    unroll=fused(self.num_steps),
+                    unroll=unroll_factor(self.num_steps),
                 )
             return last(theta, fast)
 

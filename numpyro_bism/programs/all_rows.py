@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from numpyro.primitives import Messenger
 
-from .pair import Pair
+from .pair import ModelAndGuide
 from .rows import Plate
 from .visible import flatten
 
 
-def with_all_rows(pair: Pair, leaves: Sequence[Any]) -> Pair:
+def with_all_rows(pair: ModelAndGuide, leaves: Sequence[Any]) -> ModelAndGuide:
     """The pair whose plates take every row of the data in these arguments, however many: none is drawn.
 
     A plate's full size follows the data too, and its N/B is 1. Rows that a program hands to a plate are left to it.
@@ -41,13 +41,13 @@ def _whole(plate: Plate, n: int) -> Plate:
     return replace(plate, full_size=n, size=n)
 
 
-def drawn(pair: Pair) -> set[str]:
+def drawn(pair: ModelAndGuide) -> set[str]:
     """The plates that draw rows of the visible data by themselves."""
     names = {site.plate for site in pair.sites if site.plate is not None}
     return {name for name in names if not pair.subsampled[name].is_handed}
 
 
-def require_no_local(pair: Pair, phi: Mapping[str, Any]) -> None:
+def require_no_local(pair: ModelAndGuide, phi: Mapping[str, Any]) -> None:
     """:raises ValueError: for data of another number of rows than the guide keeps parameters for."""
     if pair.trained_rows in (None, pair.num_data):
         return

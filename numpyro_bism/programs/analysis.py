@@ -25,9 +25,9 @@ from .checks import (
     run_once,
     warn_scaled,
 )
-from .pair import Pair
+from .pair import ModelAndGuide
 from .params import collect, reject_shared, unconstrain
-from .records import Site, is_enumerated, leading_plates, record
+from .records import SiteRecord, is_enumerated, leading_plates, record
 
 
 def analyse(
@@ -110,7 +110,7 @@ def analyse(
         sampled = tuple(name for name, s in latents.items() if not (name in (*enumerated, *averaged) or s.is_delta))
         every = (*p.sites.values(), *q.sites.values())
         dims = [len(s.fn.batch_shape) for s in every] + [-f.dim for s in every for f in s.frames]
-        pair = Pair(
+        pair = ModelAndGuide(
             model,
             guide,
             sites,
@@ -177,7 +177,7 @@ def _reads_rows(start: Analysis, batch: visible.Batch) -> bool:
     return bool(jnp.allclose(lean, run_once(log_weight, batch, jax.random.key(0))))
 
 
-def resized(pair: Pair, leaves: Sequence[Any], spec: Any) -> Pair | None:
+def resized(pair: ModelAndGuide, leaves: Sequence[Any], spec: Any) -> ModelAndGuide | None:
     """The same programs on arguments that differ in size alone, described without running or compiling anything.
 
     :returns: None if they turn out to have other sites, parameters or subsampling plates there.
@@ -247,7 +247,7 @@ def _first_run(
     return p, q, soft
 
 
-def _start(pair: Pair, p: record, q: record) -> Analysis:
+def _start(pair: ModelAndGuide, p: record, q: record) -> Analysis:
     return Analysis(
         pair,
         unconstrain(pair.theta, {name: s["value"] for name, s in p.params.items()}),
@@ -265,7 +265,7 @@ def _stand_in(leaf: Any, rng_key: Array) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSite]) -> int:
+def _num_data(model_sites: Mapping[str, SiteRecord], sites: Sequence[visible.VisibleSite]) -> int:
     """How many examples a host ELBO's value speaks for: n, times the plates' N/B."""
     first = model_sites[sites[0].name]
     num = float(sites[0].shape[0])

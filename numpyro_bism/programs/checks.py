@@ -18,15 +18,15 @@ from ..compiled.convolutions import compiled_once
 from ..distributions import base_of
 from ..losses import OuterLoss
 from . import guides, visible
-from .pair import Pair
+from .pair import ModelAndGuide
 from .params import jittered
-from .records import Site, is_enumerated, joint_per_example, record
+from .records import SiteRecord, is_enumerated, joint_per_example, record
 
 
 class Analysis(NamedTuple):
     """What the first run gave: the pair, and initial values (unconstrained parameters, mutable state)."""
 
-    pair: Pair
+    pair: ModelAndGuide
     theta: dict[str, Any]
     phi: dict[str, Any]
     mutable: dict[str, Any]
@@ -45,7 +45,7 @@ def run_once(function: Callable[..., Any], batch: visible.Batch, *args: Any) -> 
     return compiled_once(run, len(batch.v))([batch.leaves[i] for i in places], *args)
 
 
-def warn_scaled(site: Site) -> None:
+def warn_scaled(site: SiteRecord) -> None:
     """A scale around the whole model is often meant as a weight of the minibatch: here it is another density."""
     scale = np.asarray(1.0 if site.scale is None else site.scale, float)
     for frame in site.frames:
@@ -62,7 +62,7 @@ def warn_scaled(site: Site) -> None:
         )
 
 
-def check_plates(sites: Iterable[Site]) -> None:
+def check_plates(sites: Iterable[SiteRecord]) -> None:
     """:raises ValueError: for a plate whose rows are drawn out of sight: every pass would be about others."""
     for site in sites:
         for frame in site.frames:
@@ -74,7 +74,7 @@ def check_plates(sites: Iterable[Site]) -> None:
                 )
 
 
-def _cure_of_missing(site: Site, num_rows: int) -> str:
+def _cure_of_missing(site: SiteRecord, num_rows: int) -> str:
     if is_enumerated(site.infer):
         return (
             "BiSM sums out what the guide marks: sample it there with infer={'enumerate': 'parallel'}; or take "
@@ -88,7 +88,7 @@ def _cure_of_missing(site: Site, num_rows: int) -> str:
     return "Sample it there too, or sum it out of the energy by hand."
 
 
-def check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site], num_rows: int) -> None:
+def check_sites(model_sites: Mapping[str, SiteRecord], latents: Mapping[str, SiteRecord], num_rows: int) -> None:
     model_latents = [name for name, s in model_sites.items() if not s.is_observed]
     for name in model_latents:
         if name not in latents:
@@ -105,7 +105,7 @@ def check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site], nu
 
 
 def check_guide(
-    start: Analysis, latents: Mapping[str, Site], batch: visible.Batch, rng_key: Array, strategy: Any
+    start: Analysis, latents: Mapping[str, SiteRecord], batch: visible.Batch, rng_key: Array, strategy: Any
 ) -> None:
     pair = start.pair
     for name, site in latents.items():
@@ -172,7 +172,7 @@ def check_examples(start: Analysis, batch: visible.Batch, rng_key: Array) -> Non
     args, kwargs = batch.arguments(batch.v)
     seen: dict[str, Array] = {}
     for key in jax.random.split(rng_key):
-        values, _ = pair.hard_draw(key, params, batch, batch.v)
+        values, _ = pair.draw_discrete(key, params, batch, batch.v)
         with seed(rng_seed=rng_key), record(params, values) as run:
             pair.model(*args, **kwargs)
         joint_per_example(run.sites.values(), len(batch.v))
@@ -190,8 +190,8 @@ def find_change_of_variables(
     start: Analysis,
     batch: visible.Batch,
     rng_key: Array,
-    latents: Mapping[str, Site],
-    model_sites: Mapping[str, Site],
+    latents: Mapping[str, SiteRecord],
+    model_sites: Mapping[str, SiteRecord],
 ) -> guides.ChangeOfVariables | None:
     """:raises ValueError: where the guide's density can't be had at fixed h."""
     pair = start.pair

@@ -16,8 +16,8 @@ from numpyro.handlers import block, seed
 from ..compiled.convolutions import compiled_once
 from ..distributions import base_of
 from .analysis import resized
-from .pair import Pair
-from .records import Site, record
+from .pair import ModelAndGuide
+from .records import SiteRecord, record
 from .visible import Batch, size
 from .visible import batch as batch_of
 
@@ -27,7 +27,7 @@ MAX_ROWS, FEW = 256, 64  # of more rows these few are looked at, where the progr
 
 def check_rows(
     rng_key: Array,
-    pair: Pair,
+    pair: ModelAndGuide,
     params: Mapping[str, Any],
     batch: Batch,
     *,
@@ -91,7 +91,7 @@ _Values = tuple[Array, Mapping[str, Array]]  # the visible ones, and the latents
 class _Start(NamedTuple):
     """Programs, parameters and data, as the check was given them."""
 
-    pair: Pair
+    pair: ModelAndGuide
     model: Callable
     params: Mapping[str, Any]
     batch: Batch
@@ -107,8 +107,8 @@ class _Own(NamedTuple):
     """
 
     plates: frozenset[str]
-    latents: dict[str, tuple[int, Site]]
-    visible: dict[str, Site]
+    latents: dict[str, tuple[int, SiteRecord]]
+    visible: dict[str, SiteRecord]
     masses: set[str]
 
 
@@ -125,7 +125,7 @@ class _Described(NamedTuple):
     unclear: list[str]
 
 
-def _few(pair: Pair, batch: Batch) -> Batch:
+def _few(pair: ModelAndGuide, batch: Batch) -> Batch:
     """The batch, or its first rows where the programs take them for a batch of their own: any number will do then."""
     n = len(batch.v)
     if n <= MAX_ROWS or batch.indices:
@@ -214,7 +214,7 @@ def _drawn(rng_key: Array, start: _Start) -> tuple[dict[str, Array], _Own]:
     with block(), seed(rng_seed=key_guide), record(start.params, batch.indices) as q:
         pair.guide(*args, **kwargs)
     drawn = {name: s.value for name, s in q.sites.items() if not s.is_observed}
-    with block(), seed(rng_seed=key_model), record(start.params, {**drawn, **batch.indices}, pair.softened) as p:
+    with block(), seed(rng_seed=key_model), record(start.params, {**drawn, **batch.indices}, pair.relaxed_sites) as p:
         start.model(*args, **kwargs)
     visible = {site.name: p.sites[site.name] for site in batch.sites}
     plates = pair.data_plates
@@ -228,7 +228,7 @@ def _drawn(rng_key: Array, start: _Start) -> tuple[dict[str, Array], _Own]:
     return drawn, _Own(plates, latents, visible, masses)
 
 
-def _axis(site: Site, plates: frozenset[str], shape: Sequence[int], n: int, event_dim: int = 0) -> int | None:
+def _axis(site: SiteRecord, plates: frozenset[str], shape: Sequence[int], n: int, event_dim: int = 0) -> int | None:
     """Along which axis of a site's value, or of its log density, the examples stand; None if there is none."""
     dims = [frame.dim for frame in site.frames if frame.name in plates]
     axis = len(shape) - event_dim + dims[0] if dims else 0
@@ -237,7 +237,7 @@ def _axis(site: Site, plates: frozenset[str], shape: Sequence[int], n: int, even
 
 def _moved(rng_key: Array, start: _Start, base: _Values, own: _Own, moved: Array) -> _Values:
     """Visible values and latents, those of some examples anywhere on their support."""
-    batch, softened = start.batch, start.pair.softened
+    batch, relaxed_sites = start.batch, start.pair.relaxed_sites
     v, latents = base
     keys = iter(jax.random.split(rng_key, len(own.latents) + len(batch.sites)))
     columns, first = [], 0
@@ -250,11 +250,11 @@ def _moved(rng_key: Array, start: _Start, base: _Values, own: _Own, moved: Array
     for name, (axis, latent) in own.latents.items():
         value = latents[name]
         rows = moved.reshape(-1, *[1] * (jnp.ndim(value) - axis - 1))
-        values[name] = jnp.where(rows, _elsewhere(next(keys), latent, value, name in softened), value)
+        values[name] = jnp.where(rows, _elsewhere(next(keys), latent, value, name in relaxed_sites), value)
     return v, values
 
 
-def _elsewhere(rng_key: Array, site: Site, value: Array, is_soft: bool = False) -> Array:
+def _elsewhere(rng_key: Array, site: SiteRecord, value: Array, is_soft: bool = False) -> Array:
     """Other values of a site's support: a coupling of bits that are 0 at the draw has to be seen as well."""
     base = base_of(site.fn)
     if is_soft:
@@ -280,7 +280,7 @@ def _densities(rng_key: Array, start: _Start, v: Array, values: Mapping[str, Arr
     pair, indices, n = start.pair, start.batch.indices, len(v)
     args, kwargs = start.batch.arguments(v)
     key_model, key_guide = jax.random.split(rng_key)
-    with block(), seed(rng_seed=key_model), record(start.params, {**values, **indices}, pair.softened) as p:
+    with block(), seed(rng_seed=key_model), record(start.params, {**values, **indices}, pair.relaxed_sites) as p:
         start.model(*args, **kwargs)
     given = {name: value for name, value in values.items() if name not in own.masses}
     with block(), seed(rng_seed=key_guide), record(start.params, {**given, **indices}) as q:

@@ -27,7 +27,7 @@ from numpyro.handlers import seed
 from ..losses import OuterLoss
 from . import guides, rows, visible
 from .params import constrain
-from .records import Site, joint_per_example, per_example, record, run_until, sum_by_example
+from .records import SiteRecord, joint_per_example, per_example, record, run_until, sum_by_example
 from .rows import draw_rows
 
 MAX_CONFIGURATIONS = 256
@@ -47,7 +47,7 @@ class Draw(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelAndGuide:
     """A (model, guide) pair, as the first run on arguments of this structure showed it. It holds no arrays.
 
     :ivar theta: transforms of the model's parameters, by name.
@@ -69,7 +69,7 @@ class Pair:
     sites: tuple[visible.VisibleSite, ...]
     theta: Mapping[str, Any]
     phi: Mapping[str, Any]
-    softened: frozenset[str]
+    relaxed_sites: frozenset[str]
     enumerated: tuple[str, ...]
     sampled: tuple[str, ...]
     subsampled: Mapping[str, rows.Plate]
@@ -125,14 +125,14 @@ class Pair:
     def programs(self, params: Mapping[str, Any], batch: visible.Batch) -> tuple[Callable, Callable]:
         """Model and guide for a host ELBO: parameters and rows given, discrete sites softened where the guide's are."""
 
-        def given(program, softened):
+        def given(program, relaxed_sites):
             def run(*args, **kwargs):
-                with record(params, batch.indices, softened):
+                with record(params, batch.indices, relaxed_sites):
                     return program(*args, **kwargs)
 
             return run
 
-        return given(self.model, self.softened), given(self.guide, frozenset())
+        return given(self.model, self.relaxed_sites), given(self.guide, frozenset())
 
     def draw(
         self,
@@ -142,7 +142,7 @@ class Pair:
         v: Array,
         given: Mapping[str, Array] | None = None,
         keys: Sequence[Array] = (),
-    ) -> tuple[Draw, dict[str, Site]]:
+    ) -> tuple[Draw, dict[str, SiteRecord]]:
         """Run the guide at v; sites marked for enumeration and not ``given`` are summed out.
 
         :param keys: random keys for the guide's own use, from an earlier draw.
@@ -208,7 +208,7 @@ class Pair:
         ]
         # one key for every v: what a model draws by itself (dropout) stays as v moves
         key_model, key_guide = jax.random.split(rng_key)
-        with seed(rng_seed=key_model), record(params, draw.values, self.softened) as run:
+        with seed(rng_seed=key_model), record(params, draw.values, self.relaxed_sites) as run:
             self.model(*args, **kwargs)
         total: Any = sum(expectation(site, probs) for site in run.sites.values())
         if guide:
@@ -225,14 +225,17 @@ class Pair:
         v: Array,
         values: Mapping[str, Array],
         keys: Sequence[Array] = (),
-        harden: bool = False,
-    ) -> dict[str, Site]:
+        discretize: bool = False,
+    ) -> dict[str, SiteRecord]:
         """The guide's own sites at v, where some are given.
 
         :param keys: random keys for the guide's own use, from an earlier draw.
         """
         args, kwargs = batch.arguments(v)
-        with seed(rng_seed=rng_key), record(params, {**batch.indices, **values}, harden=harden, keys=keys) as run:
+        with (
+            seed(rng_seed=rng_key),
+            record(params, {**batch.indices, **values}, discretize=discretize, keys=keys) as run,
+        ):
             self.guide(*args, **kwargs)
         return {name: site for name, site in run.sites.items() if not site.is_observed}
 
@@ -241,8 +244,8 @@ class Pair:
     ) -> Array:
         """log q(h|v) at any h, by example, relaxed sites as discrete ones; NaN where no draws behind h are found."""
 
-        def guide_at(v: Array, values: Mapping[str, Array]) -> dict[str, Site]:
-            return self.guide_at(rng_key, params, batch, v, values, harden=True)
+        def guide_at(v: Array, values: Mapping[str, Array]) -> dict[str, SiteRecord]:
+            return self.guide_at(rng_key, params, batch, v, values, discretize=True)
 
         sites = guide_at(batch.v, latents)
         known = jnp.zeros(len(batch.v), bool)
@@ -339,7 +342,7 @@ class Pair:
             return value(jax.vmap(drawn)(keys), num).mean()
         return jax.vmap(one)(keys).mean()
 
-    def hard_draw(
+    def draw_discrete(
         self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array
     ) -> tuple[dict[str, Array], tuple[Array, ...]]:
         """One draw of every site of the guide, and the rows; relaxed and summed-out sites drawn as discrete ones.
@@ -347,7 +350,7 @@ class Pair:
         The guide's own random keys come with it.
         """
         args, kwargs = batch.arguments(v)
-        with seed(rng_seed=rng_key), record(params, batch.indices, harden=True) as run:
+        with seed(rng_seed=rng_key), record(params, batch.indices, discretize=True) as run:
             self.guide(*args, **kwargs)
         values = {name: site.value for name, site in run.sites.items() if not site.is_observed}
         return jax.lax.stop_gradient({**values, **batch.indices}), tuple(run.keys)
@@ -360,7 +363,7 @@ class Pair:
         v: Array,
         values: Mapping[str, Array],
     ) -> Array:
-        """log p̃(v, h) of every example at a :meth:`hard_draw`."""
+        """log p̃(v, h) of every example at a :meth:`draw_discrete`."""
         args, kwargs = batch.arguments(v)
         with seed(rng_seed=rng_key), record(params, values) as run:
             self.model(*args, **kwargs)
@@ -373,7 +376,10 @@ class Pair:
         with seed(rng_seed=key_guide), record(params, batch.indices) as q:
             self.guide(*args, **kwargs)
         values = {name: site.value for name, site in q.sites.items() if not site.is_observed}
-        with seed(rng_seed=key_model), record({**params, **q.mutable}, {**values, **batch.indices}, self.softened) as p:
+        with (
+            seed(rng_seed=key_model),
+            record({**params, **q.mutable}, {**values, **batch.indices}, self.relaxed_sites) as p,
+        ):
             self.model(*args, **kwargs)
         return {**q.mutable, **p.mutable}
 
@@ -385,7 +391,7 @@ def mean_slope(log_weight: Callable[[Array, Any], Array], draws: Any, loss: Oute
     return jax.grad(lambda v: jax.vmap(lambda draw: log_weight(v, draw))(draws).mean())
 
 
-def expectation(site: Site, probs: Sequence[tuple[str, Array, int]]) -> Array:
+def expectation(site: SiteRecord, probs: Sequence[tuple[str, Array, int]]) -> Array:
     """Sum of a site's log density, its summed-out dimensions weighted by q."""
     cost = site.log_prob()
     summed = {dim for _, _, dim in probs}

@@ -13,12 +13,12 @@ from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
-from ..distributions import base_of, hard, relaxed, unmasked
+from ..distributions import base_of, discretized, relaxed, unmasked
 from . import rows, visible
 
 
 @dataclass
-class Site:
+class SiteRecord:
     """One sample statement, as it ran.
 
     :ivar plates: (full size, size) of every plate met, by name.
@@ -62,7 +62,7 @@ class record(Messenger):
     """Runs a program with its parameters and some of its sites given, and keeps its sample statements.
 
     A value in ``values`` stands in for a latent site's draw, or for a plate's rows, however it comes by them: all
-    passes of a step are about the same. A site in ``softened`` is scored as its relaxation. Sites marked for
+    passes of a step are about the same. A site in ``relaxed_sites`` is scored as its relaxation. Sites marked for
     enumeration get their whole support, in a dimension of their own left of all plates, when ``enumerate_from`` says
     how many dimensions the plates take.
 
@@ -74,9 +74,9 @@ class record(Messenger):
         self,
         params: Mapping[str, Any],
         values: Mapping[str, Array] | None = None,
-        softened: frozenset[str] = frozenset(),
+        relaxed_sites: frozenset[str] = frozenset(),
         enumerate_from: int | None = None,
-        harden: bool = False,
+        discretize: bool = False,
         keys: Sequence[Array] = (),
         offered: Mapping[str, Array] | None = None,
         sought: Collection[str] = (),
@@ -92,12 +92,12 @@ class record(Messenger):
         self._drawn: set[str] = set()
         self.given = params
         self.values = values or {}
-        self.softened = softened
+        self.relaxed_sites = relaxed_sites
         self.enumerate_from = enumerate_from
-        self.harden = harden
+        self.discretize = discretize
         self.given_keys = iter(keys)
         self.keys: list[Array] = []
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[str, SiteRecord] = {}
         self.params: dict[str, Any] = {}
         self.mutable: dict[str, Any] = {}
         self.plates: dict[str, tuple[int, int]] = {}
@@ -159,10 +159,10 @@ class record(Messenger):
             raise rows.Found
 
     def _sample(self, name, msg):
-        if name in self.softened:
+        if name in self.relaxed_sites:
             msg["fn"] = relaxed(msg["fn"])
-        if self.harden:
-            msg["fn"] = hard(msg["fn"])
+        if self.discretize:
+            msg["fn"] = discretized(msg["fn"])
         if msg["is_observed"] or msg["value"] is not None:
             return
         if name in self.values:
@@ -185,7 +185,7 @@ class record(Messenger):
         elif kind == "mutable" and msg["value"] is not None:
             self.mutable[name] = msg["value"]
         elif kind == "sample":
-            self.sites[name] = Site(
+            self.sites[name] = SiteRecord(
                 name,
                 msg["fn"],
                 msg["value"],
@@ -215,7 +215,7 @@ def run_until(
     return run
 
 
-def per_example(site: Site, n: int) -> Array:
+def per_example(site: SiteRecord, n: int) -> Array:
     """A site's log density summed over all but the leading dimension, of shape (n,).
 
     :raises ValueError: where the leading dimension is not the batch.
@@ -233,13 +233,13 @@ def sum_by_example(name: str, log_prob: Array, n: int) -> Array:
     return log_prob.reshape(n, -1).sum(-1)
 
 
-def leading_plates(sites: Iterable[Site]) -> frozenset[str]:
+def leading_plates(sites: Iterable[SiteRecord]) -> frozenset[str]:
     """The plates along the leading axis of the sites' values: of the visible ones those whose rows are the batch."""
     lead = [(s, jnp.ndim(s.value) - s.fn.event_dim) for s in sites]
     return frozenset(frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims)
 
 
-def joint_per_example(sites: Iterable[Site], n: int) -> Array:
+def joint_per_example(sites: Iterable[SiteRecord], n: int) -> Array:
     """The sites' joint log density of every example, shape (n,).
 
     What stands outside the batch and is one number for all of it (a penalty on the weights) is left out: it is the

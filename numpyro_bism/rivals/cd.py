@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..compiled.noise import num_ahead, taken_apart
+from ..compiled.noise import num_prefetched, split_noise
 from ..energies import Density, Point
-from ..hypergradients import fused
+from ..hypergradients import unroll_factor
 from ..programs.checks import Analysis
 from ..programs.visible import Batch
 from ..sampling.kernels import Gibbs, Kernel, require_kernel
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["CD"]
 
@@ -73,7 +73,7 @@ class CD(Rival):
         self.persistent = persistent
         self.num_chains = num_chains
 
-    def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
+    def _check(self, target: MarginalTarget, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> MarginalTarget:
         if self.persistent and not target.energy.is_homogeneous:
             raise ValueError(
                 "persistent=True: the model has covariates, and a chain that goes on belongs to no row of the next "
@@ -83,7 +83,9 @@ class CD(Rival):
         jax.eval_shape(lambda: self.kernel.init(target.energy.density(params, x), x))
         return target
 
-    def _begin(self, rng_key: Array, target: Target, start: Analysis, batch: Batch) -> tuple[dict[str, Any], Any]:
+    def _begin(
+        self, rng_key: Array, target: MarginalTarget, start: Analysis, batch: Batch
+    ) -> tuple[dict[str, Any], Any]:
         if not self.persistent:
             return {}, None
         energy = target.energy.at(batch)
@@ -94,7 +96,7 @@ class CD(Rival):
         return {}, (x, self.kernel.init(density, x))
 
     def _loss(
-        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch
+        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: MarginalTarget, mutable: Any, batch: Batch
     ) -> tuple[Array, Any]:
         params = target.params(theta, mutable)
         fixed = jax.lax.stop_gradient(params)  # the chains are data here: their own way through θ is CD's bias
@@ -126,11 +128,13 @@ def advance(
 
     if num_steps == 1:
         return step(rng_key, (x, state))
-    draw, rest = taken_apart(step, rng_key, (x, state))
+    draw, rest = split_noise(step, rng_key, (x, state))
     noise: Any = jax.random.split(rng_key, num_steps)
-    if num_steps <= num_ahead(draw, rng_key):
+    if num_steps <= num_prefetched(draw, rng_key):
         noise, step = jax.vmap(draw)(noise), rest
-    return jax.lax.scan(lambda carry, now: (step(now, carry), None), (x, state), noise, unroll=fused(num_steps))[0]
+    return jax.lax.scan(
+        lambda carry, now: (step(now, carry), None), (x, state), noise, unroll=unroll_factor(num_steps)
+    )[0]
 
 
 def draw_hidden(

@@ -11,7 +11,7 @@ from ..losses import OuterLoss, require_outer_loss
 from ..programs.visible import Batch
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["MarginalSM"]
 
@@ -47,7 +47,7 @@ class MarginalSM(Rival):
         self.loss = loss
 
     def _loss(
-        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch
+        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: MarginalTarget, mutable: Any, batch: Batch
     ) -> tuple[Array, Any]:
         log_prob = target.log_prob(target.params(theta, mutable), batch)
         score = jax.grad(lambda v: log_prob({VISIBLE: v}).sum())

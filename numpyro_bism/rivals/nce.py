@@ -16,7 +16,7 @@ from ..programs.checks import Analysis
 from ..programs.visible import Batch
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["LOG_NORMALIZER", "NCE", "Gaussian", "conditional_contrast", "contrast"]
 
@@ -58,7 +58,7 @@ class Gaussian(NamedTuple):
     scale_tril: Array
 
     @classmethod
-    def fitted(cls, target: Target, batch: Batch) -> "Gaussian":
+    def fitted(cls, target: MarginalTarget, batch: Batch) -> "Gaussian":
         """Of all the data's mean and covariance, and not just the batch's.
 
         :raises ValueError: where the covariance is singular.
@@ -98,7 +98,7 @@ def check_noise(noise: Any, num_noise: int) -> None:
         )
 
 
-def check_width(noise: Any, target: Target) -> None:
+def check_width(noise: Any, target: MarginalTarget) -> None:
     """:raises ValueError: where the noise is not of the visible values' width."""
     num_columns = target.energy.batch.v.shape[1]
     if noise is not None and noise.event_shape != (num_columns,):
@@ -151,11 +151,13 @@ class NCE(Rival):
         self.conditional = conditional
         self.log_normalizer = log_normalizer
 
-    def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
+    def _check(self, target: MarginalTarget, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> MarginalTarget:
         check_width(self.noise, target)
         return target
 
-    def _begin(self, rng_key: Array, target: Target, start: Analysis, batch: Batch) -> tuple[dict[str, Any], Any]:
+    def _begin(
+        self, rng_key: Array, target: MarginalTarget, start: Analysis, batch: Batch
+    ) -> tuple[dict[str, Any], Any]:
         if self.conditional is not None:
             return {}, None
         fitted = Gaussian.fitted(target, batch) if self.noise is None else None
@@ -170,7 +172,7 @@ class NCE(Rival):
         return {LOG_NORMALIZER: log_normalizer}, fitted
 
     def _loss(
-        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch
+        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: MarginalTarget, mutable: Any, batch: Batch
     ) -> tuple[Array, Any]:
         log_prob = target.log_prob(target.params(theta, mutable), batch)
         v, shape = batch.v, (self.num_noise, len(batch.v))

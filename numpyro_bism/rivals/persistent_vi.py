@@ -13,14 +13,14 @@ from ..distributions import base_of
 from ..energies import Energy, Point
 from ..programs.checks import Analysis
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
-from ..programs.records import Site, record
+from ..programs.pair import ModelAndGuide
+from ..programs.records import SiteRecord, record
 from ..programs.visible import Batch
 from ..sampling.kernels import Kernel, require_kernel
 from ..training.runaways import Words
 from .cd import advance, draw_hidden
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["PersistentVI"]
 
@@ -148,19 +148,19 @@ class PersistentVI(Rival):
         """
         raise ValueError("A PersistentVI has a posterior of θ and no one θ: pass persistent_vi.at(theta).")
 
-    def _split(self, pair: Pair, theta: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(self, pair: ModelAndGuide, theta: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return {name: theta[name] for name in pair.theta}, {name: theta[name] for name in pair.phi}
 
-    def _phi(self, pair: Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
+    def _phi(self, pair: ModelAndGuide, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
         return self._split(pair, theta)[1]
 
-    def _program(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch) -> Any:
+    def _program(self, rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch) -> Any:
         values, _ = _drawn(rng_key, pair, params, batch)
         if not values:
             raise ValueError("The guide has no sample site: it should draw the model's global parameters.")
         return given(pair.model, values)
 
-    def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
+    def _check(self, target: MarginalTarget, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> MarginalTarget:
         pair = target.pair
         if not target.energy.is_homogeneous:
             raise ValueError(
@@ -182,7 +182,9 @@ class PersistentVI(Rival):
                 )
         return target
 
-    def _begin(self, rng_key: Array, target: Target, start: Analysis, batch: Batch) -> tuple[dict[str, Any], Any]:
+    def _begin(
+        self, rng_key: Array, target: MarginalTarget, start: Analysis, batch: Batch
+    ) -> tuple[dict[str, Any], Any]:
         key_draw, key_hidden = jax.random.split(rng_key)
         params = target.params(start.theta, start.mutable, start.phi)
         target = _at(target, _drawn(key_draw, target.pair, params, batch)[0])
@@ -194,7 +196,7 @@ class PersistentVI(Rival):
         return dict(start.phi), (x, self.kernel.init(density, x))
 
     def _loss(
-        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch
+        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: MarginalTarget, mutable: Any, batch: Batch
     ) -> tuple[Array, Any]:
         pair = target.pair
         params = target.params(theta, mutable, self._split(pair, theta)[1])
@@ -256,16 +258,18 @@ def given(model: Callable, values: Mapping[str, Array]) -> Callable:
     return block(substitute(model, data=dict(values)), hide=list(values))
 
 
-def _at(target: Target, values: Mapping[str, Array]) -> Target:
+def _at(target: MarginalTarget, values: Mapping[str, Array]) -> MarginalTarget:
     return replace(target, energy=replace(target.energy, model=given(target.pair.model, values)))
 
 
-def _is_global(site: Site) -> bool:
+def _is_global(site: SiteRecord) -> bool:
     """A factor with one number for all the data: a penalty, which counts once, as a prior does."""
     return jnp.ndim(site.log_prob()) == 0
 
 
-def _drawn(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch) -> tuple[dict[str, Array], Array]:
+def _drawn(
+    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch
+) -> tuple[dict[str, Array], Array]:
     """One draw of θ from the guide, and its log density."""
     args, kwargs = batch.arguments(batch.v)
     with seed(rng_seed=rng_key), record(params, batch.indices) as run:
@@ -276,8 +280,8 @@ def _drawn(rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch) 
 
 
 def _prior_sites(
-    rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, values: Mapping[str, Array]
-) -> dict[str, Site]:
+    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, values: Mapping[str, Array]
+) -> dict[str, SiteRecord]:
     """The model's sites, run at θ."""
     args, kwargs = batch.arguments(batch.v)
     with seed(rng_seed=rng_key), record(params, {**batch.indices, **values}) as run:

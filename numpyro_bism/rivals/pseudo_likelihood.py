@@ -13,7 +13,7 @@ from ..energies import Latent, Point, replaced
 from ..programs.visible import Batch
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["PseudoLikelihood"]
 
@@ -47,7 +47,7 @@ class PseudoLikelihood(Rival):
     def __init__(self, model: Callable, optim: Any, *, visible: Sequence[str] | None = None, **static_kwargs: Any):
         super().__init__(model, optim, visible, static_kwargs)
 
-    def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
+    def _check(self, target: MarginalTarget, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> MarginalTarget:
         energy = target.energy
         for site in energy.sites:
             if not site.is_discrete:
@@ -66,7 +66,7 @@ class PseudoLikelihood(Rival):
         return replace(target, multilinear=found)
 
     def _loss(
-        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch
+        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: MarginalTarget, mutable: Any, batch: Batch
     ) -> tuple[Array, Any]:
         log_prob = target.log_prob(target.params(theta, mutable), batch)
         seen = target.energy.seen(batch.v)

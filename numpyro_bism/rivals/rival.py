@@ -1,7 +1,7 @@
 """What the rivals share: a loss of the model alone, minimised by one optimiser, with BiSM's face.
 
-A rival is a :class:`Rival` with a loss. Where that needs the marginal log p̃(v; θ), :class:`Target` has it: the latents
-are summed or integrated out in closed form or by enumeration, in a way found once, at the first analysis.
+A rival is a :class:`Rival` with a loss. Where that needs the marginal log p̃(v; θ), :class:`MarginalTarget` has it:
+the latents are summed or integrated out in closed form or by enumeration, in a way found once, at the first analysis.
 """
 
 import math
@@ -22,11 +22,11 @@ from ..programs.analysis import analyse
 from ..programs.checks import Analysis
 from ..programs.coupling import check_rows
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.params import jittered
 from ..training import runaways
 from ..training.trainer import Trainer, norm, ranks, structure
-from .target import Target, check_reads
+from .target import MarginalTarget, check_reads
 
 
 class RivalInfo(NamedTuple):
@@ -109,7 +109,7 @@ class Rival(Trainer):
         self.optim = as_optim(optim, "optim")
         self.visible = None if visible is None else list(visible)
         self.static_kwargs = static_kwargs
-        self._targets: dict[Any, Target] = {}
+        self._targets: dict[Any, MarginalTarget] = {}
 
     @abstractmethod
     def _loss(
@@ -117,14 +117,14 @@ class Rival(Trainer):
         rng_key: Array,
         theta: Mapping[str, Any],
         carried: Any,
-        target: Target,
+        target: MarginalTarget,
         mutable: Any,
         batch: visible.Batch,
     ) -> tuple[Array, Any]:
         """The loss at θ, a mean over the batch, and what is carried to the next step."""
 
     def _begin(
-        self, rng_key: Array, target: Target, start: Analysis, batch: visible.Batch
+        self, rng_key: Array, target: MarginalTarget, start: Analysis, batch: visible.Batch
     ) -> tuple[dict[str, Any], Any]:
         """Before the first step: parameters of the method's own, by name, and what it carries."""
         return {}, None
@@ -134,22 +134,22 @@ class Rival(Trainer):
         rng_key: Array,
         theta: Mapping[str, Any],
         carried: Any,
-        target: Target,
+        target: MarginalTarget,
         mutable: Any,
         batch: visible.Batch,
     ) -> tuple[Any, tuple[Array, ...]]:
         """What is carried, fitted to θ before θ's own step; and what of this the info tells."""
         return carried, ()
 
-    def _phi(self, pair: Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
+    def _phi(self, pair: ModelAndGuide, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
         """The guide's unconstrained parameters, if there is one."""
         return {}
 
-    def _program(self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: visible.Batch) -> Any:
+    def _program(self, rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: visible.Batch) -> Any:
         """The program whose density this is."""
         return pair.model
 
-    def _scale(self, target: Target, batch: visible.Batch) -> float:
+    def _scale(self, target: MarginalTarget, batch: visible.Batch) -> float:
         """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known.
 
         Of log p̃ between chains and data a nat a number of discrete data, which bound its gradient too. Continuous data
@@ -158,7 +158,9 @@ class Rival(Trainer):
         is_bounded = self.is_contrast and all(site.is_discrete for site in target.energy.sites)
         return float(batch.v.shape[1]) if is_bounded else self.scale
 
-    def _check(self, target: Target, params: Mapping[str, Any], batch: visible.Batch, rng_key: Array) -> Target:
+    def _check(
+        self, target: MarginalTarget, params: Mapping[str, Any], batch: visible.Batch, rng_key: Array
+    ) -> MarginalTarget:
         """The target, with what the method finds out of the model off its initial parameters.
 
         :raises ValueError: where the method does not fit the model.
@@ -218,11 +220,11 @@ class Rival(Trainer):
         key_batch, key_draw, key_energy = jax.random.split(rng_key, 3)
         batch = target.pair.batch(key_batch, leaves, spec)
         program = program_of(key_draw, target.pair, params, batch)
-        values, _ = target.pair.hard_draw(key_draw, params, batch, batch.v)
-        energy, x = Energy.of(program, target.pair.sites, batch, params, key_energy, values)
+        values, _ = target.pair.draw_discrete(key_draw, params, batch, batch.v)
+        energy, x = Energy.from_model(program, target.pair.sites, batch, params, key_energy, values)
         return energy, params, x
 
-    def target(self, leaves: Sequence[Any], spec: Any) -> Target:
+    def target(self, leaves: Sequence[Any], spec: Any) -> MarginalTarget:
         """The model as it runs on arguments of this structure, and how its latents are summed out."""
         pair = self.pair(leaves, spec)
         return replace(self._targets[ranks(structure(leaves, spec))], pair=pair)
@@ -264,7 +266,7 @@ class Rival(Trainer):
     def _warn(self, before: RivalState, after: RivalState) -> bool:
         return runaways.warn(before.watch, after.watch, self.words)
 
-    def _theta(self, pair: Pair, state: RivalState) -> dict[str, Any]:
+    def _theta(self, pair: ModelAndGuide, state: RivalState) -> dict[str, Any]:
         theta = self.optim.get_params(state.optim_state)
         if not set(pair.theta) <= set(theta):
             raise ValueError(
@@ -293,25 +295,25 @@ class Rival(Trainer):
             look,
         )
 
-    def _find(self, start: Analysis, batch: visible.Batch, rng_key: Array) -> Target:
+    def _find(self, start: Analysis, batch: visible.Batch, rng_key: Array) -> MarginalTarget:
         """The energy, tried out, and how its latents are summed out."""
         key_params, key_phi, key_program, key_energy, key_check, key_rows, key_method = jax.random.split(rng_key, 7)
         pair, phi = start.pair, jittered(key_phi, start.phi)
         params = pair.params(jittered(key_params, start.theta), phi, start.mutable)
         program = self._program(key_program, pair, params, batch)
         check_rows(key_rows, pair, params, batch, model=program)
-        energy, x = Energy.of(program, pair.sites, batch, params, key_energy, moves_visible=self.moves_visible)
+        energy, x = Energy.from_model(program, pair.sites, batch, params, key_energy, moves_visible=self.moves_visible)
         check_reads(energy, params, x, key_check)
         hidden = {name: (x[name].shape[1:], x[name].dtype) for name in energy.hidden}
         integral = self._integral(energy, params, x) if hidden and self.sums_latents is not False else None
-        return self._check(Target(pair, energy, hidden, integral), params, batch, key_method)
+        return self._check(MarginalTarget(pair, energy, hidden, integral), params, batch, key_method)
 
     def _integral(self, energy: Energy, params: Mapping[str, Any], x: Point) -> Integral | None:
         cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
         found: list[Integral] = []
         try:
             # traced alone: of the density nothing but its structure is looked at
-            jax.eval_shape(lambda: found.append(Integral.of(energy.density(params, x), x, energy.hidden)))
+            jax.eval_shape(lambda: found.append(Integral.over_variables(energy.density(params, x), x, energy.hidden)))
         except ValueError as error:
             if self.sums_latents is None:
                 return None

@@ -11,11 +11,11 @@ from jax import Array
 from .. import energies
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..programs import visible
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 
 
 @dataclass(frozen=True)
-class Target:
+class MarginalTarget:
     """What a rival learns, as the model's first run on arguments of this structure showed it.
 
     :ivar pair: the model, and the guide if the method has one.
@@ -25,7 +25,7 @@ class Target:
     :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
     """
 
-    pair: Pair
+    pair: ModelAndGuide
     energy: Energy
     hidden: Mapping[str, tuple[tuple[int, ...], Any]]
     integral: Integral | None = None

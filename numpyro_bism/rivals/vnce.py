@@ -11,11 +11,11 @@ from jax.nn import softplus
 from numpyro.handlers import seed
 
 from .. import divergences
-from ..compiled.noise import taken_apart
-from ..hypergradients import fused
+from ..compiled.noise import split_noise
+from ..hypergradients import unroll_factor
 from ..optim.host import as_optim, inner_copy, require_single_steps
 from ..programs.checks import Analysis
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.records import joint_per_example, per_example, record
 from ..programs.visible import Batch
 from ..training import runaways
@@ -24,7 +24,7 @@ from ..training.settings import require_guide
 from ..training.trainer import norm
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["VNCE", "VNCEInfo"]
 
@@ -122,16 +122,18 @@ class VNCE(Rival):
         self.log_normalizer = log_normalizer
         self._inner = None if inner_loss is None else divergences.as_inner_loss(inner_loss)
 
-    def _check(self, target: Target, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> Target:
+    def _check(self, target: MarginalTarget, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> MarginalTarget:
         check_width(self.noise, target)
         if self.inner_loss is not None:
             divergences.check(self.inner_loss, target.pair)
         return target
 
-    def _phi(self, pair: Pair, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
+    def _phi(self, pair: ModelAndGuide, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
         return self.inner_optim.get_params(carried[0])
 
-    def _begin(self, rng_key: Array, target: Target, start: Analysis, batch: Batch) -> tuple[dict[str, Any], Any]:
+    def _begin(
+        self, rng_key: Array, target: MarginalTarget, start: Analysis, batch: Batch
+    ) -> tuple[dict[str, Any], Any]:
         require_single_steps(self.inner_optim, start.phi, "inner_optim")
         fitted = Gaussian.fitted(target, batch) if self.noise is None else None
         noise = self.noise if fitted is None else fitted.distribution()
@@ -146,7 +148,7 @@ class VNCE(Rival):
         return {LOG_NORMALIZER: log_normalizer}, (self.inner_optim.init(start.phi), fitted)
 
     def _fit(
-        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch
+        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: MarginalTarget, mutable: Any, batch: Batch
     ) -> tuple[Any, tuple[Array, ...]]:
         inner_state, fitted = carried
 
@@ -156,7 +158,7 @@ class VNCE(Rival):
                 return self._inner(key, target.pair, params, batch, batch.v)
             return self._data_term(key, target.pair, params, theta, batch, fitted).mean()
 
-        draw, rest = taken_apart(loss, rng_key, self.inner_optim.get_params(inner_state))
+        draw, rest = split_noise(loss, rng_key, self.inner_optim.get_params(inner_state))
 
         def step(inner_state, noise):
             phi = self.inner_optim.get_params(inner_state)
@@ -165,11 +167,11 @@ class VNCE(Rival):
 
         num = self.num_inner_steps
         noise = jax.vmap(draw)(jax.random.split(rng_key, num))
-        inner_state, (losses, lengths) = jax.lax.scan(step, inner_state, noise, length=num, unroll=fused(num))
+        inner_state, (losses, lengths) = jax.lax.scan(step, inner_state, noise, length=num, unroll=unroll_factor(num))
         return (inner_state, fitted), (losses[-1], lengths[-1])
 
     def _loss(
-        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: Target, mutable: Any, batch: Batch
+        self, rng_key: Array, theta: Mapping[str, Any], carried: Any, target: MarginalTarget, mutable: Any, batch: Batch
     ) -> tuple[Array, Any]:
         inner_state, fitted = carried
         params = target.params(theta, mutable, self.inner_optim.get_params(inner_state))
@@ -185,7 +187,13 @@ class VNCE(Rival):
         return (self._data_term(key_data, target.pair, params, theta, batch, fitted) + at_noise).mean(), carried
 
     def _data_term(
-        self, rng_key: Array, pair: Pair, params: Mapping[str, Any], theta: Mapping[str, Any], batch: Batch, fitted: Any
+        self,
+        rng_key: Array,
+        pair: ModelAndGuide,
+        params: Mapping[str, Any],
+        theta: Mapping[str, Any],
+        batch: Batch,
+        fitted: Any,
     ) -> Array:
         """The first term, of every example: shape (n,)."""
         noise = self.noise if fitted is None else fitted.distribution()
@@ -194,7 +202,7 @@ class VNCE(Rival):
         return (jnp.exp(log_weights) * each).sum(1).mean(0)
 
     def _log_ratios(
-        self, rng_key: Array, pair: Pair, params: Mapping[str, Any], batch: Batch, v: Array
+        self, rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array
     ) -> tuple[Array, Array]:
         """log p̃(v, h) - log q(h|v) at draws of h, and the logarithm of each summed-out configuration's share of q.
 
@@ -206,7 +214,7 @@ class VNCE(Rival):
         def one(key, given=None):
             key_draw, key_model = jax.random.split(key)
             draw, sites = pair.draw(key_draw, params, batch, v, given)
-            with seed(rng_seed=key_model), record(params, draw.values, pair.softened) as run:
+            with seed(rng_seed=key_model), record(params, draw.values, pair.relaxed_sites) as run:
                 pair.model(*args, **kwargs)
             log_p = joint_per_example(run.sites.values(), n)
             zero = jnp.zeros(n, v.dtype)

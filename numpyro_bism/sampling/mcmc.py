@@ -15,7 +15,7 @@ from ..energies import VISIBLE, Energy, Integral, Latent
 from .chains import given_values, masks_of
 
 
-def program(
+def as_model(
     trained: Any,
     state: Any,
     *args: Any,
@@ -30,7 +30,7 @@ def program(
 
     .. code-block:: python
 
-        mcmc = MCMC(NUTS(program(bism, state, x[:1], rng_key=key)), num_warmup=500, num_samples=1000, num_chains=4)
+        mcmc = MCMC(NUTS(as_model(bism, state, x[:1], rng_key=key)), num_warmup=500, num_samples=1000, num_chains=4)
 
     What moves becomes a latent site, the visible sites too; all rows move together, as one point of a chain: give one
     row for chains of (v, h), the data for draws of h given v (``sites=["h"]``). Missing entries of a visible site ``v``
@@ -59,7 +59,7 @@ def program(
     density: Any = None
     if summed:
         density = energy.density(params, data)
-        integral = Integral.of(density, data, summed)
+        integral = Integral.over_variables(density, data, summed)
         if integral.quadrature:
             raise ValueError(f"marginal: {sorted(summed)} can't be summed in closed form or by enumeration.")
 
@@ -124,12 +124,13 @@ def _declared(latent: Latent, n: int) -> dist.Distribution:
     return base_of(latent.fn).expand((n, *latent.units)).mask(False)
 
 
-def recorded(kernel: HMC) -> HMC:
+def with_statistics(kernel: HMC) -> HMC:
     """The same kernel, but its ``MCMC`` tells :func:`to_arviz` more of every draw than whether it diverged.
 
     .. code-block:: python
 
-        mcmc = MCMC(recorded(NUTS(program(bism, state, x, rng_key=key, sites=["h"]))), num_warmup=500, num_samples=1000)
+        posterior = as_model(bism, state, x, rng_key=key, sites=["h"])
+        mcmc = MCMC(with_statistics(NUTS(posterior)), num_warmup=500, num_samples=1000)
 
     That is ``energy``, the Hamiltonian, for ``az.bfmi`` and ``az.plot_energy``, with ``acceptance_rate`` and
     ``step_size``: the ``extra_fields`` of ``mcmc.run`` that hold them need not be named.
@@ -138,7 +139,7 @@ def recorded(kernel: HMC) -> HMC:
     """
     made: Any = {HMC: RecordedHMC, NUTS: RecordedNUTS}.get(type(kernel))
     if made is None:
-        raise ValueError(f"recorded takes an HMC or NUTS of numpyro.infer, got {type(kernel).__name__}.")
+        raise ValueError(f"with_statistics takes an HMC or NUTS of numpyro.infer, got {type(kernel).__name__}.")
     new = made.__new__(made)
     new.__dict__.update(kernel.__dict__)
     return new

@@ -11,13 +11,13 @@ import tqdm
 from jax import Array
 
 from ..compiled.convolutions import compiled
-from ..compiled.noise import num_ahead, taken_apart
+from ..compiled.noise import num_prefetched, split_noise
 from ..programs import visible as visibles
 from ..programs.all_rows import drawn, with_all_rows
 from ..programs.analysis import resized
 from ..programs.checks import Analysis
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 
 
 class BiSMRunResult(NamedTuple):
@@ -36,7 +36,7 @@ class Trainer(ABC):
 
     def __init__(self) -> None:
         # Both are caches of what the programs are; nothing that training changes is kept here.
-        self._pairs: dict[Any, Pair] = {}
+        self._pairs: dict[Any, ModelAndGuide] = {}
         self._loops: dict[Any, Callable] = {}
 
     @abstractmethod
@@ -194,8 +194,8 @@ class Trainer(ABC):
 
                     return jax.lax.fori_loop(start, stop, body, (state, losses))
 
-                draw, rest_of = taken_apart(update, state.rng_key, state)
-                num = num_ahead(draw, state.rng_key)
+                draw, rest_of = split_noise(update, state.rng_key, state)
+                num = num_prefetched(draw, state.rng_key)
 
                 def some(carry):
                     """``num`` steps, or as many as are left."""
@@ -236,7 +236,7 @@ class Trainer(ABC):
         self._pairs[structure(leaves, spec)] = start.pair
         return start
 
-    def pair(self, leaves: Sequence[Any], spec: Any) -> Pair:
+    def pair(self, leaves: Sequence[Any], spec: Any) -> ModelAndGuide:
         """Model and guide as they run on arguments of this structure; analysed once for each structure."""
         key = structure(leaves, spec)
         if key not in self._pairs:
@@ -250,7 +250,7 @@ class Trainer(ABC):
             self._pairs[key] = pair
         return self._pairs[key]
 
-    def evaluated_pair(self, leaves: Sequence[Any], spec: Any) -> Pair:
+    def evaluated_pair(self, leaves: Sequence[Any], spec: Any) -> ModelAndGuide:
         """The same for an evaluation, which takes all rows given: plates draw none."""
         key = structure(leaves, spec)
         like = next((pair for known, pair in self._pairs.items() if ranks(known) == ranks(key)), None)
@@ -258,7 +258,7 @@ class Trainer(ABC):
             like = self.pair(leaves, spec)
         return with_all_rows(like, leaves)
 
-    def _last_pair(self) -> Pair:
+    def _last_pair(self) -> ModelAndGuide:
         if not self._pairs:
             raise ValueError(
                 "The constraints are not known yet. Call init(rng_key, *args) once; the state stays yours."

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slopes
-from ..optim.captured import KeptAdam, Settings
+from ..optim.captured import AdamTensors, FrozenSettings
 from ..optim.host import descend
 from ..optim.steps import DifferentiableOptim
 from ..programs import params
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.visible import Batch, flatten
 from .graph import Graph, Original
 
@@ -31,7 +31,7 @@ MAX_CAPTURES = 8  # as torch.compile's own limit
 
 
 @dataclass
-class Captured(Bilevel):
+class CapturedProblem(Bilevel):
     """A bi-level problem on stand-ins.
 
     :ivar strategy: the hypergradient.
@@ -46,12 +46,12 @@ class Captured(Bilevel):
     write_phi: Callable[[Gradient, Tensor], None] | None = None
 
 
-def told(*values: Tensor) -> Tensor:
+def stack_report(*values: Tensor) -> Tensor:
     """What a step tells of itself, in one tensor: to read numbers out one by one takes longer than to compute them."""
     return torch.stack([value.detach().to(values[0].device) for value in values])
 
 
-def left(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, allowed: Tensor) -> list[Any]:
+def apply_or_return(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, allowed: Tensor) -> list[Any]:
     """What of an optimiser's step is left to torch: the gradient; where ``write`` takes it, which leaves have moved."""
     if write is None:
         return list(gradient)
@@ -59,29 +59,29 @@ def left(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, a
     return [g is not None for g in gradient]
 
 
-def _look(problem: Bilevel) -> list[Any]:
+def _evaluate_inner(problem: Bilevel) -> list[Any]:
     """G and ‖∇_φ G‖."""
     loss, gradient = slopes(problem, "inner", "phi")
-    return [told(loss, norm(gradient))]
+    return [stack_report(loss, norm(gradient))]
 
 
-def _fit(problem: Captured) -> list[Any]:
+def _fit(problem: CapturedProblem) -> list[Any]:
     """An inner step: G, ‖∇_φ G‖, and the gradient if it has yet to be followed, else which leaves it moves."""
     loss, gradient = slopes(problem, "inner", "phi")
     length = norm(gradient)
-    return [told(loss, length), *left(problem.write_phi, gradient, length.isfinite())]
+    return [stack_report(loss, length), *apply_or_return(problem.write_phi, gradient, length.isfinite())]
 
 
-def _follow(problem: Captured, state: Any) -> list[Any]:
+def _follow(problem: CapturedProblem, state: Any) -> list[Any]:
     """The outer step: ‖dJ/dθ‖, the rest of the strategy's result, and the gradient, or which leaves it moves."""
     assert problem.strategy is not None
     found = problem.strategy(problem, state)
     length = norm(found.gradient)
-    rest = left(problem.write_theta, found.gradient, length.isfinite() & found.loss.isfinite())
+    rest = apply_or_return(problem.write_theta, found.gradient, length.isfinite() & found.loss.isfinite())
     return [length, found.loss, found.state, found.residual, found.curvature, *rest]
 
 
-class Program:
+class CapturedStep:
     """The graphs of what a method solves, on arguments of one structure.
 
     :param problem: makes it of a pair, a batch, θ and φ: an object with attributes ``theta`` and ``phi``, and
@@ -93,7 +93,7 @@ class Program:
 
     def __init__(
         self,
-        pair: Pair,
+        pair: ModelAndGuide,
         problem: Callable[..., Any],
         theta: Sequence[Tensor],
         phi: Sequence[Tensor],
@@ -104,12 +104,12 @@ class Program:
         self.pair, self._problem, self._unrolls = pair, problem, unrolls
         self._theta, self._phi = theta, phi
         self._outer_optim, self._inner_optim = outer_optim, inner_optim
-        self._outer_kept = KeptAdam.of(outer_optim, theta)
-        self._inner_kept = KeptAdam.of(inner_optim, phi)
+        self._outer_kept = AdamTensors.from_optim(outer_optim, theta)
+        self._inner_kept = AdamTensors.from_optim(inner_optim, phi)
         # the optimisers that are part of a graph; others take their steps outside
-        self._settings = [Settings(inner_optim, phi)] if self._inner_kept is not None or unrolls else []
+        self._settings = [FrozenSettings(inner_optim, phi)] if self._inner_kept is not None or unrolls else []
         if self._outer_kept:
-            self._settings.append(Settings(outer_optim, theta))
+            self._settings.append(FrozenSettings(outer_optim, theta))
         # whether a graph may take several steps of both: ClippedAdam's rate changes between them, outside
         self.takes_steps = all([kept is not None and kept.is_steady for kept in (self._outer_kept, self._inner_kept)])
         self._graphs: dict[Any, Graph] = {}
@@ -117,7 +117,7 @@ class Program:
         self._inputs: Mapping[str, Sequence[Tensor]] = {}
         self._flat: list[Tensor] = []
 
-    def is_current(self, pair: Pair) -> bool:
+    def is_current(self, pair: ModelAndGuide) -> bool:
         """Whether this is the pair, and the optimisers' settings are those that were captured."""
         return self.pair is pair and all([settings.are_current() for settings in self._settings])
 
@@ -131,13 +131,13 @@ class Program:
         """What is left of an inner step after its graph: ``gradient``, or which leaves the graph has moved."""
         if self._inner_kept is None:
             descend(self._inner_optim, self._phi, gradient)
-        elif self._inner_kept.ticked(gradient):
+        elif self._inner_kept.after_step(gradient):
             self.bind(self._batch)
 
     def move_theta(self, gradient: Any) -> None:
         """The same of an outer step."""
         if self._outer_kept:
-            self._outer_kept.ticked(gradient)
+            self._outer_kept.after_step(gradient)
         else:
             descend(self._outer_optim, self._theta, gradient)
 
@@ -228,11 +228,11 @@ class Program:
             problem.write_phi = lambda g, allowed: inner.write(given["phi"], given["inner_state"], g, allowed)
         return problem
 
-    def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
+    def _stand_in(self, pair: ModelAndGuide, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
         return self._problem(pair, batch, theta, phi)
 
 
-class BilevelProgram(Program):
+class CapturedBilevelStep(CapturedStep):
     """The graphs of a bi-level problem.
 
     :param strategy: the hypergradient.
@@ -240,7 +240,7 @@ class BilevelProgram(Program):
 
     def __init__(
         self,
-        pair: Pair,
+        pair: ModelAndGuide,
         problem: Callable[..., Bilevel],
         theta: Sequence[Tensor],
         phi: Sequence[Tensor],
@@ -253,7 +253,7 @@ class BilevelProgram(Program):
 
     def fit(self, moves: bool) -> tuple[float, float]:
         """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
-        report, *gradient = self.run(_fit if moves else _look)
+        report, *gradient = self.run(_fit if moves else _evaluate_inner)
         loss, length = report.tolist()
         if moves and math.isfinite(length):
             self.move_phi(gradient)
@@ -280,15 +280,17 @@ class BilevelProgram(Program):
 
     def _bound(
         self, given: Mapping[str, Sequence[Tensor]], batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
-    ) -> Captured:
+    ) -> CapturedProblem:
         problem = super()._bound(given, batch, theta, phi)
         if self._inner_kept:
-            problem.steps = self._inner_kept.bound(given["inner_state"])
+            problem.steps = self._inner_kept.steps_on(given["inner_state"])
         elif given["inner_state"]:
             steps = DifferentiableOptim(self._inner_optim, self._phi)
             problem.steps = steps.resumed(dict(zip(steps.state(), given["inner_state"], strict=True)))
         return problem
 
-    def _stand_in(self, pair: Pair, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Captured:
+    def _stand_in(
+        self, pair: ModelAndGuide, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
+    ) -> CapturedProblem:
         plain = self._problem(pair, batch, theta, phi)
-        return Captured(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)
+        return CapturedProblem(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)

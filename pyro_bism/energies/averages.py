@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import energies
 from ..distributions import AveragedBernoulli, AveragedOneHot, base_of, rebuild
 from ..losses import OuterLoss
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.records import is_enumerated, record
 from .proof import prove, prove_function
 
@@ -63,7 +63,7 @@ def averaging(guide: Callable) -> Callable:
     return run
 
 
-def check(pair: Pair, leaves: Any, spec: Any, loss: OuterLoss, inner_loss: Any) -> None:
+def check(pair: ModelAndGuide, leaves: Any, spec: Any, loss: OuterLoss, inner_loss: Any) -> None:
     """:raises ValueError: where the mean is not the sum: what is not proved to be affine, or not linear in E_q."""
     for name in pair.averaged:
         cure = "Put its units in a plate instead of .to_event(), with one factor a unit, or relax it."
@@ -89,15 +89,15 @@ def check(pair: Pair, leaves: Any, spec: Any, loss: OuterLoss, inner_loss: Any) 
             )
 
 
-def _is_affine(pair: Pair, leaves: Any, spec: Any, name: str) -> bool:
+def _is_affine(pair: ModelAndGuide, leaves: Any, spec: Any, name: str) -> bool:
     with torch.random.fork_rng(devices=[]):
-        batch = pair.batch(leaves, spec, cut=True)
-        values = {n: v for n, v in pair.hard_draw(batch, batch.v).items() if n not in pair.subsamples}
-        energy, x = energies.Energy.of(pair.model, pair.sites, batch, pair.buffers, values)
+        batch = pair.batch(leaves, spec, resizable=True)
+        values = {n: v for n, v in pair.draw_discrete(batch, batch.v).items() if n not in pair.subsamples}
+        energy, x = energies.Energy.from_model(pair.model, pair.sites, batch, pair.buffers, values)
         return prove(energy, x).degrees.within((name,)) <= 1
 
 
-def _is_read(pair: Pair, leaves: Any, spec: Any, name: str) -> bool:
+def _is_read(pair: ModelAndGuide, leaves: Any, spec: Any, name: str) -> bool:
     """Whether another site of the guide depends on this one's value."""
     with torch.random.fork_rng(devices=[]):
         batch = pair.batch(leaves, spec)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, hard, plain_support
+from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, discretized, plain_support
 from ..programs import visible
 from ..programs.all_rows import of_any_size
-from ..programs.records import Site, joint_per_example, leading_plates, record
+from ..programs.records import SiteRecord, joint_per_example, leading_plates, record
 from .density import VISIBLE, Block, Density, Latent, Point, close, curvature, pack, select
 from .proof import Proof, prove
 from .structure import find_blocks
@@ -53,7 +53,7 @@ class Energy:
         return tuple(name for name in self.latents if name not in self.observed)
 
     @classmethod
-    def of(
+    def from_model(
         cls,
         model: Callable,
         sites: tuple[visible.VisibleSite, ...],
@@ -71,7 +71,7 @@ class Energy:
         """
         args, kwargs = batch.arguments(batch.v)
         kept = [b.clone() for b in buffers]
-        with torch.no_grad(), record({**batch.indices, **(values or {})}, harden=True) as run:
+        with torch.no_grad(), record({**batch.indices, **(values or {})}, discretize=True) as run:
             model(*args, **kwargs)
         _restore(buffers, kept)
         n = len(batch.v)
@@ -217,14 +217,14 @@ class Energy:
         """
         v = self.batch.v
         energy = replace(self, latents={**self.latents, **observed}, observed=tuple(observed))
-        hard = energy.log_joint({**x, **energy.seen(v)})
+        discretized = energy.log_joint({**x, **energy.seen(v)})
         for name, latent in observed.items():
             sites = tuple(replace(site, is_soft=site.is_soft or site.name == name) for site in energy.sites)
             trial = replace(energy, sites=sites, batch=replace(energy.batch, sites=sites))
             takes = latent.kind != "labels"
             if takes:
                 try:
-                    takes = close(trial.log_joint({**x, **energy.seen(v)}), hard)
+                    takes = close(trial.log_joint({**x, **energy.seen(v)}), discretized)
                 except Exception:  # whatever a program trips over: it gets integers then
                     takes = False
             if takes:
@@ -259,7 +259,7 @@ class Energy:
             log_joint = self.log_joint({name: a[:1].expand(a.shape) for name, a in x.items()})
         return close(log_joint, log_joint[:1])
 
-    def _proved_at_any_size(self, recorded: Mapping[str, Site], x: Point) -> Proof | None:
+    def _proved_at_any_size(self, recorded: Mapping[str, SiteRecord], x: Point) -> Proof | None:
         """What is proved where the batch's plates take any number of rows, if the density is the same there; else None.
 
         A plate of a fixed size, or one that draws rows, may have as many as there are units: an array of parameters
@@ -276,7 +276,7 @@ class Energy:
         hides = COVARIATES not in proof.degrees.groups and not self._has_equal_rows(x)
         return None if hides or proof.reads_position else proof
 
-    def _batch_plates(self, recorded: Mapping[str, Site]) -> frozenset[str]:
+    def _batch_plates(self, recorded: Mapping[str, SiteRecord]) -> frozenset[str]:
         """The plates whose rows are the batch, but for those that are handed them: these are the user's."""
         names = (*(site.name for site in self.sites), *self.latents)
         return leading_plates(recorded[name] for name in names) - self.batch.handed
@@ -300,7 +300,7 @@ class Energy:
 
 
 def _declared(
-    recorded: Mapping[str, Site], sites: Sequence[visible.VisibleSite], latents: Mapping[str, Latent]
+    recorded: Mapping[str, SiteRecord], sites: Sequence[visible.VisibleSite], latents: Mapping[str, Latent]
 ) -> dict[str, str]:
     """By variable, the structure that ``infer={"structure": ...}`` declares.
 
@@ -337,8 +337,8 @@ def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
             buffer.copy_(value)
 
 
-def _latent(site: Site, n: int) -> Latent:
-    fn, base, shape = hard(site.fn), base_of(hard(site.fn)), tuple(site.value.shape)
+def _latent(site: SiteRecord, n: int) -> Latent:
+    fn, base, shape = discretized(site.fn), base_of(discretized(site.fn)), tuple(site.value.shape)
     if shape[:1] != (n,):
         raise ValueError(
             f"Latent site '{site.name}' has shape {shape}, without the batch of {n} as its leading dimension: all "

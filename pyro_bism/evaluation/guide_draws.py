@@ -15,8 +15,8 @@ from tqdm import tqdm
 from ..bism import BiSM
 from ..programs import visible
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
-from ..programs.records import Site, per_example, record
+from ..programs.pair import ModelAndGuide
+from ..programs.records import SiteRecord, per_example, record
 
 MAX_CELLS = 2**20  # numbers of v and h that are worked on at once
 
@@ -42,7 +42,7 @@ def guide_draws(bism: BiSM, *args: Any, num_draws: int, **kwargs: Any) -> GuideD
     return run_guide(pair, pair.batch(leaves, spec), num_draws)
 
 
-def run_guide(pair: Pair, batch: visible.Batch, num_draws: int) -> GuideDraws:
+def run_guide(pair: ModelAndGuide, batch: visible.Batch, num_draws: int) -> GuideDraws:
     buffers = [b.clone() for b in pair.buffers]
     try:
         with torch.no_grad():
@@ -80,8 +80,8 @@ class _Chunk(NamedTuple):
 
 
 def _draw(
-    pair: Pair, batch: visible.Batch, size: int | None = None, given: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Site], dict[str, Site]]:
+    pair: ModelAndGuide, batch: visible.Batch, size: int | None = None, given: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, SiteRecord], dict[str, SiteRecord]]:
     """One run of guide and model: the guide's drawn sites, the model's sites. ``size`` draws stand in a plate."""
     args, kwargs = batch.arguments(batch.v)
 
@@ -90,16 +90,16 @@ def _draw(
             return contextlib.nullcontext()
         return pyro.plate("_draws", size, dim=-(pair.num_plate_dims + 1))  # left of all others
 
-    with plate(), record({**batch.indices, **(given or {})}, harden=True) as q:
+    with plate(), record({**batch.indices, **(given or {})}, discretize=True) as q:
         pair.guide(*args, **kwargs)
     drawn = {name: s for name, s in q.sites.items() if not s.is_observed}
-    with plate(), record({**batch.indices, **{name: s.value for name, s in drawn.items()}}, harden=True) as p:
+    with plate(), record({**batch.indices, **{name: s.value for name, s in drawn.items()}}, discretize=True) as p:
         pair.model(*args, **kwargs)
     return drawn, p.sites
 
 
 def _chunk(
-    pair: Pair,
+    pair: ModelAndGuide,
     batch: visible.Batch,
     shapes: Mapping[str, torch.Size],
     size: int | None,
@@ -115,7 +115,7 @@ def _chunk(
 
 
 def _collect(
-    pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Size], num_draws: int, size: int | None
+    pair: ModelAndGuide, batch: visible.Batch, shapes: Mapping[str, torch.Size], num_draws: int, size: int | None
 ) -> list[_Chunk]:
     """num_draws draws, ``size`` at a time; empty if they turn out to differ from draws one at a time."""
     chunks = []
@@ -129,7 +129,7 @@ def _collect(
     return chunks
 
 
-def _broadcasts(pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Size]) -> bool:
+def _broadcasts(pair: ModelAndGuide, batch: visible.Batch, shapes: Mapping[str, torch.Size]) -> bool:
     """Whether several draws at once give what single ones give: some programs index or reshape from the left."""
     try:
         with warnings.catch_warnings():
@@ -140,7 +140,7 @@ def _broadcasts(pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Siz
         return False
 
 
-def _agrees(pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Size], chunk: _Chunk, i: int) -> bool:
+def _agrees(pair: ModelAndGuide, batch: visible.Batch, shapes: Mapping[str, torch.Size], chunk: _Chunk, i: int) -> bool:
     """Whether a draw has the same log densities when it is scored alone."""
     alone = _chunk(pair, batch, shapes, None, {name: value[i] for name, value in chunk.values.items()})
 
@@ -151,7 +151,7 @@ def _agrees(pair: Pair, batch: visible.Batch, shapes: Mapping[str, torch.Size], 
     return close(chunk.log_p[i], alone.log_p[0]) and close(chunk.log_q[i], alone.log_q[0])
 
 
-def total_log_prob(role: str, sites: Mapping[str, Site], n: int, size: int | None, num_plate_dims: int) -> Tensor:
+def total_log_prob(role: str, sites: Mapping[str, SiteRecord], n: int, size: int | None, num_plate_dims: int) -> Tensor:
     """A program's log density by draw and datapoint, of shape (size, n)."""
     terms = {}
     for name, site in sites.items():
@@ -178,7 +178,7 @@ def _is_bad(x: Tensor) -> Tensor:
     return torch.isnan(x) | torch.isposinf(x)
 
 
-def check_latents(sites: Mapping[str, Site], n: int) -> None:
+def check_latents(sites: Mapping[str, SiteRecord], n: int) -> None:
     latents = {name: s for name, s in sites.items() if not s.infer.get("is_auxiliary", False)}
     if not latents:
         raise ValueError("The guide has no latent site, so there is nothing to draw.")

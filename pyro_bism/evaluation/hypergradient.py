@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..bism import BiSM
 from ..brief import named
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.records import per_example
 from ..programs.visible import Batch
 from ..training.trainer import Buffers
@@ -118,7 +118,7 @@ def _kept(trained: BiSM) -> Iterator[None]:
         trained.info = info
 
 
-def _both(trained: BiSM, pair: Pair, batch: Batch, num_particles: int) -> Compared:
+def _both(trained: BiSM, pair: ModelAndGuide, batch: Batch, num_particles: int) -> Compared:
     """Both gradients on one batch."""
     loss, theta, phi = trained.loss, list(pair.theta.values()), list(pair.phi.values())
     noise = loss.draw(batch.v)
@@ -127,8 +127,8 @@ def _both(trained: BiSM, pair: Pair, batch: Batch, num_particles: int) -> Compar
         for _ in range(trained.num_inner_steps):
             problem.inner_noise.append(problem.snapshot())
             torch.rand((), device=batch.v.device)  # the next one's is another
-    assert trained._carried is not None  # a step was taken
-    found = trained._strategy(problem, *trained._carried)
+    assert trained._method_state is not None  # a step was taken
+    found = trained._strategy(problem, *trained._method_state)
     value, gap, effective = marginal_loss(pair, batch, loss, noise, num_particles)
     reference = torch.autograd.grad(value, theta, allow_unused=True)
     numbers = [
@@ -159,7 +159,9 @@ class _Drawn:
         return self.noise
 
 
-def marginal_loss(pair: Pair, batch: Batch, loss: Any, noise: Any, num_particles: int) -> tuple[Tensor, Tensor, Tensor]:
+def marginal_loss(
+    pair: ModelAndGuide, batch: Batch, loss: Any, noise: Any, num_particles: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The outer loss of the importance-weighted marginal, a mean over the batch.
 
     :returns: the loss, and of all draws the gap from guide to posterior in nats and their effective share.
@@ -167,9 +169,9 @@ def marginal_loss(pair: Pair, batch: Batch, loss: Any, noise: Any, num_particles
     v, n = loss.perturb(batch.v, noise).detach(), len(batch.v)
 
     def draw() -> tuple[Any, Tensor]:
-        values = pair.hard_draw(batch, v)
+        values = pair.draw_discrete(batch, v)
         with torch.no_grad():
-            sites = pair.guide_at(batch, v, values, harden=True)
+            sites = pair.guide_at(batch, v, values, discretize=True)
         check_latents(sites, n)
         # a latent that is computed from other draws (Delta) carries their change of volume
         log_q: Any = sum(per_example(site, n) for site in sites.values())

@@ -64,7 +64,7 @@ def log_likelihood(
     found: Any = None
     if method != "importance":
         try:
-            integral = Integral.of(density, x, energy.hidden)
+            integral = Integral.over_variables(density, x, energy.hidden)
             if method == "exact" and integral.quadrature:
                 raise OutOfReach(
                     f"There is no exact sum over {named(energy.hidden)}, but quadrature over "

@@ -39,7 +39,7 @@ def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
     """
     energy, x = energy_of(trained, args, kwargs)
     density = energy.density(x)
-    integral = Integral.of(density, x, energy.hidden)
+    integral = Integral.over_variables(density, x, energy.hidden)
     value, _ = integral.estimate(density, x)
     finite(value, "free energy", "the energy grows without bound in the latents")
     return torch.as_tensor(-value, dtype=x[VISIBLE].dtype)
@@ -61,7 +61,7 @@ def log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Estimate:
     energy, x = energy_of(trained, args, kwargs)
     density = energy.density(x)
     rows = {name: value[:1] for name, value in x.items()} if energy.is_homogeneous else x
-    integral = Integral.of(density, rows, [VISIBLE, *energy.latents])
+    integral = Integral.over_variables(density, rows, [VISIBLE, *energy.latents])
     value, error = integral.estimate(density, rows, x)
     finite(value, "normaliser", "the energy does not grow in every direction: Z is infinite")
     if len(value) == 1:

@@ -279,9 +279,9 @@ def _is_by_row(trained: Any, energy: Energy, rows: np.ndarray, args: tuple, kwar
     def log_q(args: Any, kwargs: Any, values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         pair, leaves, spec = trained._prepare(args, kwargs)
         batch = pair.batch(leaves, spec)
-        values = values or {k: x for k, x in pair.hard_draw(batch, batch.v).items() if k not in batch.indices}
+        values = values or {k: x for k, x in pair.draw_discrete(batch, batch.v).items() if k not in batch.indices}
         with torch.no_grad():
-            sites = pair.guide_at(batch, batch.v, values, harden=True)
+            sites = pair.guide_at(batch, batch.v, values, discretize=True)
             total: Any = sum(per_example(site, len(batch.v)) for site in sites.values())
         return total, values
 
@@ -307,7 +307,7 @@ def _weights_at(bism: BiSM, args: Any, kwargs: Any, latents: Mapping[str, np.nda
     with torch.no_grad(), pyro.validation_enabled(False):
         for i in range(num):
             given = {name: x[i] for name, x in flat.items()}
-            with record({**batch.indices, **given}, harden=True) as p:
+            with record({**batch.indices, **given}, discretize=True) as p:
                 pair.model(*args, **kwargs)
             log_p: Any = sum(per_example(site, n) for site in p.sites.values())
             found.append(log_p - pair.log_guide(batch, given))

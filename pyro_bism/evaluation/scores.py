@@ -114,7 +114,7 @@ def summable(trained: Any, args: Any, kwargs: Any) -> tuple[Density, Point, Any]
     energy, x = energy_of(trained, args, kwargs)
     density = energy.density(x)
     try:
-        integral = Integral.of(density, x, energy.hidden)
+        integral = Integral.over_variables(density, x, energy.hidden)
     except ValueError:
         integral = None
     integral = None if integral is None or integral.quadrature else integral

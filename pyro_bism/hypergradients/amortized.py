@@ -13,10 +13,10 @@ from .problem import Bilevel, Hypergradient, Result, in_theta
 
 __all__ = ["Amortized"]
 
-MEMORY = 0.99  # of Amortized's running sums, a step
-FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
+MOMENT_DECAY = 0.99  # of Amortized's running sums, a step
+RATE_FRACTION = 0.1  # Amortized's rate as a share of 1/λ_max: noise averages out over some ten steps at least
 # share of ∂J/∂φ in Amortized's direction: where H has blocks, no power of it leads from one to another
-FRESH = 0.1
+RHS_SHARE = 0.1
 # of x kept a step where it has grown along negative curvature, by 1 + FRACTION a step at most
 SHRINK = 0.9
 
@@ -76,9 +76,9 @@ class Amortized(Hypergradient):
             d = torch.where(d.any(), d, _unit(system.rhs))  # until there is a direction
             image = system.hessian(d)
             curvature = d.dot(image)
-            along, square = MEMORY * along + curvature, MEMORY * square + image.dot(image)
-            rate = FRACTION * ratio(along, square).clamp_min(0)
-            d = _unit(_unit(image) + FRESH * _unit(system.rhs))
+            along, square = MOMENT_DECAY * along + curvature, MOMENT_DECAY * square + image.dot(image)
+            rate = RATE_FRACTION * ratio(along, square).clamp_min(0)
+            d = _unit(_unit(image) + RHS_SHARE * _unit(system.rhs))
         else:
             rate = self.step_size
         for n in range(self.num_steps):
@@ -86,7 +86,7 @@ class Amortized(Hypergradient):
                 image = system.hessian(x)
             else:
                 gradient, image = system.both(x)
-                bent = MEMORY * bent + x.dot(image)
+                bent = MOMENT_DECAY * bent + x.dot(image)
             rest = image - system.rhs
             x = x - rate * rest
         x = torch.where(bent < 0, SHRINK, 1.0) * x

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..optim.host import descend, exchanged
+from ..optim.host import descend, with_second_guide
 from .problem import Bilevel, Hypergradient, Result, added, in_theta, slopes
 
 __all__ = ["Penalty"]
@@ -60,7 +60,7 @@ class Penalty(Hypergradient):
         # on copies: a step that fails leaves the state as it was
         psi = [p.clone() for p in state.psi]
         optim = [{k: s.clone() if isinstance(s, Tensor) else s for k, s in kept.items()} for kept in state.optim]
-        with exchanged(problem.optim, phi, psi, optim):
+        with with_second_guide(problem.optim, phi, psi, optim):
             for noise in problem.inner_noise:
                 fresh = problem.snapshot()
                 problem.restore(noise)

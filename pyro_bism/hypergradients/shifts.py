@@ -31,9 +31,9 @@ from ..distributions import (
 )
 from ..divergences import InnerLoss
 from ..losses import OuterLoss
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.params import buffers_kept, jittered
-from ..programs.records import Site, is_enumerated, record
+from ..programs.records import SiteRecord, is_enumerated, record
 from ..programs.visible import Batch
 from . import Shifted
 
@@ -46,7 +46,7 @@ NEAR = 0.01  # of the data: a guide that takes a logarithm of v must not be sent
 Shifts = Mapping[tuple[str, str], Tensor]  # by site and parameter
 
 
-def require_shiftable(pair: Pair, batch: Batch, inner_loss: Callable) -> frozenset[tuple[str, str]]:
+def require_shiftable(pair: ModelAndGuide, batch: Batch, inner_loss: Callable) -> frozenset[tuple[str, str]]:
     """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
 
     The guide runs three times, and leaves no trace. To be called inside of :func:`params.jittered`: what weights of
@@ -60,7 +60,7 @@ def require_shiftable(pair: Pair, batch: Batch, inner_loss: Callable) -> frozens
     with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False), pyro.poutine.block():
         v = batch.v + NEAR * torch.randn_like(batch.v)  # of the data themselves a zero would hide a weight
 
-        def look(index: int = 0) -> dict[str, Site]:
+        def look(index: int = 0) -> dict[str, SiteRecord]:
             with buffers_kept(pair.buffers):  # those that move at every pass would tell of draws
                 return _sites(pair, batch, v, index)
 
@@ -74,7 +74,7 @@ def require_shiftable(pair: Pair, batch: Batch, inner_loss: Callable) -> frozens
     return frozenset(key for key, x in at.items() if _is_reached(key, (x != moved[key]).any(axes[key[0]])))
 
 
-def _require_kind(pair: Pair, inner_loss: Callable) -> None:
+def _require_kind(pair: ModelAndGuide, inner_loss: Callable) -> None:
     if pair.change is not None:
         raise ValueError(
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
@@ -87,7 +87,7 @@ def _require_kind(pair: Pair, inner_loss: Callable) -> None:
         )
 
 
-def _require_sites(sites: Mapping[str, Site], pair: Pair, n: int) -> dict[str, int]:
+def _require_sites(sites: Mapping[str, SiteRecord], pair: ModelAndGuide, n: int) -> dict[str, int]:
     """Along which axis of each site's parameters the examples stand."""
     if not sites:
         raise ValueError(
@@ -127,7 +127,7 @@ def _is_reached(key: tuple[str, str], moves: Tensor) -> bool:
     return bool(moves.any())
 
 
-def _learnt(sites: Mapping[str, Site]) -> dict[tuple[str, str], Tensor]:
+def _learnt(sites: Mapping[str, SiteRecord]) -> dict[tuple[str, str], Tensor]:
     """λ of all sites, as far as the distributions depend on it: of the logits of classes their differences."""
     found = {}
     for name, site in sites.items():
@@ -146,7 +146,7 @@ def _differ(x: Tensor, y: Tensor) -> Tensor:
     return ~torch.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> Shifted:
+def shifted_losses(pair: ModelAndGuide, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> Shifted:
     """J and G on one perturbed batch as functions of δ, of a pair that :func:`require_shiftable` has seen."""
     noise = loss.draw(batch.v)
     v = loss.perturb(batch.v, noise)
@@ -168,7 +168,7 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
     def natural(x: Shifts) -> Shifts:
         return {key: len(v) * _natural(base_of(sites[key[0]].fn), key[1], value) for key, value in x.items()}
 
-    def with_shifts(shifts: Shifts) -> Pair:
+    def with_shifts(shifts: Shifts) -> ModelAndGuide:
         return replace(pair, guide=_shifting(pair.guide, shifts))
 
     def outer(shifts: Shifts) -> Tensor:
@@ -177,11 +177,11 @@ def shifted_losses(pair: Pair, batch: Batch, loss: OuterLoss, inner_loss: Callab
     def inner(shifts: Shifts) -> Tensor:
         return inner_loss(with_shifts(shifts), batch, v)
 
-    relaxed = frozenset(pair.softened.difference(pair.averaged))
+    relaxed = frozenset(pair.relaxed_sites.difference(pair.averaged))
     return Shifted(zeros, outer, inner, natural, dot, scaled, relaxed, bool(pair.sampled))
 
 
-def _sites(pair: Pair, batch: Batch, v: Tensor, index: int = 0) -> dict[str, Site]:
+def _sites(pair: ModelAndGuide, batch: Batch, v: Tensor, index: int = 0) -> dict[str, SiteRecord]:
     """What the guide samples at v; each summed-out site has the value of its support at ``index``."""
     args, kwargs = batch.arguments(v)
     with record(batch.indices) as run, _Summed(index):
@@ -219,7 +219,7 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
     return run
 
 
-def _require_plain(site: Site) -> None:
+def _require_plain(site: SiteRecord) -> None:
     """:raises ValueError: where a scale or a mask of the user's lies over a site: G's curvature is not F then."""
     scale: Any = site.scale
     for frame in site.frames:
@@ -345,7 +345,7 @@ _CLASSES = ConcreteOneHot, AveragedOneHot, dist.Categorical, dist.OneHotCategori
 _FAMILIES = {*_BITS, *_CLASSES, dist.Normal, dist.LogNormal, dist.MultivariateNormal}
 
 
-def _axis(site: Site, plates: Collection[str], n: int) -> int:
+def _axis(site: SiteRecord, plates: Collection[str], n: int) -> int:
     """Along which axis of the parameters the examples stand."""
     shape = _shape(site.fn, base_of(site.fn))
     dims = [frame.dim for frame in site.frames if frame.name in plates]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..losses import OuterLoss
 from ..programs import params
-from ..programs.pair import Pair, gradients_of, mean_slope
+from ..programs.pair import ModelAndGuide, gradients_of, mean_slope
 from ..programs.visible import Batch
 from .problem import Bilevel, Hypergradient, Result, in_theta
 
@@ -29,7 +29,7 @@ class Exact(Hypergradient):
     holds_theta = True
 
     def check(self, loss: Any, pair: Any) -> None:
-        relaxed = sorted(pair.softened.difference(pair.averaged))
+        relaxed = sorted(pair.relaxed_sites.difference(pair.averaged))
         if relaxed:
             raise ValueError(
                 f"Exact() asks for a guide that is the posterior; the relaxed sites {relaxed} never are. "
@@ -78,7 +78,7 @@ class Covariance(Hypergradient):
         return in_theta(problem.covariance(self.num_particles), problem.theta)
 
 
-def posterior_loss(pair: Pair, batch: Batch, loss: OuterLoss) -> Tensor:
+def posterior_loss(pair: ModelAndGuide, batch: Batch, loss: OuterLoss) -> Tensor:
     """J, with the derivative in θ that it has where q(h|v) is the posterior p(h|v; θ).
 
     There ∂_θ log p̃(v) = E_{q(h|v)}[∂_θ log p̃(v, h)] at every v (Fisher's identity), so its gradient in v, taken
@@ -113,17 +113,17 @@ def posterior_loss(pair: Pair, batch: Batch, loss: OuterLoss) -> Tensor:
     return loss(score, batch.v, noise).mean()
 
 
-def covariance_loss(pair: Pair, batch: Batch, loss: OuterLoss, num_particles: int) -> Tensor:
+def covariance_loss(pair: ModelAndGuide, batch: Batch, loss: OuterLoss, num_particles: int) -> Tensor:
     """J, with the derivative in θ that VaGES estimates (Bao et al. 2021): see ``Covariance``."""
     noise = loss.draw(batch.v)
     v = loss.perturb(batch.v, noise).detach().requires_grad_()
     scores, log_joints, guide_scores = [], [], []
     for _ in range(num_particles):
-        values = pair.hard_draw(batch, v)
+        values = pair.draw_discrete(batch, v)
         log_joints.append(pair.log_joint(batch, v, values))
         scores.append(torch.autograd.grad(log_joints[-1].sum(), v, create_graph=True)[0])
         with params.fixed(pair.phi.values()):
-            guide_sites = pair.guide_at(batch, v, pair.fixed_latents(batch, v, values), harden=True)
+            guide_sites = pair.guide_at(batch, v, pair.fixed_latents(batch, v, values), discretize=True)
         log_q: Any = sum(site.log_prob().sum() for site in guide_sites.values())
         (guide_score,) = gradients_of(log_q, [v])
         guide_scores.append(torch.zeros_like(v) if guide_score is None else guide_score)

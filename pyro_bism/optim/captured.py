@@ -13,7 +13,7 @@ from .host import is_adam, torch_optimizer
 from .steps import DifferentiableOptim
 
 
-class Settings:
+class FrozenSettings:
     """What a captured step has as constants. Adam's rate is none: it is an input."""
 
     def __init__(self, optim: PyroOptim, leaves: Sequence[Tensor]):
@@ -38,10 +38,10 @@ class Settings:
         return True
 
 
-class KeptAdam:
+class AdamTensors:
     """The state that ``optim`` keeps for these leaves, as tensors that a captured step reads and writes in place.
 
-    For Adam, AdamW and ClippedAdam alone; for other optimisers :meth:`of` gives None.
+    For Adam, AdamW and ClippedAdam alone; for other optimisers :meth:`from_optim` gives None.
 
     :ivar is_steady: whether a step leaves the rates as they are.
     """
@@ -56,7 +56,7 @@ class KeptAdam:
         self.is_steady = not any(isinstance(kept, ClippedAdam) for kept in self._kept)
 
     @classmethod
-    def of(cls, optim: PyroOptim, leaves: Sequence[Tensor]) -> "KeptAdam | None":
+    def from_optim(cls, optim: PyroOptim, leaves: Sequence[Tensor]) -> "AdamTensors | None":
         return cls(optim, leaves) if all(is_adam(torch_optimizer(optim, leaf)) for leaf in leaves) else None
 
     def tensors(self) -> list[Tensor]:
@@ -74,7 +74,7 @@ class KeptAdam:
             found += [state["exp_avg"], state["exp_avg_sq"], count, self._rates[i][1]]
         return found
 
-    def bound(self, tensors: Sequence[Tensor]) -> DifferentiableOptim:
+    def steps_on(self, tensors: Sequence[Tensor]) -> DifferentiableOptim:
         """Steps from that state, these tensors standing in for :meth:`tensors`."""
         values: dict[Any, Tensor] = {}
         for i in range(len(self._leaves)):
@@ -90,7 +90,7 @@ class KeptAdam:
         allowed: Tensor,
     ) -> None:
         """A step in place, where ``allowed``. Leaves without a gradient stand still."""
-        steps = self.bound(tensors)
+        steps = self.steps_on(tensors)
         values = steps.step(leaves, gradient)
         for i, (leaf, value, g) in enumerate(zip(leaves, values, gradient, strict=True)):
             if g is None:
@@ -100,7 +100,7 @@ class KeptAdam:
             for kept, new in zip(old, (value, step.mean, step.square, step.step), strict=True):
                 kept.copy_(torch.where(allowed, new.to(kept.dtype), kept))
 
-    def ticked(self, moved: Sequence[bool]) -> bool:
+    def after_step(self, moved: Sequence[bool]) -> bool:
         """After a step: see to what torch and Pyro keep in Python.
 
         :returns: whether that changes :meth:`tensors`.

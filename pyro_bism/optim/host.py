@@ -32,7 +32,7 @@ class Leading:
             type(each).step(each, *args, **kwargs)
 
 
-def settle(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
+def create_optimizers(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
     """Make ``optim`` create its torch optimisers, with a step that has no gradients and moves nothing."""
     fresh = [leaf for leaf in leaves if leaf not in optim.optim_objs]
     for leaf in fresh:
@@ -119,7 +119,7 @@ def _take_one_adam(optim: PyroOptim, slopes: Mapping[Tensor, Tensor]) -> bool:
 
 
 @contextmanager
-def exchanged(
+def with_second_guide(
     optim: PyroOptim, leaves: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[dict[str, Any]]
 ) -> Iterator[None]:
     """Inside, the leaves hold ``values`` and ``optim`` works on ``states``; what it does to both is kept in them."""

@@ -101,7 +101,7 @@ class _TorchStep:
     def __init__(self, kept: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]):
         # the fused and multi-tensor forms have no derivative
         group = {**group, "differentiable": True}
-        group |= {key: False for key in ("foreach", "fused", "capturable") if key in group}
+        group |= {key: False for key in ("foreach", "unroll_factor", "capturable") if key in group}
         self.group, self.state = group, state
         self.optim = object.__new__(type(kept))  # its settings come from the group, not from a constructor
         # torch asks the defaults, not the group, whether to keep the step's graph

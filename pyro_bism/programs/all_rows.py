@@ -7,12 +7,12 @@ from typing import Any
 
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 
-from .pair import Pair
+from .pair import ModelAndGuide
 from .rows import Plate
 from .visible import flatten
 
 
-def with_all_rows(pair: Pair, leaves: Sequence[Any]) -> Pair:
+def with_all_rows(pair: ModelAndGuide, leaves: Sequence[Any]) -> ModelAndGuide:
     """The pair whose plates take every row of the data in these arguments, however many: none is drawn.
 
     A plate's full size follows the data too, and its N/B is 1. Rows that a program hands to a plate are left to it.
@@ -54,13 +54,13 @@ def _whole(plate: Plate, n: int) -> Plate:
     return replace(plate, full_size=n, size=n, is_told=True)
 
 
-def drawn(pair: Pair) -> set[str]:
+def drawn(pair: ModelAndGuide) -> set[str]:
     """The plates that draw rows of the visible data by themselves."""
     names = {site.plate for site in pair.sites if site.plate is not None}
     return {name for name in names if not pair.subsamples[name].is_handed}
 
 
-def _require_no_local(pair: Pair, trained_rows: int) -> None:
+def _require_no_local(pair: ModelAndGuide, trained_rows: int) -> None:
     if trained_rows == pair.num_data:
         return
     for name, leaf in pair.phi.items():

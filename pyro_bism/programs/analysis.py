@@ -25,8 +25,8 @@ from .checks import (
     check_sites,
     warn_scaled,
 )
-from .pair import Pair, gradients_of
-from .records import Site, hidden_from_handlers, is_enumerated, leading_plates, record
+from .pair import ModelAndGuide, gradients_of
+from .records import SiteRecord, hidden_from_handlers, is_enumerated, leading_plates, record
 
 
 def analyse(
@@ -39,7 +39,7 @@ def analyse(
     strategy: Any,
     discrete: bool = False,
     partial_guide: bool = False,
-) -> Pair:
+) -> ModelAndGuide:
     """Run guide and model once on these arguments, check all that can be checked, and describe them.
 
     :param guide: None for a model alone: its latents are then nobody's.
@@ -74,7 +74,7 @@ def _no_guide(*args: Any, **kwargs: Any) -> None:
 
 def _describe(
     model, guide, leaves, spec, names, loss: OuterLoss | None, strategy: Any, discrete, partial_guide, ran
-) -> Pair:
+) -> ModelAndGuide:
     alone = guide is None
     guide = _no_guide if alone else guide
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -130,7 +130,7 @@ def _describe(
     check_guide(latents, enumerated, phi, strategy)
     dims = [len(s.fn.batch_shape) for s in (*p.sites.values(), *q.sites.values())]
     dims += [-f.dim for s in (*p.sites.values(), *q.sites.values()) for f in s.frames if f.vectorized]
-    pair = Pair(
+    pair = ModelAndGuide(
         model,
         guide,
         sites,
@@ -159,13 +159,13 @@ def _describe(
         check_sight(pair, batch, [name for name in latents if name in p.sites])
         if not strategy.reparameterises:
             check_examples(pair, batch)
-    pair = replace(pair, is_stated=_is_stated(pair, batch))
+    pair = replace(pair, reads_phi_through_param=_is_stated(pair, batch))
     if strategy.unrolls and pair.phi:
         pair = replace(pair, astray=_astray(pair, batch))
     return pair
 
 
-def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
+def _is_stated(pair: ModelAndGuide, batch: visible.Batch) -> bool:
     """Whether φ itself is out of sight once the statements give stand-ins, and these are in sight.
 
     Module weights stay in sight, and so does a tensor that the program states but reads from its closure. What has no
@@ -181,7 +181,7 @@ def _is_stated(pair: Pair, batch: visible.Batch) -> bool:
     return all((g is None) == (i < len(stand_ins)) for i, g in enumerate(found))
 
 
-def _astray(pair: Pair, batch: visible.Batch) -> tuple[str, ...]:
+def _astray(pair: ModelAndGuide, batch: visible.Batch) -> tuple[str, ...]:
     """The parameters of φ that unrolled steps would not see move."""
     buffers = [(b, b.clone()) for b in pair.buffers]
 
@@ -195,7 +195,7 @@ def _astray(pair: Pair, batch: visible.Batch) -> tuple[str, ...]:
         return tuple(params.astray(look, pair.phi, pair.theta, pair.at))
 
 
-def check_held(pair: Pair, batch: visible.Batch, loss: OuterLoss, strategy: Any) -> None:
+def check_held(pair: ModelAndGuide, batch: visible.Batch, loss: OuterLoss, strategy: Any) -> None:
     """:raises ValueError: where the score can't be had as a function of v in which θ is a number, and has to be."""
     if not (strategy.holds_theta and loss.differentiates_score):
         return
@@ -215,7 +215,7 @@ def check_held(pair: Pair, batch: visible.Batch, loss: OuterLoss, strategy: Any)
         )
 
 
-def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSite]) -> int:
+def _num_data(model_sites: Mapping[str, SiteRecord], sites: Sequence[visible.VisibleSite]) -> int:
     """How many examples a host ELBO's value speaks for: n, times the plates' N/B."""
     num = float(sites[0].shape[0])
     for frame in model_sites[sites[0].name].frames:
@@ -224,8 +224,8 @@ def _num_data(model_sites: Mapping[str, Site], sites: Sequence[visible.VisibleSi
 
 
 def _with_change(
-    pair: Pair, batch: visible.Batch, latents: Mapping[str, Site], model_sites: Mapping[str, Site]
-) -> Pair:
+    pair: ModelAndGuide, batch: visible.Batch, latents: Mapping[str, SiteRecord], model_sites: Mapping[str, SiteRecord]
+) -> ModelAndGuide:
     """The pair, with the sites that its guide computes from other draws and from v.
 
     :raises ValueError: where the guide has no density at fixed h.

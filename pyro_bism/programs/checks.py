@@ -13,11 +13,11 @@ from torch import Tensor
 from ..distributions import base_of
 from ..losses import OuterLoss
 from . import guides, params, visible
-from .pair import Pair, expectation, gradients_of
-from .records import Site, is_enumerated, joint_per_example, record
+from .pair import ModelAndGuide, expectation, gradients_of
+from .records import SiteRecord, is_enumerated, joint_per_example, record
 
 
-def warn_scaled(site: Site) -> None:
+def warn_scaled(site: SiteRecord) -> None:
     """A scale around the whole model is often meant as a weight of the minibatch: here it is another density."""
     scale = torch.as_tensor(site.scale, dtype=torch.double)
     for frame in site.frames:
@@ -33,7 +33,7 @@ def warn_scaled(site: Site) -> None:
         )
 
 
-def check_plates(sites: Iterable[Site]) -> None:
+def check_plates(sites: Iterable[SiteRecord]) -> None:
     """:raises ValueError: for a plate whose rows are drawn out of sight: every pass would be about others."""
     for site in sites:
         for frame in site.frames:
@@ -45,7 +45,7 @@ def check_plates(sites: Iterable[Site]) -> None:
                 )
 
 
-def _cure_of_missing(site: Site, num_rows: int) -> str:
+def _cure_of_missing(site: SiteRecord, num_rows: int) -> str:
     if is_enumerated(site.infer):
         return (
             "BiSM sums out what the guide marks: sample it there with infer={'enumerate': 'parallel'}; or take "
@@ -59,7 +59,7 @@ def _cure_of_missing(site: Site, num_rows: int) -> str:
     return "Sample it there too, or sum it out of the energy by hand."
 
 
-def check_sites(model_sites: Mapping[str, Site], latents: Mapping[str, Site], num_rows: int) -> None:
+def check_sites(model_sites: Mapping[str, SiteRecord], latents: Mapping[str, SiteRecord], num_rows: int) -> None:
     model_latents = [name for name, s in model_sites.items() if not s.is_observed]
     for name in model_latents:
         if name not in latents:
@@ -94,7 +94,7 @@ def check_registered(modules: Sequence[torch.nn.Module], known: Mapping[str, Ten
 
 
 def check_guide(
-    latents: Mapping[str, Site],
+    latents: Mapping[str, SiteRecord],
     enumerated: Sequence[str],
     phi: Mapping[str, Tensor],
     strategy: Any,
@@ -158,18 +158,18 @@ def _nodes(value: Tensor) -> Iterator[str]:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
-def _seeded(pair: Pair, batch: visible.Batch) -> guides.GuideAt:
+def _seeded(pair: ModelAndGuide, batch: visible.Batch) -> guides.GuideAt:
     """The guide's sites by v and by what is given, with the same random numbers every time."""
     seed = int(torch.randint(2**31, ()))
 
-    def guide_at(v: Tensor, values: Mapping[str, Tensor]) -> dict[str, Site]:
+    def guide_at(v: Tensor, values: Mapping[str, Tensor]) -> dict[str, SiteRecord]:
         torch.manual_seed(seed)  # what differs between two runs is v's doing
         return pair.guide_at(batch, v, values)
 
     return guide_at
 
 
-def check_sight(pair: Pair, batch: visible.Batch, latents: Sequence[str]) -> None:
+def check_sight(pair: ModelAndGuide, batch: visible.Batch, latents: Sequence[str]) -> None:
     """:raises ValueError: where a latent of the model does not look at v, or loses its gradient in v."""
     if not latents:
         return
@@ -180,7 +180,7 @@ def check_sight(pair: Pair, batch: visible.Batch, latents: Sequence[str]) -> Non
 
 
 def check_scores(
-    pair: Pair,
+    pair: ModelAndGuide,
     batch: visible.Batch,
     loss: OuterLoss,
     strategy: Any,
@@ -190,7 +190,7 @@ def check_scores(
     pieces = [piece.clone().requires_grad_() for piece in batch.v.split(sizes, -1)]
     v = torch.cat(pieces, -1)
     args, kwargs = batch.arguments(v)
-    with record(draw.values, pair.softened) as run:
+    with record(draw.values, pair.relaxed_sites) as run:
         pair.model(*args, **kwargs)
     log_p: Any = sum(expectation(site, draw) for site in run.sites.values())
     scores = _require_second_derivative(log_p, (*pieces, *pair.theta.values()), "model's energy")
@@ -223,12 +223,12 @@ def check_scores(
         _require_second_derivative(h + log_q, (*pieces, *pair.phi.values()), "guide")
 
 
-def check_examples(pair: Pair, batch: visible.Batch) -> None:
+def check_examples(pair: ModelAndGuide, batch: visible.Batch) -> None:
     """:raises ValueError: where the model's log density does not fall apart into those of the examples."""
     args, kwargs = batch.arguments(batch.v)
     seen: dict[str, Tensor] = {}
     for _ in range(2):
-        with torch.no_grad(), record(pair.hard_draw(batch, batch.v)) as run:
+        with torch.no_grad(), record(pair.draw_discrete(batch, batch.v)) as run:
             pair.model(*args, **kwargs)
         joint_per_example(run.sites.values(), len(batch.v))
         for name, site in run.sites.items():

@@ -13,9 +13,9 @@ from torch.distributions import biject_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..distributions import base_of, plain_support
-from .pair import Pair
+from .pair import ModelAndGuide
 from .params import buffers_kept
-from .records import Site, record
+from .records import SiteRecord, record
 from .visible import Batch, size
 
 ROUNDING = 64  # of the precision of the largest entry: a row's own numbers are computed from the same inputs
@@ -24,7 +24,7 @@ MAX_ROWS, FEW = 256, 64  # of more rows these few are looked at, where the progr
 
 
 def check_rows(
-    pair: Pair, batch: Batch, *, model: Callable | None = None, normalises_batch: bool = False, seed: int = 0
+    pair: ModelAndGuide, batch: Batch, *, model: Callable | None = None, normalises_batch: bool = False, seed: int = 0
 ) -> None:
     """Move half of the examples, visible values and latents, and look whether the others' log densities stay.
 
@@ -72,7 +72,7 @@ _Values = tuple[Tensor, Mapping[str, Tensor]]  # the visible ones, and the laten
 class _Start(NamedTuple):
     """Programs and data, as the check was given them."""
 
-    pair: Pair
+    pair: ModelAndGuide
     model: Callable
     batch: Batch
     seed: int
@@ -88,8 +88,8 @@ class _Own(NamedTuple):
     """
 
     plates: frozenset[str]
-    latents: dict[str, tuple[int, Site]]
-    visible: dict[str, Site]
+    latents: dict[str, tuple[int, SiteRecord]]
+    visible: dict[str, SiteRecord]
     masses: set[str]
 
 
@@ -199,7 +199,7 @@ def _drawn(start: _Start) -> tuple[dict[str, Tensor], _Own]:
     with record(batch.indices) as q:
         pair.guide(*args, **kwargs)
     drawn = {name: s.value for name, s in q.sites.items() if not s.is_observed}
-    with record({**drawn, **batch.indices}, pair.softened) as p:
+    with record({**drawn, **batch.indices}, pair.relaxed_sites) as p:
         start.model(*args, **kwargs)
     visible = {site.name: p.sites[site.name] for site in batch.sites}
     plates = pair.data_plates
@@ -213,7 +213,7 @@ def _drawn(start: _Start) -> tuple[dict[str, Tensor], _Own]:
     return drawn, _Own(plates, latents, visible, masses)
 
 
-def _axis(site: Site, plates: frozenset[str], shape: Sequence[int], n: int, event_dim: int = 0) -> int | None:
+def _axis(site: SiteRecord, plates: frozenset[str], shape: Sequence[int], n: int, event_dim: int = 0) -> int | None:
     """Along which axis of a site's value, or of its log density, the examples stand; None if there is none."""
     dims = [frame.dim for frame in site.frames if frame.name in plates]
     axis = len(shape) - event_dim + dims[0] if dims else 0
@@ -222,7 +222,7 @@ def _axis(site: Site, plates: frozenset[str], shape: Sequence[int], n: int, even
 
 def _moved(start: _Start, base: _Values, own: _Own, moved: Tensor) -> _Values:
     """Visible values and latents, those of some examples anywhere on their support."""
-    batch, softened = start.batch, start.pair.softened
+    batch, relaxed_sites = start.batch, start.pair.relaxed_sites
     v, latents = base
     columns, first = [], 0
     for site in batch.sites:
@@ -234,11 +234,11 @@ def _moved(start: _Start, base: _Values, own: _Own, moved: Tensor) -> _Values:
     for name, (axis, latent) in own.latents.items():
         value = latents[name]
         rows = moved.reshape(-1, *[1] * (value.dim() - axis - 1))
-        values[name] = torch.where(rows, _elsewhere(latent, value, name in softened), value)
+        values[name] = torch.where(rows, _elsewhere(latent, value, name in relaxed_sites), value)
     return v, values
 
 
-def _elsewhere(site: Site, value: Tensor, is_soft: bool = False) -> Tensor:
+def _elsewhere(site: SiteRecord, value: Tensor, is_soft: bool = False) -> Tensor:
     """Other values of a site's support: a coupling of bits that are 0 at the draw has to be seen as well."""
     base = base_of(site.fn)
     if is_soft:
@@ -262,7 +262,7 @@ def _densities(start: _Start, v: Tensor, values: Mapping[str, Tensor], own: _Own
     pair, indices, n = start.pair, start.batch.indices, len(v)
     args, kwargs = start.batch.arguments(v)
     torch.default_generator.manual_seed(start.seed)  # what a program draws by itself (dropout) is part of the density
-    with record({**values, **indices}, pair.softened) as p:
+    with record({**values, **indices}, pair.relaxed_sites) as p:
         start.model(*args, **kwargs)
     given = {name: value for name, value in values.items() if name not in own.masses}
     try:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..losses import OuterLoss
 from . import guides, params, rows, visible
 from .records import (
-    Site,
+    SiteRecord,
     hidden_from_handlers,
     joint_per_example,
     per_example,
@@ -55,7 +55,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelAndGuide:
     """A (model, guide) pair, as the first run on arguments of this structure showed it.
 
     :ivar theta: the model's unconstrained parameter tensors, by name.
@@ -65,7 +65,7 @@ class Pair:
     :ivar buffers: module buffers that a pass changes (batch-norm statistics).
     :ivar modules: the modules that ran.
     :ivar frozen: parameters met that do not require grad.
-    :ivar is_stated: whether the programs read φ through ``pyro.param`` statements alone.
+    :ivar reads_phi_through_param: whether the programs read φ through ``pyro.param`` statements alone.
     :ivar unreparameterised: the guide's sites whose draws carry no path to φ.
     :ivar averaged: the guide's sites that are summed out by their mean.
     :ivar data_plates: the plates along the leading axis of the visible values.
@@ -79,7 +79,7 @@ class Pair:
     sites: tuple[visible.VisibleSite, ...]
     theta: Mapping[str, Tensor]
     phi: Mapping[str, Tensor]
-    softened: frozenset[str]
+    relaxed_sites: frozenset[str]
     enumerated: tuple[str, ...]
     sampled: tuple[str, ...]
     subsamples: Mapping[str, rows.Plate]
@@ -88,7 +88,7 @@ class Pair:
     buffers: tuple[Tensor, ...] = field(default=())
     modules: tuple[torch.nn.Module, ...] = field(default=())
     frozen: tuple[Tensor, ...] = field(default=())
-    is_stated: bool = False
+    reads_phi_through_param: bool = False
     unreparameterised: tuple[str, ...] = ()
     averaged: tuple[str, ...] = ()
     data_plates: frozenset[str] = frozenset()
@@ -105,7 +105,7 @@ class Pair:
                     return False
         return not any([leaf.requires_grad for leaf in self.frozen])
 
-    def batch(self, leaves: Sequence[Any], spec: Any, cut: bool = False) -> visible.Batch:
+    def batch(self, leaves: Sequence[Any], spec: Any, resizable: bool = False) -> visible.Batch:
         """The step's batch: subsampling plates draw their rows here, once, or are handed them by the programs.
 
         :param cut: leave plates that take all rows to themselves: such a plate takes any number of them.
@@ -114,7 +114,7 @@ class Pair:
         indices = {
             name: handed[name] if plate.is_handed else draw_plate(plate)
             for name, plate in self.subsamples.items()
-            if not (cut and plate.takes_all)
+            if not (resizable and plate.takes_all)
         }
         return visible.Batch(self.sites, indices, leaves, spec, frozenset(handed))
 
@@ -149,18 +149,18 @@ class Pair:
     def programs(self, batch: visible.Batch) -> tuple[Callable, Callable]:
         """Model and guide for a host ELBO: rows fixed, discrete sites softened where the guide's are."""
 
-        def replayed(program, softened):
+        def replayed(program, relaxed_sites):
             def run(*args, **kwargs):
-                with replay(batch.indices, softened):
+                with replay(batch.indices, relaxed_sites):
                     return program(*args, **kwargs)
 
-            return run if batch.indices or softened else program
+            return run if batch.indices or relaxed_sites else program
 
-        return replayed(self.model, self.softened), replayed(self.guide, frozenset())
+        return replayed(self.model, self.relaxed_sites), replayed(self.guide, frozenset())
 
     def at(self, phi: Sequence[Tensor]) -> AbstractContextManager:
         """The context in which the programs run with these tensors, unconstrained, as φ."""
-        if self.is_stated:
+        if self.reads_phi_through_param:
             return params.given(dict(zip(self.phi, phi, strict=True)))
         return params.swapped(dict(zip(self.phi.values(), phi, strict=True)))
 
@@ -186,7 +186,7 @@ class Pair:
 
     def draw(
         self, batch: visible.Batch, v: Tensor, given: Mapping[str, Tensor] | None = None, moves: bool = False
-    ) -> tuple[Draw, dict[str, Site]]:
+    ) -> tuple[Draw, dict[str, SiteRecord]]:
         """Run the guide at v; sites marked for enumeration and not ``given`` are summed out.
 
         :param moves: whether h moves with v; in a score it must not.
@@ -211,7 +211,7 @@ class Pair:
         with record(batch.indices) as q:
             self.guide(*args, **kwargs)
         drawn = {name: site.value for name, site in q.sites.items() if not site.is_observed}
-        with record({**drawn, **batch.indices}, self.softened) as p:
+        with record({**drawn, **batch.indices}, self.relaxed_sites) as p:
             self.model(*args, **kwargs)
         total: Any = sum(site.total() for site in p.sites.values()) - sum(site.total() for site in q.sites.values())
         return total
@@ -219,8 +219,8 @@ class Pair:
     def log_guide(self, batch: visible.Batch, latents: Mapping[str, Tensor]) -> Tensor:
         """log q(h|v) at any h, by example, relaxed sites as discrete ones; NaN where no draws behind h are found."""
 
-        def guide_at(v: Tensor, values: Mapping[str, Tensor]) -> dict[str, Site]:
-            return self.guide_at(batch, v, values, harden=True)
+        def guide_at(v: Tensor, values: Mapping[str, Tensor]) -> dict[str, SiteRecord]:
+            return self.guide_at(batch, v, values, discretize=True)
 
         sites = guide_at(batch.v, latents)
         known = torch.zeros(len(batch.v), dtype=torch.bool, device=batch.v.device)
@@ -288,7 +288,7 @@ class Pair:
     def log_weight(self, batch: visible.Batch, v: Tensor, draw: Draw, guide: bool = True) -> Tensor:
         """Σ over the batch of E[log p̃(v, h) - log q(h|v)], scalar; the expectation is over summed-out sites."""
         args, kwargs = batch.arguments(v)
-        with record(draw.values, self.softened) as run:
+        with record(draw.values, self.relaxed_sites) as run:
             self.model(*args, **kwargs)
         total: Any = sum(expectation(site, draw) for site in run.sites.values())
         if guide:
@@ -297,11 +297,11 @@ class Pair:
         return total
 
     def guide_at(
-        self, batch: visible.Batch, v: Tensor, values: Mapping[str, Tensor], harden: bool = False
-    ) -> dict[str, Site]:
+        self, batch: visible.Batch, v: Tensor, values: Mapping[str, Tensor], discretize: bool = False
+    ) -> dict[str, SiteRecord]:
         """The guide's own sites at v, where some are given."""
         args, kwargs = batch.arguments(v)
-        with record({**batch.indices, **values}, harden=harden) as run:
+        with record({**batch.indices, **values}, discretize=discretize) as run:
             self.guide(*args, **kwargs)
         return {name: site for name, site in run.sites.items() if not site.is_observed}
 
@@ -347,15 +347,15 @@ class Pair:
             total = total + (value if draw.weight is None else draw.weight * value).mean()
         return total / loss.num_particles
 
-    def hard_draw(self, batch: visible.Batch, v: Tensor) -> dict[str, Tensor]:
+    def draw_discrete(self, batch: visible.Batch, v: Tensor) -> dict[str, Tensor]:
         """One draw of every site of the guide, and the rows; relaxed and summed-out sites drawn as discrete ones."""
         args, kwargs = batch.arguments(v.detach())
-        with torch.no_grad(), record(batch.indices, harden=True) as run:
+        with torch.no_grad(), record(batch.indices, discretize=True) as run:
             self.guide(*args, **kwargs)
         return {**{name: s.value for name, s in run.sites.items() if not s.is_observed}, **batch.indices}
 
     def log_joint(self, batch: visible.Batch, v: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """log p̃(v, h) of every example at a :meth:`hard_draw`."""
+        """log p̃(v, h) of every example at a :meth:`draw_discrete`."""
         args, kwargs = batch.arguments(v)
         with record(values) as run:
             self.model(*args, **kwargs)
@@ -370,7 +370,7 @@ def mean_slope(log_weights: Sequence[Tensor], v: Tensor, loss: OuterLoss) -> Ten
     return torch.autograd.grad(total / len(log_weights), v, create_graph=True)[0]
 
 
-def expectation(site: Site, draw: Draw) -> Tensor:
+def expectation(site: SiteRecord, draw: Draw) -> Tensor:
     """Sum of a site's log density, its summed-out dimensions weighted by q."""
     cost = site.log_prob()
     summed = {dim for _, _, dim in draw.probs}

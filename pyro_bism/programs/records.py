@@ -12,12 +12,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from ..distributions import base_of, hard, relaxed, unmasked
+from ..distributions import base_of, discretized, relaxed, unmasked
 from . import rows
 
 
 @dataclass
-class Site:
+class SiteRecord:
     """One sample statement, as it ran."""
 
     name: str
@@ -65,13 +65,13 @@ class replay(Messenger):
     """Runs a program with some of its sites given.
 
     A value in ``values`` stands in for a latent site's draw, or for a plate's rows, however it comes by them: all
-    passes of a step are about the same. A site in ``softened`` is scored as its relaxation.
+    passes of a step are about the same. A site in ``relaxed_sites`` is scored as its relaxation.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], softened: frozenset[str] = frozenset()):
+    def __init__(self, values: Mapping[str, Tensor], relaxed_sites: frozenset[str] = frozenset()):
         super().__init__()
         self.values = values
-        self.softened = softened
+        self.relaxed_sites = relaxed_sites
 
     def _pyro_sample(self, msg):
         name = msg["name"]
@@ -79,7 +79,7 @@ class replay(Messenger):
             if name in self.values:
                 msg["value"], msg["done"], msg["is_observed"] = self.values[name], True, False
             return
-        if name in self.softened:
+        if name in self.relaxed_sites:
             msg["fn"] = relaxed(msg["fn"])
         if name in self.values and not (msg["is_observed"] or msg["done"]):
             msg["value"], msg["done"] = self.values[name], True
@@ -100,9 +100,9 @@ class record(replay):
     def __init__(
         self,
         values: Mapping[str, Tensor] | None = None,
-        softened: frozenset[str] = frozenset(),
+        relaxed_sites: frozenset[str] = frozenset(),
         enumerate_from: int | None = None,
-        harden: bool = False,
+        discretize: bool = False,
         offered: Mapping[str, Tensor] | None = None,
         sought: Collection[str] = (),
     ):
@@ -110,15 +110,15 @@ class record(replay):
         :param offered: rows for plates that would draw them by themselves.
         :param sought: plates; the program is left as soon as the rows of all are known.
         """
-        super().__init__(values or {}, softened)
+        super().__init__(values or {}, relaxed_sites)
         self.enumerate_from = enumerate_from
-        self.harden = harden
+        self.discretize = discretize
         self.offered = offered or {}
         self.sought = sought
         self.full_sizes: dict[str, int] = {}
         self.handed: set[str] = set()
         self._drawn: set[str] = set()
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[str, SiteRecord] = {}
         self.params: dict[str, Any] = {}
         self.subsamples: dict[str, Tensor] = {}
         self.num_enumerated = 0
@@ -133,8 +133,8 @@ class record(replay):
                     self._drawn.add(msg["name"])
             return
         record.last = msg["name"]
-        if self.harden:
-            msg["fn"] = hard(msg["fn"])
+        if self.discretize:
+            msg["fn"] = discretized(msg["fn"])
         if msg["is_observed"] or msg["done"]:
             return
         if self.enumerate_from is not None and is_enumerated(msg["infer"]):
@@ -149,7 +149,7 @@ class record(replay):
         if isinstance(msg["fn"], _Subsample):
             self._keep_rows(msg)
             return
-        self.sites[msg["name"]] = Site(
+        self.sites[msg["name"]] = SiteRecord(
             msg["name"],
             msg["fn"],
             msg["value"],
@@ -185,13 +185,13 @@ def is_enumerated(infer: Mapping[str, Any]) -> bool:
     return infer.get("enumerate") == "parallel"
 
 
-def leading_plates(sites: Iterable[Site]) -> frozenset[str]:
+def leading_plates(sites: Iterable[SiteRecord]) -> frozenset[str]:
     """The plates along the leading axis of the sites' values: of the visible ones those whose rows are the batch."""
     lead = [(s, s.value.dim() - s.fn.event_dim) for s in sites]
     return frozenset(frame.name for s, dims in lead for frame in s.frames if frame.dim == -dims)
 
 
-def joint_per_example(sites: Iterable[Site], n: int) -> Tensor:
+def joint_per_example(sites: Iterable[SiteRecord], n: int) -> Tensor:
     """The sites' joint log density of every example, shape (n,).
 
     What stands outside the batch and is one number for all of it (a penalty on the weights) is left out: it is the
@@ -202,7 +202,7 @@ def joint_per_example(sites: Iterable[Site], n: int) -> Tensor:
     return total
 
 
-def per_example(site: Site, n: int) -> Tensor:
+def per_example(site: SiteRecord, n: int) -> Tensor:
     """A site's log density summed over all but the leading dimension, of shape (n,).
 
     :raises ValueError: where the leading dimension is not the batch.

@@ -89,7 +89,7 @@ class Batch:
                     leaves[i] = value
                 else:
                     may_repeat = site.name if site.plate in self.handed else None
-                    leaves[i] = Rows.of(leaves[i], site.axis, self.indices[site.plate], value, may_repeat)
+                    leaves[i] = Rows.with_values(leaves[i], site.axis, self.indices[site.plate], value, may_repeat)
         return pytree.tree_unflatten(leaves, self.spec)
 
 
@@ -103,7 +103,7 @@ class Rows(Tensor):
     may_repeat: str | None
 
     @staticmethod
-    def of(x: Tensor, axis: int, rows: Tensor, values: Tensor, may_repeat: str | None = None) -> "Rows":
+    def with_values(x: Tensor, axis: int, rows: Tensor, values: Tensor, may_repeat: str | None = None) -> "Rows":
         """
         :param may_repeat: the visible site's name, if a row may stand twice: the user's may.
         """

@@ -12,7 +12,7 @@ from ..programs.visible import Batch
 from ..sampling.kernels import Gibbs, Kernel, require_kernel
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["CD"]
 
@@ -70,7 +70,7 @@ class CD(Rival):
         self.persistent = persistent
         self.num_chains = num_chains
 
-    def _check(self, target: Target, batch: Batch) -> Target:
+    def _check(self, target: MarginalTarget, batch: Batch) -> MarginalTarget:
         if self.persistent and not target.energy.is_homogeneous:
             raise ValueError(
                 "persistent=True: the model has covariates, and a chain that goes on belongs to no row of the next "
@@ -81,7 +81,7 @@ class CD(Rival):
         return target
 
     @torch.no_grad()
-    def _begin(self, target: Target, batch: Batch) -> Any:
+    def _begin(self, target: MarginalTarget, batch: Batch) -> Any:
         if not self.persistent:
             return None
         energy = target.energy.at(batch)
@@ -91,7 +91,7 @@ class CD(Rival):
         x = draw_hidden(self.kernel, density, x, tuple(target.hidden), self.num_steps)
         return x, self.kernel.init(density, x)
 
-    def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
+    def _loss(self, target: MarginalTarget, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
         energy = target.energy.at(batch)
         seen = energy.seen(batch.v)
         x = target.point(seen)

@@ -12,7 +12,7 @@ from ..losses import OuterLoss, require_outer_loss
 from ..programs.visible import Batch
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["MarginalSM"]
 
@@ -47,7 +47,7 @@ class MarginalSM(Rival):
         require_outer_loss(loss, "Use DenoisingScoreMatching(sigma=...) or another of pyro_bism.losses.")
         self.loss = loss
 
-    def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
+    def _loss(self, target: MarginalTarget, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
         log_prob = target.log_prob(batch)
 
         def score(v: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..energies import VISIBLE
 from ..programs.visible import Batch
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["LOG_NORMALIZER", "NCE", "Gaussian", "conditional_contrast", "contrast"]
 
@@ -58,7 +58,7 @@ class Gaussian(NamedTuple):
     scale_tril: Tensor
 
     @classmethod
-    def fitted(cls, target: Target, batch: Batch) -> "Gaussian":
+    def fitted(cls, target: MarginalTarget, batch: Batch) -> "Gaussian":
         """Of all the data's mean and covariance, and not just the batch's.
 
         :raises ValueError: where the covariance is singular.
@@ -98,7 +98,7 @@ def check_noise(noise: Any, num_noise: int) -> None:
         )
 
 
-def check_width(noise: Any, target: Target) -> None:
+def check_width(noise: Any, target: MarginalTarget) -> None:
     """:raises ValueError: where the noise is not of the visible values' width."""
     num_columns = target.energy.batch.v.shape[1]
     if noise is not None and noise.event_shape != (num_columns,):
@@ -151,7 +151,7 @@ class NCE(Rival):
         self.conditional = conditional
         self.log_normalizer = log_normalizer
 
-    def _check(self, target: Target, batch: Batch) -> Target:
+    def _check(self, target: MarginalTarget, batch: Batch) -> MarginalTarget:
         check_width(self.noise, target)
         return target
 
@@ -159,7 +159,7 @@ class NCE(Rival):
     def _own_names(self) -> tuple[str, ...]:
         return () if self.conditional is not None else (LOG_NORMALIZER,)
 
-    def _begin(self, target: Target, batch: Batch) -> Any:
+    def _begin(self, target: MarginalTarget, batch: Batch) -> Any:
         if self.conditional is not None:
             return None
         fitted = Gaussian.fitted(target, batch) if self.noise is None else None
@@ -174,7 +174,7 @@ class NCE(Rival):
         pyro.param(LOG_NORMALIZER, start)
         return fitted
 
-    def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
+    def _loss(self, target: MarginalTarget, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
         log_prob = target.log_prob(batch)
         v, shape = batch.v, (self.num_noise, len(batch.v))
         if self.conditional is not None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..distributions import base_of
 from ..energies import Energy, Point, select
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
-from ..programs.records import Site, record, replay
+from ..programs.pair import ModelAndGuide
+from ..programs.records import SiteRecord, record, replay
 from ..programs.visible import Batch
 from ..sampling.kernels import Kernel, require_kernel
 from ..training.runaways import Watch, Words
 from .cd import advance, draw_hidden
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["PersistentVI"]
 
@@ -142,17 +142,17 @@ class PersistentVI(Rival):
         """
         raise ValueError("A PersistentVI has a posterior of θ and no one θ: pass persistent_vi.at(theta).")
 
-    def _own(self, pair: Pair) -> list[Tensor]:
+    def _own(self, pair: ModelAndGuide) -> list[Tensor]:
         return list(pair.phi.values())
 
-    def _program(self, pair: Pair, batch: Batch) -> Callable:
+    def _program(self, pair: ModelAndGuide, batch: Batch) -> Callable:
         with torch.no_grad():
             values, _ = _drawn(pair, batch)
         if not values:
             raise ValueError("The guide has no sample site: it should draw the model's global parameters.")
         return given(pair.model, values)
 
-    def _check(self, target: Target, batch: Batch) -> Target:
+    def _check(self, target: MarginalTarget, batch: Batch) -> MarginalTarget:
         pair = target.pair
         if not target.energy.is_homogeneous:
             raise ValueError(
@@ -175,7 +175,7 @@ class PersistentVI(Rival):
         return target
 
     @torch.no_grad()
-    def _begin(self, target: Target, batch: Batch) -> Any:
+    def _begin(self, target: MarginalTarget, batch: Batch) -> Any:
         target = _at(target, _drawn(target.pair, batch)[0])
         energy = target.energy.at(batch)
         x = target.point(select(energy.seen(batch.v), torch.arange(self.num_chains) % len(batch.v)))
@@ -183,7 +183,7 @@ class PersistentVI(Rival):
         x = draw_hidden(self.kernel, density, x, tuple(target.hidden), self.num_sweeps)
         return x, self.kernel.init(density, x)
 
-    def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
+    def _loss(self, target: MarginalTarget, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
         pair = target.pair
         values, log_q = _drawn(pair, batch)
         target = _at(target, values)
@@ -251,16 +251,16 @@ def given(model: Callable, values: Mapping[str, Tensor]) -> Callable:
     return run
 
 
-def _at(target: Target, values: Mapping[str, Tensor]) -> Target:
+def _at(target: MarginalTarget, values: Mapping[str, Tensor]) -> MarginalTarget:
     return replace(target, energy=replace(target.energy, model=given(target.pair.model, values)))
 
 
-def _is_global(site: Site) -> bool:
+def _is_global(site: SiteRecord) -> bool:
     """A factor with one number for all the data: a penalty, which counts once, as a prior does."""
     return site.log_prob().ndim == 0
 
 
-def _drawn(pair: Pair, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+def _drawn(pair: ModelAndGuide, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     """One draw of θ from the guide, and its log density."""
     args, kwargs = batch.arguments(batch.v)
     with pyro.poutine.block(), record(batch.indices) as run:
@@ -270,7 +270,7 @@ def _drawn(pair: Pair, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     return {name: s.value for name, s in sites.items() if not s.infer.get("is_auxiliary", False)}, log_q
 
 
-def _prior_sites(pair: Pair, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Site]:
+def _prior_sites(pair: ModelAndGuide, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, SiteRecord]:
     """The model's sites, run at θ."""
     args, kwargs = batch.arguments(batch.v)
     with pyro.poutine.block(), record({**batch.indices, **values}) as run:

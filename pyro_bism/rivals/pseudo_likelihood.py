@@ -14,7 +14,7 @@ from ..energies import Latent, Point, replaced
 from ..programs.visible import Batch
 from ..training.runaways import Words
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["PseudoLikelihood"]
 
@@ -49,7 +49,7 @@ class PseudoLikelihood(Rival):
     def __init__(self, model: Callable, optim: PyroOptim, *, visible: Sequence[str] | None = None, jit: bool = False):
         super().__init__(model, optim, visible, jit=jit)
 
-    def _check(self, target: Target, batch: Batch) -> Target:
+    def _check(self, target: MarginalTarget, batch: Batch) -> MarginalTarget:
         energy = target.energy
         for site in energy.sites:
             if not site.is_discrete:
@@ -67,7 +67,7 @@ class PseudoLikelihood(Rival):
         )
         return replace(target, multilinear=found)
 
-    def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
+    def _loss(self, target: MarginalTarget, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
         log_prob = target.log_prob(batch)
         seen = target.energy.seen(batch.v)
         total = torch.zeros_like(batch.v[:, 0])

@@ -1,7 +1,7 @@
 """What the rivals share: a loss of the model alone, minimised by one optimiser, with BiSM's face.
 
-A rival is a :class:`Rival` with a loss. Where that needs the marginal log p̃(v; θ), :class:`Target` has it: the latents
-are summed or integrated out in closed form or by enumeration, in a way found once, at the first analysis.
+A rival is a :class:`Rival` with a loss. Where that needs the marginal log p̃(v; θ), :class:`MarginalTarget` has it:
+the latents are summed or integrated out in closed form or by enumeration, in a way found once, at the first analysis.
 """
 
 import math
@@ -16,19 +16,19 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ..compiled.step import Program, left, told
+from ..compiled.step import CapturedStep, apply_or_return, stack_report
 from ..energies import Energy, Integral, Point
 from ..hypergradients import Detached, Gradient, norm
-from ..optim.host import descend, settle
+from ..optim.host import create_optimizers, descend
 from ..programs import params, visible
 from ..programs.analysis import analyse
 from ..programs.coupling import check_rows
 from ..programs.modes import in_own_modes
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..training import runaways
 from ..training.settings import require_optim
 from ..training.trainer import Buffers, Trainer
-from .target import Target, check_reads
+from .target import MarginalTarget, check_reads
 
 MAX_FOLDED = 10  # inner steps in one graph: it takes the longer to compile
 
@@ -55,7 +55,7 @@ class RivalInfo(NamedTuple):
 
 
 @dataclass
-class Task:
+class StepProblem:
     """What a step solves on one batch.
 
     :ivar loss: of what is carried from step to step, the loss of θ and what is carried on.
@@ -72,7 +72,7 @@ class Task:
     write_phi: Callable[[Gradient, Tensor], None] | None = None
 
 
-def fit(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
+def fit(task: StepProblem, carried: Any, allowed: Any = True) -> list[Any]:
     """The guide's step: its loss and the length of the gradient, and that, or which leaves a captured step has moved.
 
     :param allowed: whether a captured step may move any.
@@ -81,27 +81,27 @@ def fit(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
     gradient = torch.autograd.grad(loss, task.phi, allow_unused=True)
     length = norm(gradient)
     allowed = length.isfinite() & loss.isfinite() & allowed
-    return [told(loss, length), *left(task.write_phi, gradient, allowed)]
+    return [stack_report(loss, length), *apply_or_return(task.write_phi, gradient, allowed)]
 
 
-def follow(task: Task, carried: Any, allowed: Any = True) -> list[Any]:
+def follow(task: StepProblem, carried: Any, allowed: Any = True) -> list[Any]:
     """The model's step, in the same way; what is carried on stands second."""
     loss, carried = task.loss(carried)
     gradient = torch.autograd.grad(loss, task.theta, allow_unused=True)
     length = norm(gradient)
     allowed = length.isfinite() & loss.isfinite() & allowed
-    return [told(loss, length), carried, *left(task.write_theta, gradient, allowed)]
+    return [stack_report(loss, length), carried, *apply_or_return(task.write_theta, gradient, allowed)]
 
 
 @cache
-def both(num_inner: int) -> Callable[[Task, Any], list[Any]]:
+def both(num_inner: int) -> Callable[[StepProblem, Any], list[Any]]:
     """So many steps of the guide and one of the model in one graph, which takes them itself.
 
     It returns what all have told, what is carried on, and which leaves of φ and of θ have moved. Nothing moves after a
     step that is not finite.
     """
 
-    def solve(task: Task, carried: Any) -> list[Any]:
+    def solve(task: StepProblem, carried: Any) -> list[Any]:
         reports: list[Tensor] = []
         moved: list[Any] = []
         allowed: Any = True
@@ -161,16 +161,16 @@ class Rival(Trainer):
         self.visible = None if visible is None else list(visible)
         self.jit = jit
         self.info: Any = None
-        self._targets: dict[int, Target] = {}
+        self._targets: dict[int, MarginalTarget] = {}
         # what the method carries from step to step, in a tuple; None before the first
-        self._carried: tuple[Any] | None = None
+        self._method_state: tuple[Any] | None = None
         self._watch = runaways.begin()
 
     @abstractmethod
-    def _loss(self, target: Target, batch: visible.Batch, carried: Any) -> tuple[Tensor, Any]:
+    def _loss(self, target: MarginalTarget, batch: visible.Batch, carried: Any) -> tuple[Tensor, Any]:
         """The loss, a mean over the batch, and what is carried to the next step."""
 
-    def _begin(self, target: Target, batch: visible.Batch) -> Any:
+    def _begin(self, target: MarginalTarget, batch: visible.Batch) -> Any:
         """What the method carries, before the first step; its own parameters are stated here."""
         return None
 
@@ -179,23 +179,23 @@ class Rival(Trainer):
         """The names of parameters of the method's own in the param store."""
         return ()
 
-    def _own(self, pair: Pair) -> list[Tensor]:
+    def _own(self, pair: ModelAndGuide) -> list[Tensor]:
         """What is trained beside θ, unconstrained."""
         return [pyro.get_param_store()._params[name] for name in self._own_names]
 
-    def _program(self, pair: Pair, batch: visible.Batch) -> Callable:
+    def _program(self, pair: ModelAndGuide, batch: visible.Batch) -> Callable:
         """The program whose density this is."""
         return pair.model
 
-    def _inner_loss(self, target: Target, batch: visible.Batch, carried: Any) -> Tensor:
+    def _inner_loss(self, target: MarginalTarget, batch: visible.Batch, carried: Any) -> Tensor:
         """The guide's own loss."""
         raise NotImplementedError
 
-    def _inner_leaves(self, pair: Pair) -> list[Tensor]:
+    def _inner_leaves(self, pair: ModelAndGuide) -> list[Tensor]:
         """φ, where the guide has a loss of its own."""
         return []
 
-    def _scale(self, target: Target, batch: visible.Batch) -> float:
+    def _scale(self, target: MarginalTarget, batch: visible.Batch) -> float:
         """What no model that fits has its loss at ten times of, in nats; infinite where this isn't known.
 
         Of log p̃ between chains and data a nat a number of discrete data, which bound its gradient too. Continuous data
@@ -204,7 +204,7 @@ class Rival(Trainer):
         is_bounded = self.is_contrast and all(site.is_discrete for site in target.energy.sites)
         return float(batch.v.shape[1]) if is_bounded else self.scale
 
-    def _check(self, target: Target, batch: visible.Batch) -> Target:
+    def _check(self, target: MarginalTarget, batch: visible.Batch) -> MarginalTarget:
         """The target, with what the method finds out of the model off its initial parameters.
 
         :raises ValueError: where the method does not fit the model.
@@ -221,13 +221,13 @@ class Rival(Trainer):
         :raises FloatingPointError: if the loss or its gradient is not finite; nothing is updated then.
         """
         target, leaves, spec, batch = self._ready(args, kwargs)
-        assert self._carried is not None
+        assert self._method_state is not None
         pair = target.pair
         task = self._task(pair, batch, self._theta(pair), self._inner_leaves(pair))
-        program: Program | None = self._captured(pair, batch) if self.jit else None
+        program: CapturedStep | None = self._captured(pair, batch) if self.jit else None
         buffers = Buffers(pair.buffers)
         try:
-            reports, carried, gradient = self._solve(task, program, *self._carried)
+            reports, carried, gradient = self._solve(task, program, *self._method_state)
         finally:
             buffers.restore()
         for n, (loss, length) in enumerate(reports):
@@ -235,7 +235,7 @@ class Rival(Trainer):
                 failure = FloatingPointError(self._diverged(n, loss, length))
                 self._annotate(failure, leaves, spec, pair)
                 raise failure
-        self._carried = (carried,)
+        self._method_state = (carried,)
         if program is None:
             descend(self.optim, task.theta, gradient)
         else:
@@ -247,7 +247,9 @@ class Rival(Trainer):
         runaways.warn(before, self._watch, self.words)
         return self.info.loss
 
-    def _solve(self, task: Task, program: Program | None, carried: Any) -> tuple[list[list[float]], Any, list[Any]]:
+    def _solve(
+        self, task: StepProblem, program: CapturedStep | None, carried: Any
+    ) -> tuple[list[list[float]], Any, list[Any]]:
         """The guide's steps, and what the model's has found.
 
         :returns: what each has told, up to the first that is not finite; what is carried on; the gradient in θ, or
@@ -284,30 +286,32 @@ class Rival(Trainer):
             "updated. Lower the learning rate, or clip the gradient."
         )
 
-    def _theta(self, pair: Pair) -> list[Tensor]:
+    def _theta(self, pair: ModelAndGuide) -> list[Tensor]:
         return [*pair.theta.values(), *self._own(pair)]
 
-    def _task(self, pair: Pair, batch: visible.Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Task:
+    def _task(
+        self, pair: ModelAndGuide, batch: visible.Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
+    ) -> StepProblem:
         target = self._targets[id(pair)]
-        return Task(
+        return StepProblem(
             loss=lambda carried: self._loss(target, batch, carried),
             inner=lambda carried: self._inner_loss(target, batch, carried),
             theta=theta,
             phi=phi,
         )
 
-    def _made(self, pair: Pair) -> Program:
+    def _capture(self, pair: ModelAndGuide) -> CapturedStep:
         inner_optim = self._optims.get("inner_optim", self.optim)
-        return Program(pair, self._task, self._theta(pair), self._inner_leaves(pair), self.optim, inner_optim)
+        return CapturedStep(pair, self._task, self._theta(pair), self._inner_leaves(pair), self.optim, inner_optim)
 
     @in_own_modes
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the present parameters, with fresh noise; nothing is updated."""
         target, _, _, batch = self._ready(args, kwargs)
-        assert self._carried is not None
+        assert self._method_state is not None
         buffers = Buffers(target.pair.buffers)
         try:
-            return self._loss(target, batch, *self._carried)[0].item()
+            return self._loss(target, batch, *self._method_state)[0].item()
         finally:
             buffers.restore()
 
@@ -321,20 +325,20 @@ class Rival(Trainer):
 
     def _energy(self, args: Any, kwargs: Any, program_of: Callable) -> tuple[Energy, Point]:
         pair, leaves, spec = self._prepare_evaluation(args, kwargs)
-        batch = pair.batch(leaves, spec, cut=True)
+        batch = pair.batch(leaves, spec, resizable=True)
         buffers = Buffers(pair.buffers)
         try:
-            program, values = program_of(pair, batch), pair.hard_draw(batch, batch.v)
+            program, values = program_of(pair, batch), pair.draw_discrete(batch, batch.v)
         finally:
             buffers.restore()
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
-        return Energy.of(program, pair.sites, batch, pair.buffers, values)
+        return Energy.from_model(program, pair.sites, batch, pair.buffers, values)
 
-    def target(self, *args: Any, **kwargs: Any) -> Target:
+    def target(self, *args: Any, **kwargs: Any) -> MarginalTarget:
         """The model as it runs on arguments of this structure, and how its latents are summed out."""
         return self._targets[id(self.pair(*args, **kwargs))]
 
-    def _ready(self, args: tuple, kwargs: dict) -> tuple[Target, list[Any], Any, visible.Batch]:
+    def _ready(self, args: tuple, kwargs: dict) -> tuple[MarginalTarget, list[Any], Any, visible.Batch]:
         pair, leaves, spec = self._prepare(args, kwargs)
         target = self._targets[id(pair)]
         return target, leaves, spec, target.batch(leaves, spec)
@@ -343,16 +347,16 @@ class Rival(Trainer):
     def _optims(self) -> dict[str, PyroOptim]:
         return {"optim": self.optim}
 
-    def _kept(self) -> dict[str, Any]:
-        return {"method": type(self).__name__, "carried": self._carried, "watch": self._watch}
+    def _checkpoint(self) -> dict[str, Any]:
+        return {"method": type(self).__name__, "carried": self._method_state, "watch": self._watch}
 
-    def _keep(self, kept: Mapping[str, Any]) -> None:
+    def _restore(self, kept: Mapping[str, Any]) -> None:
         if kept.get("method") != type(self).__name__:
             raise ValueError(f"The state was made by {kept.get('method', 'BiSM')}, not by {type(self).__name__}.")
-        self._carried = kept["carried"]
+        self._method_state = kept["carried"]
         self._watch = runaways.Watch(*kept["watch"])
 
-    def _analyse(self, leaves: list[Any], spec: Any) -> Pair:
+    def _analyse(self, leaves: list[Any], spec: Any) -> ModelAndGuide:
         pair = analyse(
             self.model,
             self.guide,
@@ -365,29 +369,29 @@ class Rival(Trainer):
             self.partial_guide,
         )
         target = self._find(pair, leaves, spec)
-        if self._carried is None or not set(self._own_names) <= set(pyro.get_param_store().keys()):
+        if self._method_state is None or not set(self._own_names) <= set(pyro.get_param_store().keys()):
             # now, and not at the first step: a state that waits to be taken up is of all parameters
-            self._carried = (self._begin(target, target.batch(leaves, spec)),)
-        settle(self.optim, self._theta(pair))
+            self._method_state = (self._begin(target, target.batch(leaves, spec)),)
+        create_optimizers(self.optim, self._theta(pair))
         self._targets[id(pair)] = target
         return pair
 
-    def _find(self, pair: Pair, leaves: Sequence[Any], spec: Any) -> Target:
+    def _find(self, pair: ModelAndGuide, leaves: Sequence[Any], spec: Any) -> MarginalTarget:
         """The energy, tried out, and how its latents are summed out."""
         with torch.no_grad(), params.jittered([*pair.theta.values(), *pair.phi.values()]):
-            batch = pair.batch(leaves, spec, cut=True)
+            batch = pair.batch(leaves, spec, resizable=True)
             program = self._program(pair, batch)
             check_rows(pair, batch, model=program)
-            energy, x = Energy.of(program, pair.sites, batch, pair.buffers, moves_visible=self.moves_visible)
+            energy, x = Energy.from_model(program, pair.sites, batch, pair.buffers, moves_visible=self.moves_visible)
             check_reads(energy, x)
             hidden = {name: (tuple(x[name].shape[1:]), x[name].dtype) for name in energy.hidden}
             integral = self._integral(energy, x) if hidden and self.sums_latents is not False else None
-            return self._check(Target(pair, energy, hidden, integral), batch)
+            return self._check(MarginalTarget(pair, energy, hidden, integral), batch)
 
     def _integral(self, energy: Energy, x: Point) -> Integral | None:
         cure = f"{type(self).__name__} sums the latents out at every step: learn this model with BiSM or VNCE"
         try:
-            integral = Integral.of(energy.density(x), x, energy.hidden)
+            integral = Integral.over_variables(energy.density(x), x, energy.hidden)
         except ValueError as error:
             if self.sums_latents is None:
                 return None

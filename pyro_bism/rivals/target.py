@@ -10,11 +10,11 @@ from torch import Tensor
 from .. import energies
 from ..energies import VISIBLE, Energy, Integral, Point
 from ..programs import visible
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 
 
 @dataclass(frozen=True)
-class Target:
+class MarginalTarget:
     """What a rival learns, as the model's first run on arguments of this structure showed it.
 
     :ivar pair: the model, and the guide if the method has one.
@@ -24,7 +24,7 @@ class Target:
     :ivar multilinear: the discrete visible sites in each of whose units log p̃ is affine, the others held.
     """
 
-    pair: Pair
+    pair: ModelAndGuide
     energy: Energy
     hidden: Mapping[str, tuple[tuple[int, ...], Any]]
     integral: Integral | None = None
@@ -32,7 +32,7 @@ class Target:
 
     def batch(self, leaves: Sequence[Any], spec: Any) -> visible.Batch:
         """The step's batch: subsampling plates draw their rows here, once."""
-        return self.pair.batch(leaves, spec, cut=True)
+        return self.pair.batch(leaves, spec, resizable=True)
 
     def point(self, seen: Point) -> Point:
         """A point with these visible values, its latents at zero."""

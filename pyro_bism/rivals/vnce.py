@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .. import divergences
-from ..optim.host import settle
-from ..programs.pair import Pair
+from ..optim.host import create_optimizers
+from ..programs.pair import ModelAndGuide
 from ..programs.records import joint_per_example, per_example, record
 from ..programs.visible import Batch
 from ..training import runaways
@@ -20,7 +20,7 @@ from ..training.runaways import Words
 from ..training.settings import require_guide, require_optim, same_settings
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
 from .rival import Rival
-from .target import Target
+from .target import MarginalTarget
 
 __all__ = ["VNCE", "VNCEInfo"]
 
@@ -117,7 +117,7 @@ class VNCE(Rival):
         self.log_normalizer = log_normalizer
         self._inner = None if inner_loss is None else divergences.as_inner_loss(inner_loss)
 
-    def _check(self, target: Target, batch: Batch) -> Target:
+    def _check(self, target: MarginalTarget, batch: Batch) -> MarginalTarget:
         check_width(self.noise, target)
         if self.inner_loss is not None:
             divergences.check(self.inner_loss, target.pair)
@@ -131,7 +131,7 @@ class VNCE(Rival):
     def _optims(self) -> dict[str, PyroOptim]:
         return {"optim": self.optim, "inner_optim": self.inner_optim}
 
-    def _begin(self, target: Target, batch: Batch) -> Any:
+    def _begin(self, target: MarginalTarget, batch: Batch) -> Any:
         fitted = Gaussian.fitted(target, batch) if self.noise is None else None
         noise = self.noise if fitted is None else fitted.distribution()
         if self.log_normalizer is not None:
@@ -144,20 +144,20 @@ class VNCE(Rival):
         pyro.param(LOG_NORMALIZER, start)
         return fitted
 
-    def _analyse(self, leaves: list[Any], spec: Any) -> Pair:
+    def _analyse(self, leaves: list[Any], spec: Any) -> ModelAndGuide:
         pair = super()._analyse(leaves, spec)
-        settle(self.inner_optim, list(pair.phi.values()))
+        create_optimizers(self.inner_optim, list(pair.phi.values()))
         return pair
 
-    def _inner_leaves(self, pair: Pair) -> list[Tensor]:
+    def _inner_leaves(self, pair: ModelAndGuide) -> list[Tensor]:
         return list(pair.phi.values())
 
-    def _inner_loss(self, target: Target, batch: Batch, carried: Any) -> Tensor:
+    def _inner_loss(self, target: MarginalTarget, batch: Batch, carried: Any) -> Tensor:
         if self._inner is not None:
             return self._inner(target.pair, batch, batch.v)
         return self._data_term(target.pair, batch, carried).mean()
 
-    def _loss(self, target: Target, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
+    def _loss(self, target: MarginalTarget, batch: Batch, carried: Any) -> tuple[Tensor, Any]:
         noise = self.noise if carried is None else carried.distribution()
         log_normalizer = pyro.param(LOG_NORMALIZER)
         at_noise: Any = 0.0
@@ -166,7 +166,7 @@ class VNCE(Rival):
             at_noise = at_noise + softplus(ratio - noise.log_prob(y) - math.log(self.num_noise))
         return (self._data_term(target.pair, batch, carried) + at_noise).mean(), carried
 
-    def _data_term(self, pair: Pair, batch: Batch, carried: Any) -> Tensor:
+    def _data_term(self, pair: ModelAndGuide, batch: Batch, carried: Any) -> Tensor:
         """The first term, of every example: shape (n,)."""
         noise = self.noise if carried is None else carried.distribution()
         ratios, log_weights = self._log_ratios(pair, batch, batch.v)
@@ -174,7 +174,7 @@ class VNCE(Rival):
         each = softplus(math.log(self.num_noise) + noise.log_prob(batch.v) + log_normalizer - ratios)
         return (log_weights.exp() * each).sum(1).mean(0)
 
-    def _log_ratios(self, pair: Pair, batch: Batch, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_ratios(self, pair: ModelAndGuide, batch: Batch, v: Tensor) -> tuple[Tensor, Tensor]:
         """log p̃(v, h) - log q(h|v) at draws of h, and the logarithm of each summed-out configuration's share of q.
 
         Both of shape (particles, configurations, n).
@@ -183,7 +183,7 @@ class VNCE(Rival):
         n = len(v)
         ratios, log_weights = [], []
         for draw in pair.draws(batch, v, self.num_particles, joint=True):
-            with record(draw.values, pair.softened) as run:
+            with record(draw.values, pair.relaxed_sites) as run:
                 pair.model(*args, **kwargs)
             log_p = joint_per_example(run.sites.values(), n)
             with record(draw.values) as run:

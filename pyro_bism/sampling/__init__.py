@@ -2,7 +2,7 @@
 
 from .chains import Chains, default_kernel, run_chains
 from .kernels import AnnealedLangevin, Gibbs, Kernel, Langevin
-from .mcmc import program, recorded
+from .mcmc import as_model, with_statistics
 from .predictive import Predictive
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "Kernel",
     "Langevin",
     "Predictive",
+    "as_model",
     "default_kernel",
-    "program",
-    "recorded",
     "run_chains",
+    "with_statistics",
 ]

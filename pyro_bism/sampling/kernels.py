@@ -46,7 +46,7 @@ def require_kernel(kernel: Any) -> None:
         name = kernel.__name__ if isinstance(kernel, type) else repr(kernel)
         why = f" It lacks {', '.join(missing)}: one of your own derives from Kernel." if missing else ""
         raise ValueError(
-            f"kernel={name} is not a kernel. Pass an instance, such as Gibbs(); for HMC and NUTS see program().{why}"
+            f"kernel={name} is not a kernel. Pass an instance, such as Gibbs(); for HMC and NUTS see as_model().{why}"
         )
 
 
@@ -225,7 +225,7 @@ class AnnealedLangevin(Kernel):
         if self.sigma is None or VISIBLE not in moving:
             return x
         try:
-            integral: Any = Integral.of(density, x, [name for name in density.latents if name in moving])
+            integral: Any = Integral.over_variables(density, x, [name for name in density.latents if name in moving])
         except ValueError:
             integral = None
         with torch.enable_grad():

@@ -15,7 +15,7 @@ from ..programs.visible import is_real
 from .chains import given_values, masks_of
 
 
-def program(
+def as_model(
     trained: Any,
     *args: Any,
     sites: Sequence[str] | None = None,
@@ -28,7 +28,7 @@ def program(
 
     .. code-block:: python
 
-        mcmc = MCMC(NUTS(program(bism, x[:1])), warmup_steps=500, num_samples=1000, num_chains=4)
+        mcmc = MCMC(NUTS(as_model(bism, x[:1])), warmup_steps=500, num_samples=1000, num_chains=4)
 
     What moves becomes a latent site, the visible sites too; all rows move together, as one point of a chain: give one
     row for chains of (v, h), the data for draws of h given v (``sites=["h"]``). Missing entries of a visible site ``v``
@@ -57,7 +57,7 @@ def program(
     if summed:
         with torch.no_grad():
             density = energy.density(data)
-        integral = Integral.of(density, data, summed)
+        integral = Integral.over_variables(density, data, summed)
         if integral.quadrature:
             raise ValueError(f"marginal: {sorted(summed)} can't be summed in closed form or by enumeration.")
 
@@ -121,12 +121,12 @@ def _flat(shape: tuple[int, ...]) -> Any:
     return dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)).mask(False)
 
 
-def recorded(kernel: HMC) -> HMC:
+def with_statistics(kernel: HMC) -> HMC:
     """The same kernel, but its ``MCMC`` tells :func:`to_arviz` more of every draw than whether it diverged.
 
     .. code-block:: python
 
-        mcmc = MCMC(recorded(NUTS(program(bism, x, sites=["h"]))), warmup_steps=500, num_samples=1000)
+        mcmc = MCMC(with_statistics(NUTS(as_model(bism, x, sites=["h"]))), warmup_steps=500, num_samples=1000)
 
     That is ``energy``, the Hamiltonian, for ``az.bfmi`` and ``az.plot_energy``, with ``acceptance_rate`` and
     ``step_size``. The energy is that of the trajectory's start, from which its end differs by the integrator's error.
@@ -135,7 +135,7 @@ def recorded(kernel: HMC) -> HMC:
     """
     made: Any = {HMC: RecordedHMC, NUTS: RecordedNUTS}.get(type(kernel))
     if made is None:
-        raise ValueError(f"recorded takes an HMC or NUTS of pyro.infer, got {type(kernel).__name__}.")
+        raise ValueError(f"with_statistics takes an HMC or NUTS of pyro.infer, got {type(kernel).__name__}.")
     new = made.__new__(made)
     new.__dict__.update(kernel.__dict__)
     return new

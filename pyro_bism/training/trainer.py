@@ -12,11 +12,11 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ..compiled.step import MAX_CAPTURES, Program
+from ..compiled.step import MAX_CAPTURES, CapturedStep
 from ..optim.host import torch_optimizer
 from ..programs import visible
 from ..programs.all_rows import drawn, with_all_rows
-from ..programs.pair import Pair
+from ..programs.pair import ModelAndGuide
 from ..programs.params import random_state, set_random_state
 
 
@@ -25,21 +25,21 @@ class Trainer(ABC):
 
     def __init__(self, *programs: Any):
         self._modules = programs
-        self._pairs: dict[Any, Pair] = {}
-        self._waiting: dict[str, Any] | None = None
+        self._pairs: dict[Any, ModelAndGuide] = {}
+        self._pending: dict[str, Any] | None = None
         self._finite: dict[int, tuple[int, int, int]] = {}
         # what the last call's arguments were, the arguments themselves, and their pair
-        self._last: tuple[tuple, list[Any], Pair] | None = None
+        self._last: tuple[tuple, list[Any], ModelAndGuide] | None = None
         self._programs: dict[Any, Any] = {}
         self._num_captures = 0
         _raise_heap_limit()
 
     @abstractmethod
-    def _analyse(self, leaves: list[Any], spec: Any) -> Pair:
+    def _analyse(self, leaves: list[Any], spec: Any) -> ModelAndGuide:
         """What the programs are, run once on these arguments; their optimisers made ready."""
 
     @abstractmethod
-    def _made(self, pair: Pair) -> Program:
+    def _capture(self, pair: ModelAndGuide) -> CapturedStep:
         """The captured step of this pair."""
 
     @property
@@ -48,26 +48,26 @@ class Trainer(ABC):
         """The optimisers, by their names in a checkpoint."""
 
     @abstractmethod
-    def _kept(self) -> dict[str, Any]:
+    def _checkpoint(self) -> dict[str, Any]:
         """What is carried from step to step besides, by its names in a checkpoint."""
 
     @abstractmethod
-    def _keep(self, kept: Mapping[str, Any]) -> None:
-        """Take up what :meth:`_kept` gave.
+    def _restore(self, kept: Mapping[str, Any]) -> None:
+        """Take up what :meth:`_checkpoint` gave.
 
         :raises ValueError: if it is another method's.
         """
 
     def get_state(self) -> dict[str, Any]:
         """All that a later process needs to continue bit for bit: parameters, optimisers, random state."""
-        if self._waiting is not None:  # nothing has run since it was taken up
-            return {**copy.deepcopy(self._waiting), "rng": random_state()}
+        if self._pending is not None:  # nothing has run since it was taken up
+            return {**copy.deepcopy(self._pending), "rng": random_state()}
         store = pyro.get_param_store()
         return {
             "params": {name: (store._params[name].detach().clone()) for name in store.keys()},
             "buffers": [b.clone() for b in self._buffers()],
             **{name: _of_store(copy.deepcopy(optim.get_state())) for name, optim in self._optims.items()},
-            **copy.deepcopy(self._kept()),
+            **copy.deepcopy(self._checkpoint()),
             "rng": random_state(),
         }
 
@@ -78,10 +78,10 @@ class Trainer(ABC):
         have not yet (or the param store was cleared since) their parameters do not exist: those and what belongs to
         them come back at the first call that runs the programs, which draws nothing to make them.
         """
-        self._waiting = copy.deepcopy(state)
+        self._pending = copy.deepcopy(state)
         set_random_state(state["rng"])
         if any(pair.is_current() for pair in self._pairs.values()):
-            self._take_up()
+            self._load_pending()
 
     def save(self, path: Any) -> None:
         """Write :meth:`get_state` to a file, in one piece: a crash leaves the old file or the new one."""
@@ -94,13 +94,13 @@ class Trainer(ABC):
         """Take up a state that :meth:`save` wrote. The file is unpickled: load only what you trust."""
         self.set_state(torch.load(path, map_location=map_location, weights_only=False))
 
-    def pair(self, *args: Any, **kwargs: Any) -> Pair:
+    def pair(self, *args: Any, **kwargs: Any) -> ModelAndGuide:
         """Model and guide as they run on arguments of this structure; analysed once for each structure."""
         return self._pair(*visible.flatten((args, kwargs)))
 
-    def _prepare(self, args: tuple, kwargs: dict) -> tuple[Pair, list[Any], Any]:
+    def _prepare(self, args: tuple, kwargs: dict) -> tuple[ModelAndGuide, list[Any], Any]:
         leaves, spec = visible.flatten((args, kwargs))
-        before = None if self._waiting is None else random_state()
+        before = None if self._pending is None else random_state()
         leaves = visible.ordinary(leaves, spec)
         # most steps see the last one's tensors again, unchanged: a data set that a plate subsamples
         seen = (spec, _modes(*self._modules), [_state(leaf) for leaf in leaves])
@@ -111,16 +111,16 @@ class Trainer(ABC):
             self._require_finite(leaves, spec, pair.sites)
             self._last = seen, leaves, pair  # held, so that no number is given to another tensor
         if before is not None:
-            self._take_up()
+            self._load_pending()
             set_random_state(before)  # the initial values that were drawn have been replaced
         return pair, leaves, spec
 
-    def _prepare_evaluation(self, args: tuple, kwargs: dict) -> tuple[Pair, list[Any], Any]:
+    def _prepare_evaluation(self, args: tuple, kwargs: dict) -> tuple[ModelAndGuide, list[Any], Any]:
         """The same for an evaluation, which takes all rows given: plates draw none."""
         leaves, spec = visible.flatten((args, kwargs))
         leaves = visible.ordinary(leaves, spec)
         like = next((p for key, p in self._pairs.items() if key[0] == spec and drawn(p) and p.is_current()), None)
-        if like is None or self._waiting is not None:
+        if like is None or self._pending is not None:
             like, leaves, spec = self._prepare(args, kwargs)
         else:
             self._require_finite(leaves, spec, like.sites)
@@ -137,14 +137,14 @@ class Trainer(ABC):
                 weakref.finalize(leaf, self._finite.pop, key, None)
             self._finite[key] = _state(leaf)
 
-    def _annotate(self, error: Exception, leaves: list[Any], spec: Any, pair: Pair) -> None:
+    def _annotate(self, error: Exception, leaves: list[Any], spec: Any, pair: ModelAndGuide) -> None:
         """Tells a failed step's error what is wrong with the arguments, where anything is."""
         visible.require_finite(leaves, spec, pair.sites)  # memory shared with NumPy changes without a trace
         reason = visible.suspect(leaves, spec)
         if reason is not None:
             error.add_note(reason)
 
-    def _pair(self, leaves: list[Any], spec: Any) -> Pair:
+    def _pair(self, leaves: list[Any], spec: Any) -> ModelAndGuide:
         signature = (spec, tuple(_signature(leaf) for leaf in leaves))
         pair = self._pairs.get((*signature, _modes(*self._modules)))
         if pair is None or not pair.is_current():
@@ -170,7 +170,7 @@ class Trainer(ABC):
                 set_random_state(before)
         return pair
 
-    def _captured(self, pair: Pair, batch: visible.Batch) -> Any:
+    def _captured(self, pair: ModelAndGuide, batch: visible.Batch) -> Any:
         """The captured step for arguments of this structure, to be filled with this batch.
 
         :raises ValueError: for an argument that is neither a tensor nor a constant.
@@ -193,15 +193,15 @@ class Trainer(ABC):
                     "take jit=False."
                 )
             _require_sight(pair, batch)
-            program = self._programs[key] = self._made(pair)
+            program = self._programs[key] = self._capture(pair)
         program.bind(batch)
         return program
 
     def _buffers(self) -> list[Tensor]:
         return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())
 
-    def _take_up(self) -> None:
-        state = self._waiting
+    def _load_pending(self) -> None:
+        state = self._pending
         assert state is not None
         store = pyro.get_param_store()
         missing = sorted(set(state["params"]) - set(store.keys()))
@@ -218,8 +218,8 @@ class Trainer(ABC):
                     f"The state's '{name}' has shape {tuple(value.shape)}, but that of model and guide here has "
                     f"{found}. Was it saved from a model of another size?"
                 )
-        self._keep(state)
-        self._waiting = None
+        self._restore(state)
+        self._pending = None
         with torch.no_grad():
             for name, value in state["params"].items():
                 store._params[name].copy_(value)
@@ -249,7 +249,7 @@ def _numbered(buffers: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"buffer {i}": buffer for i, buffer in enumerate(buffers)}
 
 
-def _require_sight(pair: Pair, batch: visible.Batch) -> None:
+def _require_sight(pair: ModelAndGuide, batch: visible.Batch) -> None:
     """:raises RuntimeError: where a captured step would leave a parameter as it is, or go by a value of the past."""
     names = pair.out_of_sight(batch) or pair.astray
     if names:

@@ -35,7 +35,7 @@ BATCH, VISIBLE, HIDDEN = 100, 560, 400
 SIGMA, TEMPERATURE, NUM_INNER_STEPS, RATE = 0.3, 0.1, 5, 2e-4
 PRODUCTS, STRENGTH, PARTICLES, UNROLLED = 5, 100.0, 2, 5
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-MEMORY, FRACTION = 0.99, 0.1  # as Amortized's
+MOMENT_DECAY, RATE_FRACTION = 0.99, 0.1  # as Amortized's
 
 Tensors = Sequence[Tensor]
 
@@ -243,10 +243,10 @@ def amortized(problem: Problem, state: Any) -> tuple[Tensor, Tensors, Any]:
     x, d, bend, square = state or (torch.zeros_like(rhs), rhs / rhs.norm(), 0.0, 0.0)
     image = flat(product(d, problem.phi.params))
     length = image.norm().item()
-    bend, square = MEMORY * bend + d.dot(image).item(), MEMORY * square + length**2
+    bend, square = MOMENT_DECAY * bend + d.dot(image).item(), MOMENT_DECAY * square + length**2
     found = product(x, [*problem.theta, *problem.phi.params])
     num = len(problem.theta)
-    x = x - FRACTION * bend / square * (flat(found[num:]) - rhs)
+    x = x - RATE_FRACTION * bend / square * (flat(found[num:]) - rhs)
     return loss, minus(direct, found[:num]), (x, image / length, bend, square)
 
 

@@ -43,7 +43,7 @@ CONVOLUTIONS = """## Convolutions in JAX
 On CPUs, XLA has fast code for convolutions with channels last and brings others to that form, but not those in the body
 of a loop. `numpyro_bism` rewrites what it compiles, so that it is faster than the same step in a plain `lax.scan`; what
 is left are gradients of gradients, which are slow in any form. Milliseconds, batch 100, {}:"""
-MEMORY = """## Memory
+MOMENT_DECAY = """## Memory
 
 Megabytes of a step's own, and in brackets the process's peak, which has the compiler's size in it, however small the
 model is. K = N = 5:"""
@@ -409,7 +409,7 @@ def page(found: dict, path: Path) -> None:
         ]
         lines += ["", *strategy_table(found["strategies"])]
     if "memory" in found:
-        lines += ["", MEMORY, ""]
+        lines += ["", MOMENT_DECAY, ""]
         lines += memory_table(found["memory"]["sizes"], lambda x: x["contender"], lambda x: SIZES[x["model"]])
         lines += ["", "560 x 400 units, K = 1, `Unrolled(N, memory=...)`, Pyro without `jit`:", ""]
         lines += memory_table(
