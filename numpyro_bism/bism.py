@@ -10,11 +10,10 @@ from jax import Array
 from numpyro.infer import Trace_ELBO
 
 from . import divergences, energies
-from .compiled.noise import split_noise
+from .compiled.steps import Prefetched, inner_steps, norm, prefetch
 from .energies import averages
-from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, require_hypergradient, unroll_factor
-from .hypergradients.shifts import require_shiftable, shifted_losses
-from .hypergradients.surrogates import covariance_loss, posterior_loss
+from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, require_hypergradient
+from .hypergradients.shifts import require_shiftable
 from .losses import OuterLoss, require_outer_loss
 from .optim.host import as_optim, inner_copy, require_single_steps
 from .programs.all_rows import require_no_local
@@ -25,9 +24,10 @@ from .programs.guides import refuse_autoguide
 from .programs.modes import in_own_modes
 from .programs.pair import ModelAndGuide
 from .programs.params import jittered
+from .programs.visible import Batch
 from .training import runaways
 from .training.settings import require_guide
-from .training.trainer import BiSMRunResult, Trainer, norm
+from .training.trainer import BiSMRunResult, Trainer
 
 __all__ = ["BiSM", "BiSMInfo", "BiSMRunResult", "BiSMState"]
 
@@ -201,53 +201,65 @@ class BiSM(Trainer):
         return pair.outer_loss(key_outer, pair.params(theta, phi, state.mutable_state), batch, self.loss)
 
     def _update(self, state: BiSMState, leaves: Sequence[Any], spec: Any) -> tuple[BiSMState, Array, Array]:
-        """The new state, the outer loss, and whether all that was computed is finite."""
+        """Algorithm 1 of Bao et al. 2020 on one minibatch, its steps in their order.
+
+        :returns: the new state, the outer loss, and whether all that was computed is finite.
+        """
         pair = self.pair(leaves, spec)
         theta, phi = self._unpack(pair, state)
-        mutable = state.mutable_state
         rng_key, key_batch, key_inner, key_moved, key_outer = _keys(state.rng_key)
-        batch = pair.batch(key_batch, leaves, spec)
 
-        # without inner steps the losses are for info alone
-        num = max(self.num_inner_steps, 1)
+        batch = pair.batch(key_batch, leaves, spec)  # 1. the rows
+
+        num = max(self.num_inner_steps, 1)  # without inner steps the losses are for info alone
         keys = jax.random.split(key_inner, num) if self.num_inner_steps else key_inner[None]
-        ahead = self._strategy.noise_keys(key_outer)
-        problem = self._problem(pair, batch, mutable, keys[: self.num_inner_steps])
-        draw, inner = split_noise(problem.inner, key_inner, theta, phi)
-        noise = jax.vmap(draw)(jnp.concatenate([keys, ahead]))
-        problem = replace(problem, prefetched=([x[num:] for x in noise], inner))
-        inner_state = state.inner_optim_state
+        problem = self._problem(pair, batch, state.mutable_state, keys[: self.num_inner_steps])
+        problem, ahead = self._prefetched(problem, keys, key_outer, theta, phi)
 
-        def fit(inner_state, noise):
-            """One kept inner step."""
-            phi = self.inner_optim.get_params(inner_state)
-            loss, gradient = jax.value_and_grad(inner, argnums=2)(noise, theta, phi)
-            return self.inner_optim.update(gradient, inner_state, value=loss), (loss, norm(gradient))
+        # 2. K inner steps on φ, which are kept
+        fitted, inner_losses, inner_norms = inner_steps(ahead, num, theta, self.inner_optim, state.inner_optim_state)
+        inner_state = fitted if self.num_inner_steps else state.inner_optim_state
 
-        fitted, (inner_losses, inner_norms) = jax.lax.scan(
-            fit, inner_state, [x[:num] for x in noise], length=num, unroll=unroll_factor(num)
-        )
-        if self.num_inner_steps:
-            inner_state = fitted
+        # 3. - 5. the hypergradient: N steps thrown away, J, and dJ/dθ
+        self._require_state(state, theta, inner_state)
+        found = self._strategy(key_outer, problem, theta, inner_state, state.hypergradient_state)
+        length = norm(found.gradient)
+
+        # 6. the outer step
+        optim_state = self.optim.update(found.gradient, state.optim_state, value=found.loss)
+
+        mutable = self._moved(key_moved, problem, theta, phi)
+        watch = runaways.watched(state.watch, found.loss, length, found.curvature)
+        varying = found.loss - self.loss.constant(batch.v.shape[1])
+        seen = (found.loss, inner_losses[-1], inner_norms[-1], length, found.residual, found.curvature, varying)
+        info = BiSMInfo._make([*[jnp.asarray(x, jnp.result_type(float)) for x in seen], watch.verdict])
+        finite = jnp.isfinite(found.loss) & jnp.isfinite(length) & jnp.isfinite(inner_norms).all()
+        new = BiSMState(optim_state, inner_state, mutable, found.state, rng_key, info, watch)
+        return new, info.outer_loss, finite
+
+    def _prefetched(
+        self, problem: Bilevel, keys: Array, key_outer: Array, theta: Any, phi: Any
+    ) -> tuple[Bilevel, Prefetched]:
+        """The noise of all inner steps, drawn at once: of those that are kept, and of the strategy's own."""
+        ahead = prefetch(problem.inner, jnp.concatenate([keys, self._strategy.noise_keys(key_outer)]), theta, phi)
+        own = Prefetched(ahead.loss, [x[len(keys) :] for x in ahead.noise])
+        return replace(problem, prefetched=own), ahead
+
+    def _require_state(self, state: BiSMState, theta: Any, inner_state: Any) -> None:
+        """:raises ValueError: if another strategy made what is carried."""
         fresh = jax.eval_shape(lambda: self._strategy.init(theta, self.inner_optim, inner_state))
         if not _alike(fresh, state.hypergradient_state):
             raise ValueError(
                 f"The state was made with another hypergradient than {type(self._strategy).__name__}: it lacks "
                 "what that one carries from step to step, or has more. Take the state of this BiSM's init() or run()."
             )
-        found = self._strategy(key_outer, problem, theta, inner_state, state.hypergradient_state)
-        loss, gradient, length = found.loss, found.gradient, norm(found.gradient)
-        if mutable is not None:
-            v = self.loss.perturb(batch.v, self.loss.draw(key_moved, batch.v))
-            mutable = pair.moved(key_moved, pair.params(theta, phi, mutable), batch, v)
-        varying_loss = loss - self.loss.constant(batch.v.shape[1])
-        seen = (loss, inner_losses[-1], inner_norms[-1], length, found.residual, found.curvature, varying_loss)
-        watch = runaways.watched(state.watch, loss, length, found.curvature)
-        info = BiSMInfo._make([*[jnp.asarray(x, jnp.result_type(float)) for x in seen], watch.verdict])
-        finite = jnp.isfinite(loss) & jnp.isfinite(length) & jnp.isfinite(inner_norms).all()
-        optim_state = self.optim.update(gradient, state.optim_state, value=loss)
-        new = BiSMState(optim_state, inner_state, mutable, found.state, rng_key, info, watch)
-        return new, info.outer_loss, finite
+
+    def _moved(self, rng_key: Array, problem: Bilevel, theta: Any, phi: Any) -> Any:
+        """The mutable sites after a pass: once a step."""
+        if problem.mutable is None:
+            return None
+        v = self.loss.perturb(problem.batch.v, self.loss.draw(rng_key, problem.batch.v))
+        return problem.pair.moved(rng_key, problem.params(theta, phi), problem.batch, v)
 
     def _warn(self, before: BiSMState, after: BiSMState) -> bool:
         return runaways.warn(before.watch, after.watch)
@@ -267,36 +279,9 @@ class BiSM(Trainer):
             f"it in inner_optim. Otherwise {self._strategy.cure}"
         )
 
-    def _problem(
-        self, pair: ModelAndGuide, batch: Any, mutable: Any, inner_keys: Any, outer_loss: Any = None
-    ) -> Bilevel:
-        loss = self.loss if outer_loss is None else outer_loss
-
-        def outer(key, theta, phi):
-            return pair.outer_loss(key, pair.params(theta, phi, mutable), batch, loss)
-
-        def inner(key, theta, phi):
-            return divergences.perturbed_inner_loss(
-                key, self.loss, self._inner, pair, pair.params(theta, phi, mutable), batch
-            )
-
-        def surrogate(estimate):
-            """A loss that needs θ a second time, as numbers: what it does not differentiate."""
-
-            def value(key, theta, phi, *settings):
-                fixed = pair.params(jax.lax.stop_gradient(theta), phi, mutable)
-                return estimate(key, pair, pair.params(theta, phi, mutable), fixed, batch, loss, *settings)
-
-            return value
-
-        def shifted(key, theta, phi):
-            def params(theta):
-                return pair.params(theta, phi, mutable)
-
-            return shifted_losses(key, pair, params, batch, loss, self._inner, theta)
-
-        posterior, covariance = surrogate(posterior_loss), surrogate(covariance_loss)
-        return Bilevel(outer, inner, posterior, covariance, shifted, self.inner_optim, inner_keys)
+    def _problem(self, pair: ModelAndGuide, batch: Batch, mutable: Any, inner_keys: Any, loss: Any = None) -> Bilevel:
+        loss = self.loss if loss is None else loss
+        return Bilevel(pair, batch, loss, self._inner, mutable, self.inner_optim, inner_keys)
 
     def _analyse(self, leaves, spec, rng_key, init_params) -> Analysis:
         refuse_autoguide(self.guide)

@@ -2,28 +2,27 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import pyro
 from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
+from torch import Tensor
 
 from . import divergences, energies
-from .compiled.step import CapturedBilevelStep
+from .compiled.steps import Outer
 from .energies import averages
-from .hypergradients import Amortized, Bilevel, Hypergradient, Result, chosen, norm, require_hypergradient, slopes
-from .hypergradients.shifts import require_shiftable, shifted_losses
-from .hypergradients.surrogates import covariance_loss, posterior_loss
+from .hypergradients import Amortized, Bilevel, Hypergradient, chosen, require_hypergradient
+from .hypergradients.shifts import require_shiftable
 from .losses import OuterLoss, require_outer_loss
-from .optim.host import create_optimizers, descend, require_unrollable
+from .optim.host import create_optimizers, require_unrollable
 from .programs.analysis import analyse, check_held
 from .programs.coupling import check_rows
 from .programs.guides import refuse_autoguide, runs_model
 from .programs.modes import in_own_modes
 from .programs.pair import ModelAndGuide
 from .programs.params import buffers_kept, jittered
+from .programs.visible import Batch
 from .training import runaways
 from .training.settings import require_guide, require_optim, same_settings
 from .training.trainer import Buffers, Trainer
@@ -148,7 +147,7 @@ class BiSM(Trainer):
 
     @in_own_modes
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One outer update.
+        """One outer update: Algorithm 1 of Bao et al. 2020 on one minibatch, its steps in their order.
 
         :param args: arguments of model and guide, the data among them.
         :returns: the outer loss, a mean over the batch.
@@ -157,123 +156,82 @@ class BiSM(Trainer):
         :raises RuntimeError: under ``jit``, if the step can't be captured, or has been too often.
         """
         pair, leaves, spec = self._prepare(args, kwargs)
-        theta, phi = list(pair.theta.values()), list(pair.phi.values())
-        batch = pair.batch(leaves, spec)
-        buffers = Buffers(pair.buffers)
-        problem = self._problem(pair, batch, theta, phi)
-        program: CapturedBilevelStep | None = self._captured(pair, batch) if self.jit else None
-        if program is not None:
-            problem.run = program.run  # type: ignore[method-assign]
+        with self._explained(pair, leaves, spec), Buffers(pair.buffers) as buffers:
+            batch = pair.batch(leaves, spec)  # 1. the rows
+            executor = self._executor(pair, batch)  # runs each step eagerly, or as a captured graph
+            state = self._state_of(pair)
+
+            for k in range(self.num_inner_steps):  # 2. K inner steps on φ, which are kept
+                inner_loss, inner_norm = executor.fit()
+                buffers.keep_first()  # batch normalisation's statistics move once a step
+                self._require_fit(k, inner_loss, inner_norm)
+            if not self.num_inner_steps:
+                inner_loss, inner_norm = executor.look()  # for info alone
+                buffers.keep_first()
+                self._require_fit(0, inner_loss, inner_norm)
+
+            outer = executor.solve(state)  # 3. - 5. the hypergradient: N steps thrown away, J, and dJ/dθ
+            self.info = self._seen(outer, inner_loss, inner_norm, batch)
+            self._require_outer(self.info)
+
+            executor.move_theta(outer.left)  # 6. the outer step
+            self._method_state = (outer.state,)
+
+        before, self._watch = self._watch, runaways.watched(self._watch, outer.loss, outer.length, outer.curvature)
+        self.info = self.info._replace(verdict=self._watch.verdict)
+        runaways.warn(before, self._watch)
+        return outer.loss
+
+    def _state_of(self, pair: ModelAndGuide) -> Any:
+        """What the hypergradient carries from step to step; fresh where there is nothing yet that fits the programs."""
         names = tuple(pair.theta), tuple(pair.phi)
         # a parameter that was frozen or unfrozen on the way has no place in what is carried
         if self._method_state is None or self._carried_by not in (None, names):
-            self._method_state = (self._strategy.init(theta, phi),)
+            self._method_state = (self._strategy.init(list(pair.theta.values()), list(pair.phi.values())),)
         self._carried_by = names
-        try:
-            inner_loss, inner_norm = self._fit(problem, buffers, program)
-            found, length = self._follow(problem, program)
-        except (FloatingPointError, ValueError) as error:
-            self._annotate(error, leaves, spec, pair)
-            raise
-        finally:
-            buffers.restore()
-        outer_loss = found.loss.item()
-        self.info = BiSMInfo(
-            outer_loss,
-            inner_loss,
-            inner_norm,
-            length,
-            float(found.residual),
-            float(found.curvature),
-            outer_loss - self.loss.constant(batch.v.shape[1]),
-            self._watch.verdict,
-        )
-        if not (math.isfinite(self.info.outer_loss) and math.isfinite(length)):
-            failure = FloatingPointError(
-                f"The outer loss or its gradient is not finite ({self.info}). The model was not updated. "
+        return self._method_state[0]
+
+    def _require_fit(self, k: int, loss: float, length: float) -> None:
+        """:raises FloatingPointError: if an inner step, the k-th from 0, did not find a number."""
+        if not (math.isfinite(loss) and math.isfinite(length)):
+            raise FloatingPointError(
+                f"The gradient of the inner loss is not finite at inner step {k + 1} of "
+                f"{self.num_inner_steps} (inner loss {loss}). The inner learning rate is too "
+                "high, or the guide's scale has collapsed: lower the rate in inner_optim, or clip "
+                "its gradients."
+            )
+
+    def _seen(self, outer: Outer, inner_loss: float, inner_norm: float, batch: Batch) -> BiSMInfo:
+        varying = outer.loss - self.loss.constant(batch.v.shape[1])
+        found = outer.length, outer.residual, outer.curvature, varying
+        return BiSMInfo(outer.loss, inner_loss, inner_norm, *found, self._watch.verdict)
+
+    def _require_outer(self, info: BiSMInfo) -> None:
+        """:raises FloatingPointError: if J or its gradient is no number."""
+        if not (math.isfinite(info.outer_loss) and math.isfinite(info.hypergradient_norm)):
+            raise FloatingPointError(
+                f"The outer loss or its gradient is not finite ({info}). The model was not updated. "
                 "If inner_grad_norm grows from step to step, the inner learning rate is too high: lower it in "
                 f"inner_optim. Otherwise {self._strategy.cure}."
             )
-            self._annotate(failure, leaves, spec, pair)
-            raise failure
-        self._method_state = (found.state,)
-        if program is None:
-            descend(self.optim, theta, found.gradient)
-        before = self._watch
-        self._watch = runaways.watched(before, self.info.outer_loss, length, self.info.curvature)
-        self.info = self.info._replace(verdict=self._watch.verdict)
-        runaways.warn(before, self._watch)
-        return self.info.outer_loss
-
-    def _follow(self, problem: Bilevel, program: CapturedBilevelStep | None) -> tuple[Result, float]:
-        """What the hypergradient finds, and its norm; a program moves θ too."""
-        assert self._method_state is not None
-        if program is not None:
-            return program.follow(problem, *self._method_state)
-        with pyro.validation_enabled(False):
-            found = self._strategy(problem, *self._method_state)
-        return found, norm(found.gradient).item()
 
     @property
     def _strategy(self) -> Hypergradient:
         assert self.hypergradient is not None  # chosen when the programs were looked at
         return self.hypergradient
 
-    def _capture(self, pair: ModelAndGuide) -> CapturedBilevelStep:
-        theta, phi = list(pair.theta.values()), list(pair.phi.values())
-        return CapturedBilevelStep(pair, self._problem, theta, phi, self.optim, self.inner_optim, self._strategy)
-
-    def _problem(self, pair, batch, theta, phi, outer_loss=None) -> Bilevel:
-        loss = self.loss if outer_loss is None else outer_loss
-        return Bilevel(
-            outer=lambda: pair.outer_loss(batch, loss),
-            inner=lambda: divergences.perturbed_inner_loss(self.loss, self._inner, pair, batch),
-            posterior=lambda: posterior_loss(pair, batch, loss),
-            covariance=lambda num: covariance_loss(pair, batch, loss, num),
-            shifted=lambda: shifted_losses(pair, batch, loss, self._inner),
-            theta=theta,
-            phi=phi,
-            at=pair.at,
-            optim=self.inner_optim,
-            placed=pair.placed if pair.astray else None,
-            buffers=pair.buffers,
-        )
-
-    def _fit(self, problem: Bilevel, buffers: Buffers, program: CapturedBilevelStep | None) -> tuple[float, float]:
-        """The K kept inner steps: G and ‖∇_φ G‖ at the last."""
-        for k in range(max(self.num_inner_steps, 1)):
-            # The first pass of a step shows Pyro's own checks the new data and parameters. The later ones differ
-            # in their noise, and a guide that goes astray between them is caught by its gradient.
-            if self._strategy.repeats_noise and self.num_inner_steps:
-                problem.inner_noise.append(problem.snapshot())
-            if program is not None:
-                loss, length = program.fit(moves=self.num_inner_steps > 0)
-            else:
-                with nullcontext() if k == 0 else pyro.validation_enabled(False):
-                    value, gradient = slopes(problem, "inner", "phi")
-                loss, length = value.item(), norm(gradient).item()
-            if k == 0:
-                buffers.keep()
-            if not math.isfinite(length):
-                raise FloatingPointError(
-                    f"The gradient of the inner loss is not finite at inner step {k + 1} of "
-                    f"{self.num_inner_steps} (inner loss {loss}). The inner learning rate is too "
-                    "high, or the guide's scale has collapsed: lower the rate in inner_optim, or clip "
-                    "its gradients."
-                )
-            if program is None and self.num_inner_steps:
-                descend(self.inner_optim, problem.phi, gradient)
-        return loss, length
+    def _problem(
+        self, pair: ModelAndGuide, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor], loss: Any = None
+    ) -> Bilevel:
+        loss = self.loss if loss is None else loss
+        return Bilevel(pair, batch, loss, self._inner, theta, phi, self.inner_optim, self._strategy)
 
     @in_own_modes
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The outer loss at the present parameters, with fresh noise; nothing is updated."""
         pair, leaves, spec = self._prepare(args, kwargs)
-        buffers = Buffers(pair.buffers)
-        try:
+        with Buffers(pair.buffers):
             return pair.outer_loss(pair.batch(leaves, spec), self.loss).item()
-        finally:
-            buffers.restore()
 
     def _analyse(self, leaves: list[Any], spec: Any) -> ModelAndGuide:
         refuse_autoguide(self.guide)
@@ -318,6 +276,9 @@ class BiSM(Trainer):
             require_fit(self.hypergradient)
         return pair
 
+    def _leaves(self, pair: ModelAndGuide) -> tuple[list[Tensor], list[Tensor]]:
+        return list(pair.theta.values()), list(pair.phi.values())
+
     @property
     def _optims(self) -> dict[str, PyroOptim]:
         return {"optim": self.optim, "inner_optim": self.inner_optim}
@@ -342,10 +303,7 @@ class BiSM(Trainer):
         """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
         pair, leaves, spec = self._prepare_evaluation(args, kwargs)
         batch = pair.batch(leaves, spec, resizable=True)
-        buffers = Buffers(pair.buffers)
-        try:
+        with Buffers(pair.buffers):
             values = pair.draw_discrete(batch, batch.v)
-        finally:
-            buffers.restore()
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
         return energies.Energy.from_model(pair.model, pair.sites, batch, pair.buffers, values)

@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def steps_in_loops(monkeypatch):
     """Inner steps are not fused; ``test_fused_steps_are_the_same_steps`` undoes it to compare."""
-    monkeypatch.setattr("numpyro_bism.hypergradients.problem.FUSED_STEPS", 1)
+    monkeypatch.setattr("numpyro_bism.compiled.steps.FUSED_STEPS", 1)
 
 
 @pytest.fixture

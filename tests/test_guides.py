@@ -104,7 +104,7 @@ class NumpyroHost:
             return pair.outer_loss(jax.random.key(2), pair.params(*both, state.mutable_state), batch, bism.loss)
 
         loss, gradient = jax.jit(jax.value_and_grad(outer))(bism._unpack(pair, state))
-        return float(loss), float(numpyro_bism.training.trainer.norm(gradient))
+        return float(loss), float(numpyro_bism.compiled.steps.norm(gradient))
 
 
 @pytest.fixture(params=[PyroHost, NumpyroHost], ids=["pyro", "numpyro"])

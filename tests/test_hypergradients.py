@@ -654,22 +654,33 @@ def test_functionals_second_term_is_a_running_mean(host):
         np.testing.assert_allclose(kept, mean, rtol=1e-8, atol=1e-12)
 
 
+class TorchProblem(pyro_bism.hypergradients.Bilevel):
+    """Two losses of no programs."""
+
+    def __init__(self, outer, inner, theta, phi):
+        super().__init__(None, None, None, None, theta, phi, None)
+        self.outer, self.inner = outer, inner
+
+
+class JaxProblem(numpyro_bism.hypergradients.Bilevel):
+    """The same: functions of a key, θ and φ."""
+
+    def __init__(self, outer, inner, optim):
+        super().__init__(None, None, None, None, None, optim, None)
+        vars(self).update(outer=outer, inner=inner)
+
+
 def saddle(host, strategy, bend=(1.0, -1.0), num_steps=1):
     """G = φ₁² - φ₂² + θφ, J = φ₁ + 2φ₂ + θ²: along φ₂ there is no minimum. What is found after so many steps."""
     if host is Torch:
         theta = torch.tensor([0.3, 0.4], requires_grad=True)
         phi = torch.tensor([0.1, 0.2], requires_grad=True)
         sign, weight = torch.tensor(bend), torch.tensor([1.0, 2.0])
-        problem = pyro_bism.hypergradients.Bilevel(
-            outer=lambda: (weight * phi).sum() + theta.square().sum(),
-            inner=lambda: (sign * phi.square() + theta * phi).sum(),
-            posterior=None,
-            covariance=None,
-            shifted=None,
-            theta=[theta],
-            phi=[phi],
-            at=None,
-            optim=None,
+        problem = TorchProblem(
+            lambda: (weight * phi).sum() + theta.square().sum(),
+            lambda: (sign * phi.square() + theta * phi).sum(),
+            [theta],
+            [phi],
         )
         found = pyro_bism.hypergradients.Result(None, None, strategy.init([theta], [phi]))
         for _ in range(num_steps):
@@ -677,14 +688,10 @@ def saddle(host, strategy, bend=(1.0, -1.0), num_steps=1):
         return found
     sign, weight = jnp.array(bend), jnp.array([1.0, 2.0])
     optim = numpyro.optim.SGD(0.1)
-    problem = numpyro_bism.hypergradients.Bilevel(
+    problem = JaxProblem(
         lambda key, theta, phi: (weight * phi).sum() + jnp.square(theta).sum(),
         lambda key, theta, phi: (sign * jnp.square(phi) + theta * phi).sum(),
-        None,
-        None,
-        None,
         optim,
-        None,
     )
     theta, inner_state = jnp.array([0.3, 0.4]), optim.init(jnp.array([0.1, 0.2]))
     found = numpyro_bism.hypergradients.Result(None, None, strategy.init(theta, optim, inner_state))

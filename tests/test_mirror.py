@@ -23,7 +23,7 @@ def files(package):
 
 # What torch lets capture and JAX compiles by itself; JAX's random keys, of which noise is drawn ahead
 HOSTS_OWN = {
-    "pyro_bism": {"compiled/graph.py", "compiled/inductor.py", "compiled/step.py", "optim/captured.py"},
+    "pyro_bism": {"compiled/captured.py", "compiled/graph.py", "compiled/inductor.py", "optim/captured.py"},
     "numpyro_bism": {"compiled/convolutions.py", "compiled/jaxprs.py", "compiled/noise.py"},
 }
 
@@ -252,6 +252,6 @@ def test_every_step_of_the_algorithm_stands_where_the_page_says():
     for row in rows:
         for package, cell in zip(("pyro_bism", "numpyro_bism"), row, strict=True):
             places = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", cell)
-            assert places, cell
+            assert places or (package == "pyro_bism" and not cell.strip()), cell  # torch draws no noise ahead
             for file, name in places:
                 assert name in _definitions(ROOT / package / file), (package, file, name)

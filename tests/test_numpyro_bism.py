@@ -596,5 +596,5 @@ def test_fused_steps_are_the_same_steps(monkeypatch):
         return bism.run(KEY, 3, X, progress_bar=False).losses
 
     alone = losses()
-    monkeypatch.setattr("numpyro_bism.hypergradients.problem.FUSED_STEPS", 2)
+    monkeypatch.setattr("numpyro_bism.compiled.steps.FUSED_STEPS", 2)
     np.testing.assert_allclose(losses(), alone, rtol=1e-10)

@@ -37,6 +37,15 @@ def outer(key, theta, phi):
     return jnp.sum(jnp.sin(phi["m"] + theta[:3]) * phi["s"]) + jnp.sum(theta**2)
 
 
+class Problem(Bilevel):
+    """These two losses, of no programs."""
+
+    outer, inner = staticmethod(outer), staticmethod(inner)
+
+    def __init__(self, optim):
+        super().__init__(None, None, None, None, None, optim, None)
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 10])
 @pytest.mark.parametrize("name", OPTIMS)
 def test_hypergradient_is_the_derivative_of_the_whole_map(name, num_steps):
@@ -46,7 +55,7 @@ def test_hypergradient_is_the_derivative_of_the_whole_map(name, num_steps):
         state = optim.init({"m": jnp.ones(3), "s": jnp.ones(3), "dead": jnp.zeros(2)})
         theta, direction = jnp.array([0.1, 0.2, -0.3, 0.4]), jnp.array([1.0, -0.5, 0.3, 0.7])
         strategy = Unrolled(num_steps) if num_steps else Detached()
-        whole = jax.jit(lambda t: strategy(key, Bilevel(outer, inner, outer, outer, None, optim, None), t, state, None))
+        whole = jax.jit(lambda t: strategy(key, Problem(optim), t, state, None))
 
         def at(t):
             return whole(theta + t * direction)[0]

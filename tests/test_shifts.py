@@ -49,7 +49,8 @@ class Torch:
 
         strategy, losses = pyro_bism.Functional(memory=0), shifted()
         own = torch.autograd.grad(losses.outer(losses.zeros), theta)
-        problem = types.SimpleNamespace(theta=theta, phi=phi, shifted=shifted)
+        problem = pyro_bism.hypergradients.Bilevel(pair, batch, LOSS[0], inner, theta, phi, None)
+        torch.manual_seed(1)
         found = strategy(problem, strategy.init(theta, phi)).gradient
         return tuple({name: x.numpy() for name, x in zip(pair.theta, each, strict=True)} for each in (found, own))
 
@@ -114,7 +115,7 @@ class Jax:
             return numpyro_bism.hypergradients.shifts.shifted_losses(key, pair, params, batch, LOSS[1], inner, theta)
 
         optim = numpyro.optim.SGD(0.1)
-        problem = numpyro_bism.hypergradients.Bilevel(None, None, None, None, shifted, optim, None)
+        problem = numpyro_bism.hypergradients.Bilevel(pair, batch, LOSS[1], inner, None, optim, None)
 
         @jax.jit
         def found(theta, phi):

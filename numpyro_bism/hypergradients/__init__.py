@@ -13,7 +13,7 @@ from .choice import chosen
 from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
-from .problem import Bilevel, Detached, Hypergradient, Result, Shifted, require_hypergradient, unroll_factor
+from .problem import Bilevel, Detached, Hypergradient, Result, Shifted, require_hypergradient
 from .surrogates import Covariance, Exact
 from .unrolled import Unrolled
 
@@ -32,5 +32,4 @@ __all__ = [
     "Unrolled",
     "chosen",
     "require_hypergradient",
-    "unroll_factor",
 ]

@@ -9,6 +9,7 @@ from jax import Array
 
 from .linear import ratio
 from .problem import Bilevel, Hypergradient, Result, Shifted
+from .shifts import shifted_losses
 from .tracking import Tracked, untracked
 
 __all__ = ["Functional"]
@@ -92,7 +93,7 @@ class Functional(Hypergradient):
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Tracked) -> Result:
         key_shifted, key_inner = jax.random.split(rng_key)
         phi = problem.optim.get_params(inner_state)
-        shifted = problem.shifted(key_shifted, theta, phi) if jax.tree.leaves(phi) else None
+        shifted = _shifted(key_shifted, problem, theta, phi) if jax.tree.leaves(phi) else None
         if shifted is None or not shifted.zeros:  # φ reaches no distribution
             return Result(*jax.value_and_grad(problem.outer, argnums=1)(rng_key, theta, phi), state)
         loss, (direct, rhs) = jax.value_and_grad(shifted.outer, argnums=(0, 1))(theta, shifted.zeros)
@@ -109,6 +110,13 @@ class Functional(Hypergradient):
         cross, _ = pullback(y)
         new = state.follow(cross, self.memory)
         return Result(loss, jax.tree.map(jnp.subtract, direct, new.mean), new, residual, curvature)
+
+
+def _shifted(rng_key: Array, problem: Bilevel, theta: Any, phi: Any) -> Shifted:
+    def params(theta: Any) -> dict[str, Any]:
+        return problem.params(theta, phi)
+
+    return shifted_losses(rng_key, problem.pair, params, problem.batch, problem.loss, problem.inner_loss, theta)
 
 
 def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[Any, Array, Array]:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .problem import Bilevel, Hypergradient, Result, unroll_factor
+from ..compiled.steps import unroll_factor
+from .problem import Bilevel, Hypergradient, Result
 
 __all__ = ["Penalty"]
 

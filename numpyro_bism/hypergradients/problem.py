@@ -10,20 +10,13 @@ import jax
 from jax import Array
 
 from ..brief import lacking
+from ..compiled.steps import Prefetched
+from ..divergences import perturbed_inner_loss
+from ..losses import OuterLoss
+from ..programs.pair import ModelAndGuide
+from ..programs.visible import Batch
 
-__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "Shifted", "require_hypergradient", "unroll_factor"]
-
-MAX_FUSED, FUSED_STEPS = 20, 5
-
-
-def unroll_factor(num_steps: int) -> int:
-    """How many inner steps stand in one body of the compiled loop: all of a few, so that there is no loop, else five.
-
-    XLA fuses across them, and a small model's step takes 0.7 times as long. Steps that are differentiated hand on what
-    the way back needs; copied from body to body it costs a 560 x 400 RBM another third of its time and memory.
-    More would take long to compile.
-    """
-    return num_steps if num_steps <= MAX_FUSED else FUSED_STEPS
+__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "Shifted", "require_hypergradient"]
 
 
 class Shifted(NamedTuple):
@@ -53,25 +46,38 @@ class Shifted(NamedTuple):
 class Bilevel:
     """The two losses on one batch, as functions of (rng_key, θ, φ).
 
-    :ivar outer: J.
-    :ivar inner: G.
-    :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
-    :ivar covariance: the same, from a sample covariance; it takes the number of draws besides.
-    :ivar shifted: (rng_key, θ, φ) to both on shifted distributions.
+    :ivar pair: model and guide.
+    :ivar batch: the rows.
+    :ivar loss: the outer loss.
+    :ivar inner_loss: the inner one, a function of (rng_key, pair, params, batch, v).
+    :ivar mutable: the values of mutable sites.
     :ivar optim: the inner optimiser, in NumPyro's form.
     :ivar inner_keys: the keys of the K inner steps just taken.
-    :ivar prefetched: the noise of the strategy's own keys, those of ``Hypergradient.noise_keys``, and G as a function
-        of (noise, θ, φ); None where each step is to draw its own.
+    :ivar prefetched: G with the noise of the strategy's own keys, those of ``Hypergradient.noise_keys``; None where
+        each step is to draw its own.
     """
 
-    outer: Callable[[Array, Any, Any], Array]
-    inner: Callable[[Array, Any, Any], Array]
-    posterior: Callable[[Array, Any, Any], Array]
-    covariance: Callable[[Array, Any, Any, int], Array]
-    shifted: Callable[[Array, Any, Any], Shifted]
+    pair: ModelAndGuide
+    batch: Batch
+    loss: OuterLoss
+    inner_loss: Callable[..., Array]
+    mutable: Any
     optim: Any
     inner_keys: Array
-    prefetched: tuple[Any, Callable[[Any, Any, Any], Array]] | None = None
+    prefetched: Prefetched | None = None
+
+    def params(self, theta: Any, phi: Any) -> dict[str, Any]:
+        """What the programs are given: constrained, by name."""
+        return self.pair.params(theta, phi, self.mutable)
+
+    def outer(self, rng_key: Array, theta: Any, phi: Any) -> Array:
+        """J: the outer loss with fresh noise and fresh draws of h."""
+        return self.pair.outer_loss(rng_key, self.params(theta, phi), self.batch, self.loss)
+
+    def inner(self, rng_key: Array, theta: Any, phi: Any) -> Array:
+        """G: the inner loss at v as the outer loss perturbs it, a mean over the batch."""
+        params = self.params(theta, phi)
+        return perturbed_inner_loss(rng_key, self.loss, self.inner_loss, self.pair, params, self.batch)
 
 
 class Result(NamedTuple):
@@ -97,7 +103,7 @@ class Hypergradient(Protocol):
     :cvar differentiates_inner: whether it needs second derivatives of G in φ.
     :cvar unrolls: whether it differentiates the inner optimiser's steps.
     :cvar reparameterises: whether the outer loss's draws of h must carry a path to φ.
-    :cvar shifts_guide: whether it asks for ``Bilevel.shifted``: the guide is looked at for it before the first step.
+    :cvar shifts_guide: whether it shifts the guide's distributions, which are looked at for it before the first step.
     :cvar cure: what to try where the gradient overflows.
     """
 

@@ -37,7 +37,7 @@ from ..programs.pair import ModelAndGuide
 from ..programs.params import constrain, jittered, unconstrain
 from ..programs.records import SiteRecord, is_enumerated, record
 from ..programs.visible import Batch
-from . import Shifted
+from .problem import Shifted
 
 __all__ = ["require_shiftable", "shifted_losses"]
 

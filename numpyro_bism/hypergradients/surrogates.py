@@ -37,7 +37,12 @@ class Exact(Hypergradient):
 
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
         phi = problem.optim.get_params(inner_state)
-        return Result(*jax.value_and_grad(problem.posterior, argnums=1)(rng_key, theta, phi))
+
+        def loss(theta):
+            params, fixed = problem.params(theta, phi), problem.params(jax.lax.stop_gradient(theta), phi)
+            return posterior_loss(rng_key, problem.pair, params, fixed, problem.batch, problem.loss)
+
+        return Result(*jax.value_and_grad(loss)(theta))
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,14 @@ class Covariance(Hypergradient):
 
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
         phi = problem.optim.get_params(inner_state)
-        surrogate = jax.value_and_grad(problem.covariance, argnums=1)
-        return Result(*surrogate(rng_key, theta, phi, self.num_particles))
+
+        def loss(theta):
+            params, fixed = problem.params(theta, phi), problem.params(jax.lax.stop_gradient(theta), phi)
+            return covariance_loss(
+                rng_key, problem.pair, params, fixed, problem.batch, problem.loss, self.num_particles
+            )
+
+        return Result(*jax.value_and_grad(loss)(theta))
 
 
 def posterior_loss(

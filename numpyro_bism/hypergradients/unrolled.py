@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..compiled.steps import unroll_factor
 from ..optim.steps import differentiable_update
-from .problem import Bilevel, Hypergradient, Result, unroll_factor
+from .problem import Bilevel, Hypergradient, Result
 
 __all__ = ["Unrolled"]
 
@@ -64,7 +65,7 @@ class Unrolled(Hypergradient):
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
         key_outer, keys = self._keys(rng_key)
         stores = self.memory == "store"
-        noise, inner = problem.prefetched if stores and problem.prefetched else (keys, problem.inner)
+        inner, noise = problem.prefetched if stores and problem.prefetched else (problem.inner, keys)
 
         def step(theta, fast, noise):
             phi = problem.optim.get_params(fast)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..compiled.noise import num_prefetched, split_noise
+from ..compiled.steps import unroll_factor
 from ..energies import Density, Point
-from ..hypergradients import unroll_factor
 from ..programs.checks import Analysis
 from ..programs.visible import Batch
 from ..sampling.kernels import Gibbs, Kernel, require_kernel

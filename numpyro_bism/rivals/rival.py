@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..compiled.steps import norm
 from ..energies import Energy, Integral, Point
 from ..hypergradients import Detached
 from ..optim.host import as_optim, require_single_steps
@@ -25,7 +26,7 @@ from ..programs.modes import in_own_modes
 from ..programs.pair import ModelAndGuide
 from ..programs.params import jittered
 from ..training import runaways
-from ..training.trainer import Trainer, norm, ranks, structure
+from ..training.trainer import Trainer, ranks, structure
 from .target import MarginalTarget, check_reads
 
 

@@ -11,8 +11,7 @@ from jax.nn import softplus
 from numpyro.handlers import seed
 
 from .. import divergences
-from ..compiled.noise import split_noise
-from ..hypergradients import unroll_factor
+from ..compiled.steps import inner_steps, prefetch
 from ..optim.host import as_optim, inner_copy, require_single_steps
 from ..programs.checks import Analysis
 from ..programs.pair import ModelAndGuide
@@ -21,7 +20,6 @@ from ..programs.visible import Batch
 from ..training import runaways
 from ..training.runaways import Words
 from ..training.settings import require_guide
-from ..training.trainer import norm
 from .nce import LOG_NORMALIZER, Gaussian, check_noise, check_width
 from .rival import Rival
 from .target import MarginalTarget
@@ -152,22 +150,15 @@ class VNCE(Rival):
     ) -> tuple[Any, tuple[Array, ...]]:
         inner_state, fitted = carried
 
-        def loss(key, phi):
+        def loss(key, theta, phi):
             params = target.params(theta, mutable, phi)
             if self._inner is not None:
                 return self._inner(key, target.pair, params, batch, batch.v)
             return self._data_term(key, target.pair, params, theta, batch, fitted).mean()
 
-        draw, rest = split_noise(loss, rng_key, self.inner_optim.get_params(inner_state))
-
-        def step(inner_state, noise):
-            phi = self.inner_optim.get_params(inner_state)
-            value, gradient = jax.value_and_grad(rest, argnums=1)(noise, phi)
-            return self.inner_optim.update(gradient, inner_state, value=value), (value, norm(gradient))
-
-        num = self.num_inner_steps
-        noise = jax.vmap(draw)(jax.random.split(rng_key, num))
-        inner_state, (losses, lengths) = jax.lax.scan(step, inner_state, noise, length=num, unroll=unroll_factor(num))
+        num, phi = self.num_inner_steps, self.inner_optim.get_params(inner_state)
+        ahead = prefetch(loss, jax.random.split(rng_key, num), theta, phi)
+        inner_state, losses, lengths = inner_steps(ahead, num, theta, self.inner_optim, inner_state)
         return (inner_state, fitted), (losses[-1], lengths[-1])
 
     def _loss(

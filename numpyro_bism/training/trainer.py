@@ -290,9 +290,3 @@ def ranks(key: tuple) -> tuple:
     """A structure without the sizes of its arrays."""
     spec, leaves = key
     return spec, tuple((len(x[0]), x[1]) if isinstance(x, tuple) else x for x in leaves)
-
-
-def norm(gradient: Any) -> Array:
-    """The length of a pytree of gradients, all leaves side by side."""
-    leaves = jax.tree.leaves(gradient)
-    return jnp.sqrt(sum(jnp.square(g).sum() for g in leaves)) if leaves else jnp.zeros(())

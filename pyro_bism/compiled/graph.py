@@ -25,6 +25,8 @@ from ..programs.records import record
 from ..programs.visible import has_memory
 from .inductor import compile_recording
 
+PACKAGE = Path(__file__).parents[1]
+
 
 class Original(NamedTuple):
     """What a recording is of, for a look at whether it is that.
@@ -245,8 +247,8 @@ class _last_site(Messenger):
 
 def _explained(error: Exception) -> Exception:
     """An error that names the place in the user's program."""
-    hosts = (torch.__file__, pyro.__file__, __file__, warnings.__file__)  # the last: Python's own library
-    inside = [Path(file).parent for file in hosts]
+    # the last of these folders is Python's own library
+    inside = [*(Path(file).parent for file in (torch.__file__, pyro.__file__, warnings.__file__)), PACKAGE]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).exists()]
     own = [f for f in frames if not any(folder in Path(f.filename).parents for folder in inside)]
     place = f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else "no line of yours"

@@ -85,10 +85,8 @@ def hypergradient_error(
         sums: Any = None
         for i in range(-(-num_draws // PART) * PART):
             stepped(held)
-            buffers = Buffers(pair.buffers)
-            with pyro.validation_enabled(False):
+            with Buffers(pair.buffers), pyro.validation_enabled(False):
                 found = _both(trained, pair, pair.batch(leaves, spec), num_particles)
-            buffers.restore()
             sums = found if sums is None else sums.plus(found)
             bar.update()
             if (i + 1) % PART == 0:

@@ -13,7 +13,17 @@ from .choice import chosen
 from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
-from .problem import Bilevel, Detached, Gradient, Hypergradient, Result, Shifted, norm, require_hypergradient, slopes
+from .problem import (
+    Bilevel,
+    Detached,
+    Gradient,
+    Hypergradient,
+    Result,
+    Shifted,
+    norm,
+    require_hypergradient,
+    value_and_grad,
+)
 from .surrogates import Covariance, Exact
 from .unrolled import Unrolled
 
@@ -34,5 +44,5 @@ __all__ = [
     "chosen",
     "norm",
     "require_hypergradient",
-    "slopes",
+    "value_and_grad",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .linear import pulled_back, ratio
 from .problem import Bilevel, Gradient, Hypergradient, Result, Shifted, added, in_theta
+from .shifts import shifted_losses
 from .tracking import Tracked, untracked
 
 __all__ = ["Functional"]
@@ -92,7 +93,7 @@ class Functional(Hypergradient):
         return untracked(theta)
 
     def __call__(self, problem: Bilevel, state: Tracked) -> Result:
-        shifted = problem.shifted() if problem.phi else None
+        shifted = shifted_losses(problem.pair, problem.batch, problem.loss, problem.inner_loss) if problem.phi else None
         if shifted is None or not shifted.zeros:  # φ reaches no distribution
             return in_theta(problem.outer(), problem.theta)._replace(state=state)
         theta, names, leaves = list(problem.theta), list(shifted.zeros), list(shifted.zeros.values())

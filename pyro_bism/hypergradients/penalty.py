@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..optim.host import descend, with_second_guide
-from .problem import Bilevel, Hypergradient, Result, added, in_theta, slopes
+from .problem import Bilevel, Gradient, Hypergradient, Result, added, in_theta, value_and_grad
 
 __all__ = ["Penalty"]
 
@@ -64,18 +64,34 @@ class Penalty(Hypergradient):
             for noise in problem.inner_noise:
                 fresh = problem.snapshot()
                 problem.restore(noise)
-                _, fit = problem.run(slopes, "inner", "phi")
+                _, fit = problem.run(_inner_in_phi)
                 problem.restore(fresh)
-                _, match = problem.run(slopes, "outer", "phi")
+                _, match = problem.run(_outer_in_phi)
                 both = [added(a, None if b is None else b / strength) for a, b in zip(fit, match, strict=True)]
                 descend(problem.optim, phi, both)
-            loss, raised = problem.run(slopes, "outer", "theta")
+            loss, raised = problem.run(_outer_in_theta)
             shared = problem.snapshot()
-            _, at_psi = problem.run(slopes, "inner", "theta")
+            _, at_psi = problem.run(_inner_in_theta)
         problem.restore(shared)
-        _, at_phi = problem.run(slopes, "inner", "theta")
+        _, at_phi = problem.run(_inner_in_theta)
         gradient = []
         for direct, upper, lower in zip(raised, at_psi, at_phi, strict=True):
             apart = added(upper, None if lower is None else -lower)
             gradient.append(added(direct, None if apart is None else strength * apart))
         return Result(loss, gradient, PenaltyState(psi, optim, state.num_steps + 1))
+
+
+def _inner_in_phi(problem: Bilevel) -> tuple[Tensor, Gradient]:
+    return value_and_grad(problem.inner, problem.phi)
+
+
+def _outer_in_phi(problem: Bilevel) -> tuple[Tensor, Gradient]:
+    return value_and_grad(problem.outer, problem.phi)
+
+
+def _inner_in_theta(problem: Bilevel) -> tuple[Tensor, Gradient]:
+    return value_and_grad(problem.inner, problem.theta)
+
+
+def _outer_in_theta(problem: Bilevel) -> tuple[Tensor, Gradient]:
+    return value_and_grad(problem.outer, problem.theta)

@@ -13,8 +13,12 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..brief import lacking
+from ..divergences import perturbed_inner_loss
+from ..losses import OuterLoss
 from ..optim.steps import DifferentiableOptim
+from ..programs.pair import ModelAndGuide
 from ..programs.params import random_state, set_random_state
+from ..programs.visible import Batch
 
 __all__ = [
     "Bilevel",
@@ -25,8 +29,11 @@ __all__ = [
     "Shifted",
     "norm",
     "require_hypergradient",
-    "slopes",
+    "value_and_grad",
 ]
+
+
+Gradient = Sequence[Tensor | None]
 
 
 class Shifted(NamedTuple):
@@ -56,38 +63,67 @@ class Shifted(NamedTuple):
 class Bilevel:
     """The two losses on one batch, each drawing its own noise, and the tensors that they depend on.
 
-    :ivar outer: J at the parameters in force.
-    :ivar inner: G at the parameters in force.
-    :ivar posterior: J, with the derivative in θ that it has where q(h|v) is the posterior.
-    :ivar covariance: the same, from a sample covariance of the given number of draws.
-    :ivar shifted: gives both on shifted distributions.
-    :ivar at: the context that puts given tensors in φ's place.
-    :ivar placed: the context that puts given values into φ itself, where ``at`` does not reach all that reads it; else
-        None.
+    :ivar pair: model and guide.
+    :ivar batch: the rows.
+    :ivar loss: the outer loss.
+    :ivar inner_loss: the inner one, a function of (pair, batch, v).
+    :ivar theta: the model's parameters, unconstrained leaves.
+    :ivar phi: the guide's.
     :ivar optim: the inner optimiser.
-    :ivar buffers: module buffers that every pass moves, and that the next may read (the vectors of ``spectral_norm``).
+    :ivar strategy: the hypergradient.
     :ivar inner_noise: a :meth:`snapshot` before each of the K inner steps just taken, if the strategy repeats them.
-    :cvar is_captured: whether what runs is being captured: it can't look at the value of a tensor then.
+    :ivar is_captured: whether what runs is being captured: it can't look at the value of a tensor then.
+    :ivar write_theta: takes θ's optimiser step in place where it is allowed to; None if torch takes it.
+    :ivar write_phi: the same for φ.
     """
 
-    outer: Callable[[], Tensor]
-    inner: Callable[[], Tensor]
-    posterior: Callable[[], Tensor]
-    covariance: Callable[[int], Tensor]
-    shifted: Callable[[], Shifted]
+    pair: ModelAndGuide
+    batch: Batch
+    loss: OuterLoss
+    inner_loss: Callable[..., Tensor]
     theta: Sequence[Tensor]
     phi: Sequence[Tensor]
-    at: Callable[[Sequence[Tensor]], AbstractContextManager]
     optim: PyroOptim
+    strategy: Any = None
     inner_noise: list[Any] = field(default_factory=list)
-    placed: Callable[[Sequence[Tensor]], AbstractContextManager] | None = None
-    buffers: Sequence[Tensor] = ()
+    is_captured: bool = False
+    write_theta: Callable[[Gradient, Tensor], None] | None = None
+    write_phi: Callable[[Gradient, Tensor], None] | None = None
 
-    is_captured: ClassVar[bool] = False
+    def outer(self) -> Tensor:
+        """J at the parameters in force: the outer loss with fresh noise and fresh draws of h."""
+        return self.pair.outer_loss(self.batch, self.loss)
+
+    def inner(self) -> Tensor:
+        """G at the parameters in force: the inner loss at v as the outer loss perturbs it, a mean over the batch."""
+        return perturbed_inner_loss(self.loss, self.inner_loss, self.pair, self.batch)
+
+    def solve(self, state: Any) -> "Result":
+        """What the strategy finds; ``state`` is what it carried from the last step."""
+        return self.strategy(self, state)
+
+    def at(self, phi: Sequence[Tensor]) -> AbstractContextManager:
+        """The context that puts these tensors in φ's place."""
+        return self.pair.at(phi)
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether :meth:`at` does not reach all that reads φ, so that values have to be put into φ itself."""
+        return bool(self.pair.astray)
+
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """Module buffers that every pass moves, and that the next may read (the vectors of ``spectral_norm``)."""
+        return self.pair.buffers
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``: what a captured step replaces by its graph."""
         return function(self, *args)
+
+    def begin_inner_step(self) -> None:
+        """Keeps the noise of the step to come, for a strategy that repeats it."""
+        if self.strategy.repeats_noise:
+            self.inner_noise.append(self.snapshot())
 
     def snapshot(self) -> Any:
         """What a pass has beside φ and θ: the random state, and the buffers. From it the same pass can be repeated."""
@@ -104,8 +140,8 @@ class Bilevel:
     @contextmanager
     def standing_at(self, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Inside, φ is ``values``; gives the leaves that stand for it, by which to differentiate, inside too."""
-        if self.placed is not None:
-            with self.placed(values):
+        if self.is_out_of_reach:
+            with self.pair.placed(values):
                 yield list(self.phi)
         else:
             phi = [p.detach().requires_grad_() for p in values]
@@ -116,9 +152,6 @@ class Bilevel:
     def steps(self) -> DifferentiableOptim:
         """The inner optimiser's steps from its present state."""
         return DifferentiableOptim(self.optim, self.phi)
-
-
-Gradient = Sequence[Tensor | None]
 
 
 class Result(NamedTuple):
@@ -147,7 +180,7 @@ class Hypergradient(Protocol):
     :cvar repeats_noise: whether it wants ``Bilevel.inner_noise``.
     :cvar resets_noise: whether it sets the random state: it is then compiled in parts (``Bilevel.run``), not whole.
     :cvar holds_theta: whether it takes the score as a function in which θ is a number.
-    :cvar shifts_guide: whether it asks for ``Bilevel.shifted``: the guide is looked at for it before the first step.
+    :cvar shifts_guide: whether it shifts the guide's distributions, which are looked at for it before the first step.
     :cvar cure: what to try where the gradient overflows.
     """
 
@@ -172,9 +205,9 @@ class Hypergradient(Protocol):
     def __call__(self, problem: Bilevel, state: Any) -> Result: ...
 
 
-def slopes(problem: Bilevel, loss: str, params: str) -> tuple[Tensor, Gradient]:
-    """J or G (``"outer"`` or ``"inner"``) and its gradient in θ or φ (``"theta"`` or ``"phi"``)."""
-    value, leaves = getattr(problem, loss)(), getattr(problem, params)
+def value_and_grad(loss: Callable[..., Tensor], leaves: Sequence[Tensor], *args: Any) -> tuple[Tensor, Gradient]:
+    """A loss and its gradient in these leaves."""
+    value = loss(*args)
     return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True) if leaves else []
 
 

@@ -35,7 +35,7 @@ from ..programs.pair import ModelAndGuide
 from ..programs.params import buffers_kept, jittered
 from ..programs.records import SiteRecord, is_enumerated, record
 from ..programs.visible import Batch
-from . import Shifted
+from .problem import Shifted
 
 __all__ = ["require_shiftable", "shifted_losses"]
 

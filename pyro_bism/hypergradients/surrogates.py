@@ -37,7 +37,7 @@ class Exact(Hypergradient):
             )
 
     def __call__(self, problem: Bilevel, state: Any) -> Result:
-        return in_theta(problem.posterior(), problem.theta)
+        return in_theta(posterior_loss(problem.pair, problem.batch, problem.loss), problem.theta)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Covariance(Hypergradient):
             )
 
     def __call__(self, problem: Bilevel, state: Any) -> Result:
-        return in_theta(problem.covariance(self.num_particles), problem.theta)
+        loss = covariance_loss(problem.pair, problem.batch, problem.loss, self.num_particles)
+        return in_theta(loss, problem.theta)
 
 
 def posterior_loss(pair: ModelAndGuide, batch: Batch, loss: OuterLoss) -> Tensor:

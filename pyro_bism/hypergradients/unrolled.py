@@ -58,7 +58,7 @@ class Unrolled(Hypergradient):
     def __call__(self, problem: Bilevel, state: Any) -> Result:
         if not (problem.phi and self.num_steps):
             return in_theta(problem.outer(), problem.theta)
-        if self.memory == "recompute" or problem.placed is not None:
+        if self.memory == "recompute" or problem.is_out_of_reach:
             return self._recomputed(problem)
         optim, phi = problem.steps.resumed({}), list(problem.phi)
         for _ in range(self.num_steps):

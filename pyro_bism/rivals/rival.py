@@ -8,7 +8,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,10 +15,11 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ..compiled.step import CapturedStep, apply_or_return, stack_report
+from ..compiled.steps import Executor, Outer
 from ..energies import Energy, Integral, Point
-from ..hypergradients import Detached, Gradient, norm
-from ..optim.host import create_optimizers, descend
+from ..hypergradients import Detached, Gradient, Result
+from ..hypergradients.problem import in_theta
+from ..optim.host import create_optimizers
 from ..programs import params, visible
 from ..programs.analysis import analyse
 from ..programs.coupling import check_rows
@@ -29,8 +29,6 @@ from ..training import runaways
 from ..training.settings import require_optim
 from ..training.trainer import Buffers, Trainer
 from .target import MarginalTarget, check_reads
-
-MAX_FOLDED = 10  # inner steps in one graph: it takes the longer to compile
 
 
 class RivalInfo(NamedTuple):
@@ -55,13 +53,16 @@ class RivalInfo(NamedTuple):
 
 
 @dataclass
-class StepProblem:
-    """What a step solves on one batch.
+class RivalProblem:
+    """What a step solves on one batch: a :class:`~pyro_bism.compiled.steps.StepProblem`.
 
     :ivar loss: of what is carried from step to step, the loss of θ and what is carried on.
     :ivar inner: of what is carried, the guide's own loss, if it has one.
+    :ivar theta: what ``optim`` moves.
+    :ivar phi: what ``inner_optim`` moves.
     :ivar write_theta: takes θ's optimiser step in place where it is allowed to; None if torch takes it.
     :ivar write_phi: the same for φ.
+    :ivar is_captured: whether what runs is being captured.
     """
 
     loss: Callable[[Any], tuple[Tensor, Any]]
@@ -70,49 +71,19 @@ class StepProblem:
     phi: Sequence[Tensor]
     write_theta: Callable[[Gradient, Tensor], None] | None = None
     write_phi: Callable[[Gradient, Tensor], None] | None = None
+    is_captured: bool = False
 
+    def solve(self, state: Any) -> Result:
+        """The loss and its gradient in θ."""
+        loss, state = self.loss(state)
+        return in_theta(loss, self.theta)._replace(state=state)
 
-def fit(task: StepProblem, carried: Any, allowed: Any = True) -> list[Any]:
-    """The guide's step: its loss and the length of the gradient, and that, or which leaves a captured step has moved.
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(problem, *args)``."""
+        return function(self, *args)
 
-    :param allowed: whether a captured step may move any.
-    """
-    loss = task.inner(carried)
-    gradient = torch.autograd.grad(loss, task.phi, allow_unused=True)
-    length = norm(gradient)
-    allowed = length.isfinite() & loss.isfinite() & allowed
-    return [stack_report(loss, length), *apply_or_return(task.write_phi, gradient, allowed)]
-
-
-def follow(task: StepProblem, carried: Any, allowed: Any = True) -> list[Any]:
-    """The model's step, in the same way; what is carried on stands second."""
-    loss, carried = task.loss(carried)
-    gradient = torch.autograd.grad(loss, task.theta, allow_unused=True)
-    length = norm(gradient)
-    allowed = length.isfinite() & loss.isfinite() & allowed
-    return [stack_report(loss, length), carried, *apply_or_return(task.write_theta, gradient, allowed)]
-
-
-@cache
-def both(num_inner: int) -> Callable[[StepProblem, Any], list[Any]]:
-    """So many steps of the guide and one of the model in one graph, which takes them itself.
-
-    It returns what all have told, what is carried on, and which leaves of φ and of θ have moved. Nothing moves after a
-    step that is not finite.
-    """
-
-    def solve(task: StepProblem, carried: Any) -> list[Any]:
-        reports: list[Tensor] = []
-        moved: list[Any] = []
-        allowed: Any = True
-        for _ in range(num_inner):
-            report, *moved = fit(task, carried, allowed)
-            reports.append(report)
-            allowed = report.isfinite().all() & allowed
-        report, carried, *also_moved = follow(task, carried, allowed)
-        return [torch.stack([*reports, report]), carried, *moved, *also_moved]
-
-    return solve
+    def begin_inner_step(self) -> None:
+        """A rival repeats no noise."""
 
 
 class Rival(Trainer):
@@ -223,56 +194,31 @@ class Rival(Trainer):
         target, leaves, spec, batch = self._ready(args, kwargs)
         assert self._method_state is not None
         pair = target.pair
-        task = self._task(pair, batch, self._theta(pair), self._inner_leaves(pair))
-        program: CapturedStep | None = self._captured(pair, batch) if self.jit else None
-        buffers = Buffers(pair.buffers)
-        try:
-            reports, carried, gradient = self._solve(task, program, *self._method_state)
-        finally:
-            buffers.restore()
-        for n, (loss, length) in enumerate(reports):
-            if not (math.isfinite(loss) and math.isfinite(length)):
-                failure = FloatingPointError(self._diverged(n, loss, length))
-                self._annotate(failure, leaves, spec, pair)
-                raise failure
-        self._method_state = (carried,)
-        if program is None:
-            descend(self.optim, task.theta, gradient)
-        else:
-            program.move_theta(gradient)
+        with self._explained(pair, leaves, spec), Buffers(pair.buffers):
+            executor = self._executor(pair, batch)
+            inner, outer = self._take(executor, *self._method_state)
+            for n, (loss, length) in enumerate([*inner, *([] if outer is None else [outer[:2]])]):
+                if not (math.isfinite(loss) and math.isfinite(length)):
+                    raise FloatingPointError(self._diverged(n, loss, length))
+            assert outer is not None
+            executor.move_theta(outer.left)
+            self._method_state = (outer.state,)
         before, scale = self._watch, self._scale(target, batch)
-        self._watch = runaways.watched(before, *reports[-1], warm_up=0, is_contrast=self.is_contrast, scale=scale)
-        inner = reports[-2] if self.num_inner_steps else ()
-        self.info = self.info_type(*reports[-1], *inner, self._watch.verdict)
+        self._watch = runaways.watched(before, *outer[:2], warm_up=0, is_contrast=self.is_contrast, scale=scale)
+        self.info = self.info_type(*outer[:2], *(inner[-1] if inner else ()), self._watch.verdict)
         runaways.warn(before, self._watch, self.words)
         return self.info.loss
 
-    def _solve(
-        self, task: StepProblem, program: CapturedStep | None, carried: Any
-    ) -> tuple[list[list[float]], Any, list[Any]]:
-        """The guide's steps, and what the model's has found.
-
-        :returns: what each has told, up to the first that is not finite; what is carried on; the gradient in θ, or
-            which leaves have moved.
-        """
-        num = self.num_inner_steps
-        if program is not None and program.takes_steps and num <= MAX_FOLDED:
-            report, carried, *moved = program.run(both(num), carried)
-            program.move_phi(moved[: len(task.phi)])
-            return report.tolist(), carried, moved[len(task.phi) :]
-        run = program.run if program is not None else lambda function, *args: function(task, *args)
-        reports = []
-        for _ in range(num):
-            report, *gradient = run(fit, carried)
-            reports.append(report.tolist())
-            if not all(map(math.isfinite, reports[-1])):
-                return reports, carried, []
-            if program is None:
-                descend(self._optims["inner_optim"], task.phi, gradient)
-            else:
-                program.move_phi(gradient)
-        report, carried, *gradient = run(follow, carried)
-        return [*reports, report.tolist()], carried, gradient
+    def _take(self, executor: Executor, state: Any) -> tuple[list[tuple[float, float]], Outer | None]:
+        """The guide's steps, and what the model's has found; None if one of the guide's is not finite."""
+        if self.num_inner_steps and executor.folds(self.num_inner_steps):
+            return executor.fold(self.num_inner_steps, state)
+        inner = []
+        for _ in range(self.num_inner_steps):
+            inner.append(executor.fit(state))
+            if not all(map(math.isfinite, inner[-1])):
+                return inner, None
+        return inner, executor.solve(state)
 
     def _diverged(self, n: int, loss: float, length: float) -> str:
         """What to do about a step, the n-th, whose loss or gradient is not finite."""
@@ -289,31 +235,27 @@ class Rival(Trainer):
     def _theta(self, pair: ModelAndGuide) -> list[Tensor]:
         return [*pair.theta.values(), *self._own(pair)]
 
-    def _task(
+    def _problem(
         self, pair: ModelAndGuide, batch: visible.Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
-    ) -> StepProblem:
+    ) -> RivalProblem:
         target = self._targets[id(pair)]
-        return StepProblem(
-            loss=lambda carried: self._loss(target, batch, carried),
-            inner=lambda carried: self._inner_loss(target, batch, carried),
+        return RivalProblem(
+            loss=lambda state: self._loss(target, batch, state),
+            inner=lambda state: self._inner_loss(target, batch, state),
             theta=theta,
             phi=phi,
         )
 
-    def _capture(self, pair: ModelAndGuide) -> CapturedStep:
-        inner_optim = self._optims.get("inner_optim", self.optim)
-        return CapturedStep(pair, self._task, self._theta(pair), self._inner_leaves(pair), self.optim, inner_optim)
+    def _leaves(self, pair: ModelAndGuide) -> tuple[list[Tensor], list[Tensor]]:
+        return self._theta(pair), self._inner_leaves(pair)
 
     @in_own_modes
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the present parameters, with fresh noise; nothing is updated."""
         target, _, _, batch = self._ready(args, kwargs)
         assert self._method_state is not None
-        buffers = Buffers(target.pair.buffers)
-        try:
+        with Buffers(target.pair.buffers):
             return self._loss(target, batch, *self._method_state)[0].item()
-        finally:
-            buffers.restore()
 
     @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> tuple[Energy, Point]:
@@ -326,11 +268,8 @@ class Rival(Trainer):
     def _energy(self, args: Any, kwargs: Any, program_of: Callable) -> tuple[Energy, Point]:
         pair, leaves, spec = self._prepare_evaluation(args, kwargs)
         batch = pair.batch(leaves, spec, resizable=True)
-        buffers = Buffers(pair.buffers)
-        try:
+        with Buffers(pair.buffers):
             program, values = program_of(pair, batch), pair.draw_discrete(batch, batch.v)
-        finally:
-            buffers.restore()
         values = {name: value for name, value in values.items() if name not in pair.subsamples}
         return Energy.from_model(program, pair.sites, batch, pair.buffers, values)
 

@@ -3,7 +3,8 @@
 import copy
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,23 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ..compiled.step import MAX_CAPTURES, CapturedStep
+from ..compiled.captured import MAX_CAPTURES, CapturedStep
+from ..compiled.steps import Eager, Executor
 from ..optim.host import torch_optimizer
 from ..programs import visible
 from ..programs.all_rows import drawn, with_all_rows
 from ..programs.pair import ModelAndGuide
 from ..programs.params import random_state, set_random_state
+from ..programs.visible import Batch
 
 
 class Trainer(ABC):
-    """A method that learns a model: what is the same for all of them."""
+    """A method that learns a model: what is the same for all of them.
+
+    :ivar jit: whether its steps are captured.
+    """
+
+    jit: bool
 
     def __init__(self, *programs: Any):
         self._modules = programs
@@ -39,8 +47,12 @@ class Trainer(ABC):
         """What the programs are, run once on these arguments; their optimisers made ready."""
 
     @abstractmethod
-    def _capture(self, pair: ModelAndGuide) -> CapturedStep:
-        """The captured step of this pair."""
+    def _problem(self, pair: ModelAndGuide, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
+        """What a step solves on this batch: a :class:`~pyro_bism.compiled.steps.StepProblem`."""
+
+    @abstractmethod
+    def _leaves(self, pair: ModelAndGuide) -> tuple[list[Tensor], list[Tensor]]:
+        """What ``optim`` moves, and what ``inner_optim`` does."""
 
     @property
     @abstractmethod
@@ -170,8 +182,17 @@ class Trainer(ABC):
                 set_random_state(before)
         return pair
 
-    def _captured(self, pair: ModelAndGuide, batch: visible.Batch) -> Any:
-        """The captured step for arguments of this structure, to be filled with this batch.
+    def _executor(self, pair: ModelAndGuide, batch: Batch) -> Executor:
+        """Who runs the steps on this batch: eagerly, or as captured graphs."""
+        if self.jit:
+            return self._captured(pair, batch)
+        optims = self._optims
+        return Eager(
+            self._problem(pair, batch, *self._leaves(pair)), optims["optim"], optims.get("inner_optim", optims["optim"])
+        )
+
+    def _captured(self, pair: ModelAndGuide, batch: Batch) -> CapturedStep:
+        """The captured step for arguments of this structure, filled with this batch.
 
         :raises ValueError: for an argument that is neither a tensor nor a constant.
         :raises RuntimeError: if there have been too many.
@@ -196,6 +217,27 @@ class Trainer(ABC):
             program = self._programs[key] = self._capture(pair)
         program.bind(batch)
         return program
+
+    def _capture(self, pair: ModelAndGuide) -> CapturedStep:
+        optims, strategy = self._optims, getattr(self, "hypergradient", None)
+        return CapturedStep(
+            pair,
+            self._problem,
+            *self._leaves(pair),
+            optims["optim"],
+            optims.get("inner_optim", optims["optim"]),
+            unrolls=strategy is not None and strategy.unrolls,
+            in_parts=strategy is not None and strategy.resets_noise,
+        )
+
+    @contextmanager
+    def _explained(self, pair: ModelAndGuide, leaves: list[Any], spec: Any) -> Iterator[None]:
+        """A step that fails tells what is wrong with the arguments, where anything is."""
+        try:
+            yield
+        except (FloatingPointError, ValueError) as error:
+            self._annotate(error, leaves, spec, pair)
+            raise
 
     def _buffers(self) -> list[Tensor]:
         return list({id(b): b for pair in self._pairs.values() for b in pair.buffers}.values())
@@ -271,16 +313,26 @@ def _raise_heap_limit() -> None:
 
 
 class Buffers:
-    """Module buffers (batch-norm statistics) move once a step, as in SVI, not at every re-scoring."""
+    """Module buffers (batch-norm statistics) move once a step, as in SVI, not at every re-scoring.
+
+    On leaving they are what they were on entering, or after the first pass where that is kept.
+    """
 
     def __init__(self, buffers: Sequence[Tensor]):
         self._buffers = buffers
-        self.keep()
+        self._is_first = True
 
-    def keep(self) -> None:
+    def __enter__(self) -> "Buffers":
         self._kept = [b.clone() for b in self._buffers]
+        return self
 
-    def restore(self) -> None:
+    def keep_first(self) -> None:
+        """After the first pass: what it has made of them stays."""
+        if self._is_first:
+            self._kept = [b.clone() for b in self._buffers]
+        self._is_first = False
+
+    def __exit__(self, *_: Any) -> None:
         for buffer, value in zip(self._buffers, self._kept, strict=True):
             buffer.copy_(value)
 

@@ -103,7 +103,7 @@ def compare(backend: str, name: str, x: np.ndarray) -> Iterator[tuple[str, np.nd
         return
     import jax
 
-    from numpyro_bism.training.trainer import norm
+    from numpyro_bism.compiled.steps import norm
 
     theta, phi, h = by_hand.state
     if by_hand.is_persistent:

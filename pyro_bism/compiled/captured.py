@@ -6,9 +6,8 @@ program of the recording. The inner step is one such graph, called K times; hype
 another. Noise is drawn inside by torch's own generator, in the order of the eager step.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -18,7 +17,6 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..hypergradients import Bilevel, Gradient, Hypergradient, Result, norm, slopes
 from ..optim.captured import AdamTensors, FrozenSettings
 from ..optim.host import descend
 from ..optim.steps import DifferentiableOptim
@@ -26,69 +24,20 @@ from ..programs import params
 from ..programs.pair import ModelAndGuide
 from ..programs.visible import Batch, flatten
 from .graph import Graph, Original
+from .steps import Executor, Outer, all_steps, outer_step
 
 MAX_CAPTURES = 8  # as torch.compile's own limit
+MAX_FOLDED = 10  # inner steps in one graph: it takes the longer to compile
 
 
-@dataclass
-class CapturedProblem(Bilevel):
-    """A bi-level problem on stand-ins.
-
-    :ivar strategy: the hypergradient.
-    :ivar write_theta: takes θ's optimiser step in place where it is allowed to; None if torch takes it, outside.
-    :ivar write_phi: the same for φ.
-    """
-
-    is_captured = True
-
-    strategy: Hypergradient | None = None
-    write_theta: Callable[[Gradient, Tensor], None] | None = None
-    write_phi: Callable[[Gradient, Tensor], None] | None = None
-
-
-def stack_report(*values: Tensor) -> Tensor:
-    """What a step tells of itself, in one tensor: to read numbers out one by one takes longer than to compute them."""
-    return torch.stack([value.detach().to(values[0].device) for value in values])
-
-
-def apply_or_return(write: Callable[[Gradient, Tensor], None] | None, gradient: Gradient, allowed: Tensor) -> list[Any]:
-    """What of an optimiser's step is left to torch: the gradient; where ``write`` takes it, which leaves have moved."""
-    if write is None:
-        return list(gradient)
-    write(gradient, allowed)
-    return [g is not None for g in gradient]
-
-
-def _evaluate_inner(problem: Bilevel) -> list[Any]:
-    """G and ‖∇_φ G‖."""
-    loss, gradient = slopes(problem, "inner", "phi")
-    return [stack_report(loss, norm(gradient))]
-
-
-def _fit(problem: CapturedProblem) -> list[Any]:
-    """An inner step: G, ‖∇_φ G‖, and the gradient if it has yet to be followed, else which leaves it moves."""
-    loss, gradient = slopes(problem, "inner", "phi")
-    length = norm(gradient)
-    return [stack_report(loss, length), *apply_or_return(problem.write_phi, gradient, length.isfinite())]
-
-
-def _follow(problem: CapturedProblem, state: Any) -> list[Any]:
-    """The outer step: ‖dJ/dθ‖, the rest of the strategy's result, and the gradient, or which leaves it moves."""
-    assert problem.strategy is not None
-    found = problem.strategy(problem, state)
-    length = norm(found.gradient)
-    rest = apply_or_return(problem.write_theta, found.gradient, length.isfinite() & found.loss.isfinite())
-    return [length, found.loss, found.state, found.residual, found.curvature, *rest]
-
-
-class CapturedStep:
+class CapturedStep(Executor):
     """The graphs of what a method solves, on arguments of one structure.
 
-    :param problem: makes it of a pair, a batch, θ and φ: an object with attributes ``theta`` and ``phi``, and
-        ``write_theta`` and ``write_phi``, which take the optimisers' steps in place where torch need not.
+    :param problem: makes a :class:`~.steps.StepProblem` of a pair, a batch, θ and φ.
     :param theta: what ``outer_optim`` moves.
     :param phi: what ``inner_optim`` moves.
     :param unrolls: whether the inner optimiser's steps are differentiated.
+    :param in_parts: whether the outer step sets the random state: its parts are captured (``problem.run``), not it.
     """
 
     def __init__(
@@ -100,8 +49,9 @@ class CapturedStep:
         outer_optim: PyroOptim,
         inner_optim: PyroOptim,
         unrolls: bool = False,
+        in_parts: bool = False,
     ):
-        self.pair, self._problem, self._unrolls = pair, problem, unrolls
+        self.pair, self._make, self._unrolls, self._in_parts = pair, problem, unrolls, in_parts
         self._theta, self._phi = theta, phi
         self._outer_optim, self._inner_optim = outer_optim, inner_optim
         self._outer_kept = AdamTensors.from_optim(outer_optim, theta)
@@ -111,7 +61,7 @@ class CapturedStep:
         if self._outer_kept:
             self._settings.append(FrozenSettings(outer_optim, theta))
         # whether a graph may take several steps of both: ClippedAdam's rate changes between them, outside
-        self.takes_steps = all([kept is not None and kept.is_steady for kept in (self._outer_kept, self._inner_kept)])
+        self._takes_steps = all([kept is not None and kept.is_steady for kept in (self._outer_kept, self._inner_kept)])
         self._graphs: dict[Any, Graph] = {}
         self._batch: Any = None
         self._inputs: Mapping[str, Sequence[Tensor]] = {}
@@ -121,28 +71,48 @@ class CapturedStep:
         """Whether this is the pair, and the optimisers' settings are those that were captured."""
         return self.pair is pair and all([settings.are_current() for settings in self._settings])
 
-    def bind(self, batch: Batch, unrolls: bool = False) -> None:
-        """Take up a step's data; ``unrolls`` says whether an optimiser that is not Adam is read too."""
+    def bind(self, batch: Batch) -> None:
+        """Take up a step's data."""
         self._batch = batch
+        self.problem = self._make(self.pair, batch, self._theta, self._phi)
+        self.problem.run = self.run
+        self._read()
+
+    def _read(self, unrolls: bool = False) -> None:
+        """Read what the graphs are given; ``unrolls`` says whether an optimiser that is not Adam is read too."""
         self._inputs = self._context(unrolls)
         self._flat = [x for group in self._inputs.values() for x in group]
 
-    def move_phi(self, gradient: Any) -> None:
-        """What is left of an inner step after its graph: ``gradient``, or which leaves the graph has moved."""
+    def move_phi(self, left: Sequence[Any]) -> None:
         if self._inner_kept is None:
-            descend(self._inner_optim, self._phi, gradient)
-        elif self._inner_kept.after_step(gradient):
-            self.bind(self._batch)
+            descend(self._inner_optim, self._phi, left)
+        elif self._inner_kept.after_step(left):
+            self._read()
 
-    def move_theta(self, gradient: Any) -> None:
-        """The same of an outer step."""
-        if self._outer_kept:
-            self._outer_kept.after_step(gradient)
+    def move_theta(self, left: Sequence[Any]) -> None:
+        if self._outer_kept and not self._in_parts:
+            self._outer_kept.after_step(left)
         else:
-            descend(self._outer_optim, self._theta, gradient)
+            descend(self._outer_optim, self._theta, left)
+
+    def folds(self, num_inner: int) -> bool:
+        return self._takes_steps and num_inner <= MAX_FOLDED
+
+    def fold(self, num_inner: int, state: Any) -> tuple[list[tuple[float, float]], Outer]:
+        report, state, *moved = self.run(all_steps(num_inner), state)
+        told, num_phi = report.tolist(), len(self._phi)
+        self.move_phi(moved[:num_phi])
+        inner = list(zip(told[: 2 * num_inner : 2], told[1 : 2 * num_inner : 2], strict=True))
+        loss, length, residual, curvature = told[2 * num_inner :]
+        return inner, Outer(loss, length, residual, curvature, state, moved[num_phi:])
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(problem, *args)``, captured the first time. Numbers in ``args`` are scalar inputs too."""
+        if function is outer_step:
+            if self._unrolls and self._inner_kept is None:
+                self._read(unrolls=True)
+            if self._in_parts:
+                return function(self.problem, *args)
         leaves, spec = ([], None) if args in ((), (None,)) else flatten(args)
         leaves = [torch.tensor(x, dtype=torch.float64) if type(x) in (int, float) else x for x in leaves]
         given = [x.detach() for x in leaves if isinstance(x, Tensor)]
@@ -219,78 +189,17 @@ class CapturedStep:
         self, given: Mapping[str, Sequence[Tensor]], batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
     ) -> Any:
         """The problem on these parameters, whose optimisers' steps are taken in place in ``given``."""
-        problem = self._stand_in(self.pair, batch, theta, phi)
+        problem = self._make(self.pair, batch, theta, phi)
+        problem.is_captured = True
         if self._outer_kept:
             kept = self._outer_kept
             problem.write_theta = lambda g, allowed: kept.write(given["theta"], given["outer_state"], g, allowed)
         if self._inner_kept:
             inner = self._inner_kept
             problem.write_phi = lambda g, allowed: inner.write(given["phi"], given["inner_state"], g, allowed)
-        return problem
-
-    def _stand_in(self, pair: ModelAndGuide, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
-        return self._problem(pair, batch, theta, phi)
-
-
-class CapturedBilevelStep(CapturedStep):
-    """The graphs of a bi-level problem.
-
-    :param strategy: the hypergradient.
-    """
-
-    def __init__(
-        self,
-        pair: ModelAndGuide,
-        problem: Callable[..., Bilevel],
-        theta: Sequence[Tensor],
-        phi: Sequence[Tensor],
-        outer_optim: PyroOptim,
-        inner_optim: PyroOptim,
-        strategy: Hypergradient,
-    ):
-        super().__init__(pair, problem, theta, phi, outer_optim, inner_optim, strategy.unrolls)
-        self._strategy = strategy
-
-    def fit(self, moves: bool) -> tuple[float, float]:
-        """An inner step, or a look at G: its value, and ‖∇_φ G‖. Nothing moves where that is not finite."""
-        report, *gradient = self.run(_fit if moves else _evaluate_inner)
-        loss, length = report.tolist()
-        if moves and math.isfinite(length):
-            self.move_phi(gradient)
-        return loss, length
-
-    def follow(self, problem: Bilevel, state: Any) -> tuple[Result, float]:
-        """The outer step: what the strategy found, and ‖dJ/dθ‖. Nothing moves where they are not finite."""
-        whole = not self._strategy.resets_noise
-        if self._inner_kept is None and self._strategy.unrolls:
-            self.bind(self._batch, unrolls=True)
-        if whole:
-            size, loss, state, residual, curvature, *gradient = self.run(_follow, state)
-            found = Result(loss, gradient, state, residual, curvature)
-        else:
-            found = self._strategy(problem, state)
-            size = norm(found.gradient)
-        length = size.item()
-        if math.isfinite(length) and math.isfinite(found.loss.item()):
-            if whole:
-                self.move_theta(gradient)
-            else:
-                descend(self._outer_optim, self._theta, found.gradient)
-        return found, length
-
-    def _bound(
-        self, given: Mapping[str, Sequence[Tensor]], batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
-    ) -> CapturedProblem:
-        problem = super()._bound(given, batch, theta, phi)
-        if self._inner_kept:
+        if self._unrolls and self._inner_kept:
             problem.steps = self._inner_kept.steps_on(given["inner_state"])
-        elif given["inner_state"]:
+        elif self._unrolls and given["inner_state"]:
             steps = DifferentiableOptim(self._inner_optim, self._phi)
             problem.steps = steps.resumed(dict(zip(steps.state(), given["inner_state"], strict=True)))
         return problem
-
-    def _stand_in(
-        self, pair: ModelAndGuide, batch: Batch, theta: Sequence[Tensor], phi: Sequence[Tensor]
-    ) -> CapturedProblem:
-        plain = self._problem(pair, batch, theta, phi)
-        return CapturedProblem(**{f.name: getattr(plain, f.name) for f in fields(plain)}, strategy=self._strategy)
