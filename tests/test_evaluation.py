@@ -868,7 +868,7 @@ def test_fisher_divergence_by_the_guide(backend, monkeypatch):
     """At the exact posterior ∇_v [log p̃(v, h) - log q(h|v)] is the marginal's score whatever h is."""
     with_score = backend.fisher_divergence(LINEAR_MODEL, X, TRUTH.score)
     without = backend.fisher_divergence(LINEAR_MODEL, X)
-    monkeypatch.setattr(backend.evaluation.likelihood.Integral, "of", out_of_reach(backend))
+    monkeypatch.setattr(backend.evaluation.likelihood.Integral, "over_variables", out_of_reach(backend))
     for exact, options in ((with_score, {"data_score": TRUTH.score}), (without, {})):
         value, error, method = backend.fisher_divergence(POSTERIOR, X, num_draws=3, guided=True, **options)
         assert (exact[2], method) == ("exact", "guide")

@@ -295,11 +295,11 @@ def test_calibration_tells_the_posterior_from_a_narrow_guide(good):
 def test_either_test_of_fit_rejects(good, monkeypatch):
     """Chains that are not where the data are tell it, whatever the score says; each at half of the level."""
     backend, bism, _ = good
-    reports = backend.package.reports
+    verdicts = backend.package.evaluation.verdicts
     options = {**QUICK, "num_points": 2, "dims": {"v": ["pixel"]}, "coords": {"obs": ["a", "b"]}}
 
     def fit(stein, x):
-        monkeypatch.setattr(reports, "kernel_stein_discrepancy", lambda *a, **k: FitTest(0.0, stein))
+        monkeypatch.setattr(verdicts, "kernel_stein_discrepancy", lambda *a, **k: FitTest(0.0, stein))
         return backend.call(backend.package.diagnose, bism, x, **options)
 
     FitTest = backend.evaluation.FitTest

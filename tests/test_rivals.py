@@ -666,11 +666,11 @@ def test_log_likelihood_and_loo_where_theta_has_draws(host, monkeypatch):
         raise package.energies.OutOfReach("out of reach")
 
     two = {name: value[:2] for name, value in theta.items()}
-    real = evaluation.likelihood.Integral.of
+    real = evaluation.likelihood.Integral.over_variables
     monkeypatch.setattr(evaluation.normalizer, "log_normalizer", out_of_reach)
     monkeypatch.setattr(
         evaluation.likelihood.Integral,
-        "of",
+        "over_variables",
         staticmethod(lambda density, x, over: out_of_reach() if "(visible)" in over else real(density, x, over)),
     )
     short = evaluation.ais

@@ -947,7 +947,7 @@ def test_a_recorded_kernel_tells_its_energy(backend, kind):
         return backend.sampling.with_statistics(getattr(host, kind)(program, **options))
 
     mcmc = backend.nuts(program, 100, 200, kernel)
-    data = backend.package.diagnostics._read("posterior", mcmc, N, {"h": np.zeros((N, K))}, rows=True)
+    data = backend.package.evaluation.arviz.read_samples("posterior", mcmc, N, {"h": np.zeros((N, K))}, rows=True)
     assert data.method == kind.lower()
     energy = data.stats["energy"] - N * LINEAR.energy(*np.split(LINEAR.joint_mean[None], [D], -1))
     agree(np.stack([energy, (energy - m) ** 2], -1), m, 20)  # its mean and its variance
