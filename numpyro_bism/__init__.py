@@ -1,13 +1,8 @@
 """Bi-level score matching for NumPyro: learn energy-based latent-variable models by swapping SVI for BiSM."""
 
-import os
-import warnings
-
-import jaxlib
-from jax._src.xla_bridge import backends_are_initialized  # there is no public way to ask
-
 from .autoguide import AmortizedGuide
 from .bism import BiSM, BiSMInfo, BiSMRunResult, BiSMState
+from .compiled.xla import set_flags
 from .distributions import ConcreteBernoulli, ConcreteOneHot
 from .divergences import FisherDivergence, InnerLoss
 from .evaluation import (
@@ -119,15 +114,4 @@ __all__ = [
     "with_statistics",
 ]
 
-# jaxlib 0.10.2, the newest for Python 3.11, silently sums wrongly on CPUs from row 32,769 on where a product with a
-# matrix is summed (jax-ml/jax#39103): every quadratic energy is such a sum. Without that fusion it is right.
-if jaxlib.__version__ == "0.10.2" and "ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
-    if backends_are_initialized():
-        warnings.warn(
-            "jaxlib 0.10.2 computes some sums over more than 32,768 rows wrongly on CPUs. Import numpyro_bism before "
-            "JAX is first used, or install another jaxlib (0.10.1).",
-            UserWarning,
-            stacklevel=2,
-        )
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type=-reduce"
-    os.environ["XLA_FLAGS"] = flags.strip()
+set_flags()  # before JAX is first used

@@ -23,8 +23,8 @@ def files(package):
 
 # What torch lets capture and JAX compiles by itself; JAX's random keys, of which noise is drawn ahead
 HOSTS_OWN = {
-    "pyro_bism": {"compiled/captured.py", "compiled/graph.py", "compiled/inductor.py", "optim/captured.py"},
-    "numpyro_bism": {"compiled/convolutions.py", "compiled/jaxprs.py", "compiled/noise.py"},
+    "pyro_bism": {"optim/captured.py", *(f"compiled/{name}.py" for name in ("captured", "graph", "hosts", "inductor"))},
+    "numpyro_bism": {f"compiled/{name}.py" for name in ("convolutions", "jaxprs", "noise", "xla")},
 }
 
 

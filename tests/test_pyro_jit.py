@@ -1,6 +1,7 @@
 """``jit=True``: the captured step is the eager step, and says so where it can't be."""
 
 import copy
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -380,6 +381,18 @@ def test_without_a_compiler_the_graph_is_replayed_and_that_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as found:
         assert_same(gaussian, gaussian_guide, hypergradient=Unrolled(1))
     assert len([w for w in found if "compiler" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("part", ["compile_fx.compile_fx_inner", "cpu_vec_isa", "decomposition.select_decomp_table"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_torch_that_lacks_a_private_part_replays_the_graph_and_says_so_once(monkeypatch, part):
+    monkeypatch.delattr(f"torch._inductor.{part}")
+    if part == "cpu_vec_isa":  # else it would be imported anew
+        monkeypatch.setitem(sys.modules, "torch._inductor.cpu_vec_isa", None)
+    inductor._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"lacks what compiles it.*replayed operation by operation") as found:
+        assert_same(gaussian, gaussian_guide, hypergradient=Detached())
+    assert len([w for w in found if "replayed" in str(w.message)]) == 1
 
 
 COMPILED = {"unrolled": Unrolled(1), "amortized": Amortized(), "covariance": Covariance(2)}

@@ -1,28 +1,24 @@
 """A recording of what a function does with tensors, and whether it is what the function does."""
 
 import math
-import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pyro
 import pyro.util
 import torch
-from pyro.infer.util import Dice
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..programs import params
 from ..programs.records import record
 from ..programs.visible import has_memory
+from .hosts import recording
 from .inductor import compile_recording
 
 PACKAGE = Path(__file__).parents[1]
@@ -66,7 +62,7 @@ class Graph:
         state = params.random_state()
         inputs = [x.detach() for x in inputs]
         record.last = None
-        with _last_site(), _recording():
+        with _last_site(), recording():
             try:
                 recorded = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             except Exception as error:
@@ -198,43 +194,6 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
     for name in places:  # torch's compiler would take what is left for parameters, and pass them too
         delattr(recorded, name)
     return tensors
-
-
-class _Fixed(TorchFunctionMode):
-    """Inside, what Pyro's ELBOs do with the values of tensors has a form that does not depend on them.
-
-    ``x.item()`` is x itself, a scalar without a graph: the ELBOs take a detached value so. Where Dice leaves out
-    entries of probability 0, they count as 0 there.
-    """
-
-    _dice = Dice.compute_expectation.__code__
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.item:
-            return args[0].detach()
-        if func in (Tensor.all, Tensor.masked_select) and self._in_dice():
-            return False if func is Tensor.all else torch.where(args[1], args[0], 0.0)
-        return func(*args, **(kwargs or {}))
-
-    def _in_dice(self) -> bool:
-        frame = sys._getframe(2)
-        for _ in range(4):  # other modes stand between
-            if frame is None or frame.f_code is self._dice:
-                return frame is not None
-            frame = frame.f_back  # type: ignore[assignment]
-        return False
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Without the host's checks, which look at values: NaN is looked for in what the graph returns."""
-    with (
-        pyro.validation_enabled(False),
-        mock.patch.object(pyro.util, "torch_isnan", lambda _: False),
-        mock.patch.object(pyro.util, "torch_isinf", lambda _: False),
-        _Fixed(),
-    ):
-        yield
 
 
 class _last_site(Messenger):
