@@ -1,6 +1,7 @@
-"""A small Gaussian RBM in ``numpyro_bism``: the loss falls and ArviZ reads the posterior."""
+"""A small Gaussian RBM in ``numpyro_bism``: the loss falls, chains draw from it, ArviZ reads it all."""
 
-import sys
+import tempfile
+from pathlib import Path
 
 import arviz as az
 import jax
@@ -10,9 +11,10 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 
-from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, psis_khat, to_arviz
+from numpyro_bism import BiSM, ConcreteBernoulli, DenoisingScoreMatching, Gibbs, psis_khat, run_chains, to_arviz
 
 VISIBLE, HIDDEN = 2, 4
+SIGMA = 0.3
 
 
 def weights(key):
@@ -44,22 +46,32 @@ rng = np.random.default_rng(0)
 x = jnp.asarray(0.3 * rng.choice([-1.0, 1.0], (500, 1)) + 0.2 * rng.normal(size=(500, VISIBLE)))
 
 # eps_root: Adam's square root has no derivative at a gradient of exactly zero.
-bism = BiSM(model, guide, optax.adam(1e-2, eps_root=1e-8), loss=DenoisingScoreMatching(sigma=0.3))
+bism = BiSM(model, guide, optax.adam(1e-2, eps_root=1e-8), loss=DenoisingScoreMatching(sigma=SIGMA))
 result = bism.run(jax.random.key(0), 400, x, progress_bar=False)
 losses = np.asarray(result.losses)
 first, last = losses[:20].mean(), losses[-100:].mean()
-print(f"numpyro {numpyro.__version__}: loss {first:.3f} -> {last:.3f}")
+print(f"jax {jax.__version__}, numpyro {numpyro.__version__}: loss {first:.3f} -> {last:.3f}")
 assert last < 0.85 * first, "the loss did not fall"
 assert set(result.params) >= {"W", "b", "c", "log_s", "guide_W", "guide_c"}, set(result.params)
 
-data = to_arviz(bism, result.state, x[:10], rng_key=jax.random.key(1), num_draws=200)
+settings = {"kernel": Gibbs(), "num_samples": 200, "num_warmup": 50, "num_chains": 100, "progress_bar": False}
+chains = run_chains(bism, result.state, x, rng_key=jax.random.key(1), **settings)
+drawn, expected = chains.values["v"].std((0, 1)), jnp.sqrt(x.var(0) + SIGMA**2)  # what is learnt has the noise
+print(f"standard deviation {expected.tolist()}, of draws {drawn.tolist()}")
+assert np.allclose(drawn, expected, rtol=0.15), "the draws are not like the data"
+
+data = to_arviz(bism, result.state, x[:10], rng_key=jax.random.key(2), num_draws=200, model_samples=chains)
 assert data["posterior"]["h"].dims[:3] == ("chain", "draw", "obs"), data["posterior"]["h"].dims
+assert data["model_samples"]["v"].shape == (100, 200, VISIBLE), data["model_samples"]["v"].shape
 assert np.isfinite(data["sample_stats"]["log_weight"].values).all()
 summary = az.summary(data, var_names=["h"])
 print(f"ArviZ {az.__version__}:", summary.head(3), sep="\n")
 assert len(summary) == 10 * HIDDEN
-if sys.version_info >= (3, 12):
-    assert int(az.__version__.split(".")[0]) >= 1, az.__version__
+with tempfile.TemporaryDirectory() as folder:
+    data.to_netcdf(path := Path(folder, "draws.nc"))
+    back = az.from_netcdf(path)
+    assert back["posterior"]["h"].equals(data["posterior"]["h"]), "netCDF brings back something else"
+    back.close()
 
 # weights whose law has k = 0.75: with ArviZ's other sign they would look perfect
 k = float(psis_khat(0.75 * rng.exponential(size=4000)))
