@@ -35,7 +35,7 @@ __all__ = ["averaging", "check"]
 
 
 class _Averaging(Messenger):
-    def process_message(self, msg):
+    def process_message(self, msg: Any) -> None:
         if msg["type"] != "sample" or msg["is_observed"] or not is_enumerated(msg["infer"]):
             return
         if _is_product(msg["fn"]):
@@ -58,7 +58,7 @@ def _averaged(base: Any) -> Any:
     return AveragedOneHot(1.0, base.logits if isinstance(base, MultinomialLogits) else jnp.log(base.probs))
 
 
-def averaging(guide: Callable) -> Callable:
+def averaging(guide: Callable[..., Any]) -> Callable[..., Any]:
     """The guide, its sites that are marked for enumeration and have many units in one event drawing their mean."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,10 @@ def averaging(guide: Callable) -> Callable:
 
 
 def check(start: Analysis, batch: Batch, rng_key: Array, loss: OuterLoss, inner_loss: Any) -> None:
-    """:raises ValueError: where the mean is not the sum: what is not proved to be affine, or not linear in E_q."""
+    """Check whether the sites that are summed out by their mean may be: whether the mean is the sum.
+
+    :raises ValueError: where it is not: what is not proved to be affine, or not linear in E_q.
+    """
     pair = start.pair
     params = pair.params(start.theta, start.phi, start.mutable)
     for name in pair.averaged:
@@ -107,7 +110,7 @@ def _is_read(pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, rng_k
     """Whether another site of the guide depends on this one's value."""
     args, kwargs = batch.arguments(batch.v)
 
-    def others(value):
+    def others(value: Array) -> list[tuple[Array, Array]]:
         values = {**batch.indices, name: value}
         with seed(rng_seed=rng_key), record(params, values, enumerate_from=pair.num_plate_dims) as run:
             pair.guide(*args, **kwargs)

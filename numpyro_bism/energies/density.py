@@ -153,16 +153,16 @@ class Density:
             return is_affine(self, x, block.names)
         return is_quadratic(self, x, block, curvature(self, x, block))
 
-    def mixed(self, other: Density, weight: Any) -> Density:
+    def mixed(self, other: Density, weight: float | Array) -> Density:
         """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
 
         :param other: of the same variables. self is a product of Gaussians and coins, which any block allows.
         """
 
-        def log_prob(x):
+        def log_prob(x: Point) -> Array:
             return (1 - weight) * self.log_prob(x) + weight * other.log_prob(x)
 
-        def precision(block):
+        def precision(block: Block) -> Array:
             a, b = self.precisions[block.names], other.precisions[block.names]
             if a.ndim < b.ndim:
                 a = jnp.diag(a)
@@ -193,7 +193,7 @@ def value_and_slope(
 ) -> tuple[Array, dict[str, Array]]:
     """Every row's value and its gradient in these variables."""
 
-    def total(part):
+    def total(part: Point) -> tuple[Array, Array]:
         value = log_prob({**x, **part})
         return value.sum(), value
 
@@ -211,13 +211,13 @@ def is_quadratic(density: Density, x: Point, block: Block, precision: Array) -> 
     tolerance = float(jnp.finfo(flat.dtype).eps) ** (2 / 3)
     factor = jnp.linalg.cholesky(precision)
 
-    def at(flat):
+    def at(flat: Array) -> tuple[Array, Array, Point]:
         y = {**x, **unpack(flat, x, names)}
         value, slopes = value_and_slope(density.log_prob, y, names)
         # the gradient in units of its own standard deviation
         return value, solve(pack(slopes, names), 0), y
 
-    def solve(g, trans):
+    def solve(g: Array, trans: int) -> Array:
         return jax.scipy.linalg.solve_triangular(factor, g[..., None], lower=True, trans=trans)[..., 0]
 
     value, g, _ = at(flat)
@@ -246,7 +246,7 @@ def is_affine(density: Density, x: Point, names: Sequence[str]) -> Array:
     m, dtype = len(x[names[0]]), x[names[0]].dtype
     tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3)
 
-    def at(pick):
+    def at(pick: Callable[[int, tuple[int, ...]], np.ndarray]) -> tuple[Array, Array, Array]:
         found = {}
         for name in names:
             latent = density.latents[name]
@@ -255,13 +255,13 @@ def is_affine(density: Density, x: Point, names: Sequence[str]) -> Array:
         value, slopes = value_and_slope(density.log_prob, {**x, **found}, names)
         return value, pack(slopes, names), pack(found, names)
 
-    def first(num, shape):
+    def first(num: int, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, int)
 
-    def last(num, shape):
+    def last(num: int, shape: tuple[int, ...]) -> np.ndarray:
         return np.full(shape, num - 1)
 
-    def random(num, shape):
+    def random(num: int, shape: tuple[int, ...]) -> np.ndarray:
         return generator.integers(num, size=shape)
 
     value, g, b = at(first)
@@ -283,12 +283,13 @@ def curvature(density: Density, x: Point, block: Block) -> Array:
     """Minus the Hessian of the log density in a block's variables, or its diagonal, for every row."""
     flat = pack(x, block.names)
 
-    def slope(flat):
+    def slope(flat: Array) -> Array:
         y = {**x, **unpack(flat, x, block.names)}
         return pack(value_and_slope(density.log_prob, y, block.names)[1], block.names)
 
-    def product(tangent):
-        return -jax.jvp(slope, (flat,), (jnp.broadcast_to(tangent, flat.shape),))[1]
+    def product(tangent: Array) -> Array:
+        change: Array = jax.jvp(slope, (flat,), (jnp.broadcast_to(tangent, flat.shape),))[1]
+        return -change
 
     if block.is_diagonal:
         return product(jnp.ones_like(flat))

@@ -21,6 +21,9 @@ from .proof import Proof, prove
 from .structure import find_blocks
 from .values import COVARIATES
 
+Program = Callable[[Any, Array], Array]
+"""A log density, from a site's distribution and its value."""
+
 
 @dataclass(frozen=True)
 class Energy:
@@ -35,7 +38,7 @@ class Energy:
     :ivar free: the plates that take as many rows as a point has, whatever size they say.
     """
 
-    model: Callable
+    model: Callable[..., Any]
     sites: tuple[visible.VisibleSite, ...]
     batch: visible.Batch
     latents: Mapping[str, Latent]
@@ -55,7 +58,7 @@ class Energy:
     @classmethod
     def from_model(
         cls,
-        model: Callable,
+        model: Callable[..., Any],
         sites: tuple[visible.VisibleSite, ...],
         batch: visible.Batch,
         params: Mapping[str, Any],
@@ -108,7 +111,7 @@ class Energy:
         return energy, x
 
     def log_joint(
-        self, params: Mapping[str, Any], x: Point, jacobian: bool = True, program: Callable | None = None
+        self, params: Mapping[str, Any], x: Point, jacobian: bool = True, program: Program | None = None
     ) -> Array:
         """log p̃ of every row, of shape (m,), with or without the Jacobians of transformed latents.
 
@@ -216,7 +219,7 @@ class Energy:
         batch: visible.Batch,
         x: Point,
         jacobian: bool,
-        program: Callable | None = None,
+        program: Program | None = None,
     ) -> Array:
         m = len(x[VISIBLE])
         args, kwargs = batch.arguments(pack(x, (VISIBLE, *self.observed)) if self.observed else x[VISIBLE])
@@ -327,7 +330,7 @@ class _Rewritten:
     """A distribution whose log density another program computes."""
 
     fn: Any
-    program: Callable
+    program: Program
 
     def log_prob(self, value: Array) -> Array:
         return self.program(self.fn, value)

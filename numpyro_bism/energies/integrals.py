@@ -51,7 +51,11 @@ class Integral:
 
     @classmethod
     def over_variables(cls, density: Density, x: Point, over: Sequence[str]) -> "Integral":
-        """:raises OutOfReach: where there are too many configurations or dimensions; it says which."""
+        """The cheapest way to take the integral over these variables.
+
+        :param over: the names of the variables in a point that are summed out or integrated over.
+        :raises OutOfReach: where there are too many configurations or dimensions; it says which.
+        """
         over = tuple(over)
         real = [b for b in density.blocks if b.kind in ("gaussian", "free") and set(b.names) & set(over)]
         gaussian = [b._replace(names=_common(b.names, over)) for b in real if b.kind == "gaussian"]
@@ -61,7 +65,7 @@ class Integral:
         discrete = _common([name for name in density.latents if density.latents[name].kind != "real"], over)
         variables = tuple(name for b in real for name in _common(b.names, over))
 
-        def plan(gaussian, affine):
+        def plan(gaussian: Block | None, affine: tuple[str, ...]) -> "Integral":
             enumerated = tuple(name for name in discrete if name not in affine)
             rest = tuple(name for name in variables if gaussian is None or name not in gaussian.names)
             return cls(over, gaussian, affine, enumerated, rest, _count(density, enumerated))
@@ -114,14 +118,14 @@ class Integral:
         dtype, size = x[VISIBLE].dtype, own.shape[1]
 
         @jax.jit
-        def part(x, points):
+        def part(x: Point, points: Array) -> Array:
             rows = repeated(x, len(points))
             rows |= unpack(points.reshape(-1, size), rows, names)
             return self.summed(density, rows).reshape(-1, m)
 
         chunk = max(1, MAX_ROWS // m // (8 if size == 1 else 1))  # one size, one program
 
-        def evaluate(points):
+        def evaluate(points: np.ndarray) -> np.ndarray:
             parts = []
             for start in range(0, len(points), chunk):
                 some = points[start : start + chunk].astype(dtype)
@@ -161,7 +165,7 @@ class Integral:
             return self._closed(density, x)
         chunk = max(1, min(total, MAX_ROWS // m))
 
-        def step(carry, start):
+        def step(carry: Array, start: Array) -> tuple[Array, None]:
             numbers = start + jnp.arange(chunk)
             rows = repeated(x, chunk)
             which = jnp.repeat(jnp.minimum(numbers, total - 1), m)

@@ -38,7 +38,8 @@ _MAX_STEPS = 32  # of a loop that is followed to where its bounds stand still
 
 
 class Proof(NamedTuple):
-    """
+    """What is proved of a log density, for every row and at all values of its variables.
+
     :ivar degrees: of log p̃ of a row.
     :ivar separable: groups of which no two entries meet in a product, whatever the other groups are.
     :ivar reads_position: whether a row's density depends on where the row stands.
@@ -94,8 +95,8 @@ def _read(jaxpr: Any, point: Point, rows: _Rows, is_free: bool = False) -> Proof
 
 
 def _trace(energy: Energy, params: Mapping[str, Any], point: Any) -> Any:
-    def trace(energy):
-        def log_joint(point, *which):
+    def trace(energy: Energy) -> Any:
+        def log_joint(point: Point, *which: Array) -> Array:
             # not as the numbers that they are: what a program reads by them it might read before it is traced
             indices = {**energy.batch.indices, **{name: rows for name in energy.free for rows in which}}
             traced = replace(energy, batch=replace(energy.batch, indices=indices))
@@ -115,7 +116,8 @@ def _trace(energy: Energy, params: Mapping[str, Any], point: Any) -> Any:
 def log_density(fn: Any, value: Array) -> Array:
     """A distribution's log density as the polynomial that it is, without checks of the value's support."""
     if isinstance(fn, dist.Independent):
-        return sum_rightmost(log_density(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+        each: Array = sum_rightmost(log_density(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+        return each
     if isinstance(fn, dist.ExpandedDistribution):
         shape = jnp.shape(value)[: max(jnp.ndim(value) - fn.event_dim, 0)]
         return jnp.broadcast_to(log_density(fn.base_dist, value), jnp.broadcast_shapes(fn.batch_shape, shape))
@@ -124,10 +126,12 @@ def log_density(fn: Any, value: Array) -> Array:
     if isinstance(fn, dist.MaskedDistribution) and fn._mask:
         return log_density(fn.base_dist, value)
     if isinstance(fn, ConcreteBernoulli):
-        return value * fn.logits - jax.nn.softplus(fn.logits)
+        logits: Array = fn.logits
+        return value * logits - jax.nn.softplus(logits)
     if isinstance(fn, ConcreteOneHot):
         return (value * fn.logits).sum(-1)
-    return fn.log_prob(value)
+    log_prob: Array = fn.log_prob(value)
+    return log_prob
 
 
 # The interpreter
@@ -161,7 +165,7 @@ def _closed(program: Any, inputs: Sequence[Value], rows: _Rows) -> list[Value]:
 def _evaluate(jaxpr: Any, inputs: Sequence[Value], rows: _Rows) -> list[Value]:
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
 
-    def read(var):
+    def read(var: Any) -> Value:
         return _constant(var.val, rows) if isinstance(var, core.Literal) else known[var]
 
     for eqn in jaxpr.eqns:
@@ -323,7 +327,7 @@ def _scanned(params: Any, inputs: list[Value], rows: _Rows) -> list[Value]:
     each = [_carried(value) for value in each]
     seen: list[list[Value]] = []
 
-    def step(carry):
+    def step(carry: list[Value]) -> list[Value]:
         found = _closed(params["jaxpr"], [*fixed, *carry, *each], rows)
         seen.append([_carried(value) for value in found[num_carry:]])
         return found[:num_carry]

@@ -217,11 +217,15 @@ def _curvature(f: Function, centre: np.ndarray, height: np.ndarray, basis: np.nd
     size, turn = np.linalg.eigh(-hessian)
     # a flat direction is followed far; one along which f rises is left as it is
     size = np.where(size < -0.1, 1.0, np.clip(size, 1e-6, 1e6))
-    return scaled @ (turn / np.sqrt(size)[:, None, :])
+    found: np.ndarray = scaled @ (turn / np.sqrt(size)[:, None, :])
+    return found
 
 
 def _check_tails(f: Function, place: SinhMap, low: np.ndarray, high: np.ndarray, top: np.ndarray, what: str) -> None:
-    """:raises NoIntegral: where the density does not fall off along an axis: there is no integral."""
+    """Check whether the density falls off along every axis, to both sides.
+
+    :raises NoIntegral: where it does not: there is no integral.
+    """
     t = np.concatenate([edge[None] * np.eye(low.shape[1])[:, None] for edge in (low, high)])
     at, before = (checked(f(place.forward(z)), what) + place.log_volume(z) for z in (t, t - np.sign(t)))
     endless = (at > top - 35.0) & (at > before - 0.02)

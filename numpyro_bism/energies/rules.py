@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from .degrees import MAX_DEGREE, Degrees
 from .values import Value, arbitrary, coefficient, contraction, moved, power, product, sum_of, summed
-
-if TYPE_CHECKING:
-    pass
-
 
 # Rules of single operations: from the equation and its operands to its results
 

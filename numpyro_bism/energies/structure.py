@@ -39,7 +39,7 @@ def find_blocks(
     real += [name for name, kind in kinds.items() if kind == "real"]
     seen: dict[tuple[str, ...], tuple[bool, bool]] = {}
 
-    def is_gaussian(names):
+    def is_gaussian(names: tuple[str, ...]) -> bool:
         if degrees.within(names) > 2:
             return False
         is_constant = not degrees.beside(names, 2)
@@ -122,11 +122,11 @@ def _has_no_squares(density: Density, x: Point, name: str) -> bool:
     num_units = math.prod(latent.units)
     shape = (num_units, value[0].size // max(num_units, 1))
 
-    def slope(flat):
+    def slope(flat: Array) -> Array:
         return density.slope({**x, name: flat.reshape(value.shape)}, (name,))[name].reshape(len(value), -1)
 
     @jax.jit
-    def own(which):
+    def own(which: Array) -> tuple[Array, Array]:
         """A row of the Hessian: the part of its own unit, and the largest entry."""
         flat = value.reshape(len(value), -1)
         tangent = jnp.zeros_like(flat).at[:, which].set(1)

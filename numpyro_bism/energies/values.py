@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .degrees import Degrees
-
-if TYPE_CHECKING:
-    pass
-
 
 COVARIATES = "(covariates)"  # no site of a program is called so
 

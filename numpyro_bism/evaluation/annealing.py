@@ -24,17 +24,21 @@ NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
 
 class AIS(NamedTuple):
-    """
-    :ivar log_normalizer: log of the mean forward weight: the estimate of log Z.
-    :ivar standard_error: of it, by the delta method.
-    :ivar effective_sample_size: of the forward weights, (Σw)² / Σw².
-    :ivar lower: mean forward log weight: log Z or less, but for its own ``lower_error``.
-    :ivar upper: mean reverse log weight: log Z or more, but for its own ``upper_error`` and for how well the forward
-        run's end stands for draws of p̃. NaN without a reverse run.
-    :ivar log_weights: forward, one a chain.
-    :ivar reverse_log_weights: log f(v) ratios collected from p̃ back to the base.
+    """An estimate of log Z in nats, bounds on it from both sides, and the weights that they are made of.
 
     Of a conditional model, whose rows have a normaliser each, all are arrays (n,), and the weights (chains, n).
+
+    :ivar log_normalizer: log of the mean forward weight: the estimate of log Z.
+    :ivar standard_error: the standard error of ``log_normalizer``, by the delta method.
+    :ivar effective_sample_size: of the forward weights, (Σw)² / Σw²: how many chains count.
+    :ivar lower: mean forward log weight: log Z or less, but for its own ``lower_error``.
+    :ivar lower_error: the standard error of ``lower``.
+    :ivar upper: mean reverse log weight: log Z or more, but for its own ``upper_error`` and for how well the forward
+        run's end stands for draws of p̃. NaN without a reverse run.
+    :ivar upper_error: the standard error of ``upper``; NaN without a reverse run.
+    :ivar log_weights: log w of the forward run, one a chain.
+    :ivar reverse_log_weights: the same sum of log ratios, collected on the way from p̃ back to the base; None without a
+        reverse run.
     """
 
     log_normalizer: Any
@@ -92,6 +96,10 @@ def ais(
     Warns where the bounds are far apart, few chains have all the weight, or the standard error is large. A mode that
     no chain has found is missed without a warning.
 
+    :param trained: a BiSM or a rival.
+    :param state: its state.
+    :param args: arguments of model and guide, the data among them, as for ``update``.
+    :param rng_key: a JAX random key: all that is drawn follows from it.
     :param num_temperatures: steps on the path.
     :param num_chains: chains, all at once; of a conditional model so many for every row.
     :param kernel: what moves them at every β; None takes :class:`Gibbs` where the energy has the conditionals, else
@@ -100,6 +108,8 @@ def ais(
     :param base: mean and standard deviation of v in p₀, numbers or of shape (D,); None takes the data's. Latents: fair
         coins and dice, and normal with the mean and the spread of the guide's draws, in the reals.
     :param reverse: whether to run back.
+    :param progress_bar: whether to show how many steps there and back were taken.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: on misuse.
     :raises FloatingPointError: if a weight is not finite.
     """
@@ -125,10 +135,10 @@ def ais(
     rest = target.moving({name: True for block in target.blocks for name in block.names if name not in summed})
 
     @compiled
-    def learn(key, x):
+    def learn(key: Array, x: Point) -> Any:
         """A run that only finds the kernel's settings at every β."""
 
-        def step(carry, inputs):
+        def step(carry: tuple[Point, Any], inputs: tuple[Array, Array]) -> tuple[tuple[Point, Any], Any]:
             x, setting = carry
             key, beta = inputs
             x, setting, acceptance = kernel(key, start.mixed(target, beta), x, setting)
@@ -146,13 +156,13 @@ def ais(
     num_settling = max(1, len(betas) // 10)
 
     @compiled
-    def anneal(key, x, log_weight, first, stop, backwards):
+    def anneal(key: Array, x: Point, log_weight: Array, first: int, stop: int, backwards: bool) -> tuple[Point, Array]:
         """Steps ``first`` to ``stop`` of a run: along the path, or at p̃ for a while and then backwards."""
 
-        def place(i):
+        def place(i: Array) -> Array:
             return jnp.where(backwards, jnp.minimum(last, last + num_settling - i), i)
 
-        def step(i, carry):
+        def step(i: Array, carry: tuple[Point, Array]) -> tuple[Point, Array]:
             x, log_weight = carry
             here, there = betas[place(i)], betas[place(i + 1)]
             at, logits = _tempered(start, target, summed, x)
@@ -165,9 +175,10 @@ def ais(
             x, _, _ = kernel(key_rest, start.mixed(rest, there), x, setting)
             return x, log_weight
 
-        return jax.lax.fori_loop(first, stop, step, (x, log_weight))
+        end: tuple[Point, Array] = jax.lax.fori_loop(first, stop, step, (x, log_weight))
+        return end
 
-    def run(key, x, backwards, bar):
+    def run(key: Array, x: Point, backwards: bool, bar: Any) -> tuple[Point, Array]:
         log_weight = jnp.zeros(num_chains * num_rows, x[VISIBLE].dtype)
         done, size, total = 0, 1, last + num_settling * backwards
         while done < total:
@@ -194,7 +205,8 @@ def ais(
             picks = (picks * num_rows + jnp.arange(num_rows)).reshape(-1)
             _, back = run(key_back, jax.tree.map(lambda a: a[picks], x), True, bar)
     if num_rows > 1:
-        log_weight, back = (None if w is None else w.reshape(num_chains, num_rows) for w in (log_weight, back))
+        log_weight = log_weight.reshape(num_chains, num_rows)
+        back = None if back is None else back.reshape(num_chains, num_rows)
     found = _summary(log_weight, back)
     if found.doubt is not None:
         warnings.warn(
@@ -266,14 +278,14 @@ def _base(
     for _, scale in normals.values():
         constant -= jnp.log(scale).sum() + 0.5 * math.log(2 * math.pi) * scale.size
 
-    def log_prob(x):
+    def log_prob(x: Point) -> Array:
         total = jnp.full(len(x[VISIBLE]), constant, v.dtype)
         for name, (loc, scale) in normals.items():
             z = (x[name] - loc) / scale
             total -= 0.5 * (z**2).reshape(len(z), -1).sum(-1)
         return total
 
-    def draw(key, num):
+    def draw(key: Array, num: int) -> Point:
         x = {}
         for key_name, name in zip(jax.random.split(key, len(data)), data, strict=True):
             if name in normals:
@@ -289,13 +301,15 @@ def _base(
     return Density(log_prob, energy, target.blocks, precisions), draw
 
 
-def _tempered(start: Density, target: Density, summed: Sequence[str], x: Point) -> tuple[Callable[[Any], Array], Point]:
+def _tempered(
+    start: Density, target: Density, summed: Sequence[str], x: Point
+) -> tuple[Callable[[Array], Array], Point]:
     """log f_β of every row as a function of β, these sites summed out; and their logits at β = 1."""
     zero = {**x, **{name: jnp.zeros_like(x[name]) for name in summed}}
     a = start.log_prob(zero)
     b, logits = target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
 
-    def at(beta):
+    def at(beta: Array) -> Array:
         total = (1 - beta) * a + beta * b
         for name, g in logits.items():  # the base's are 0
             each = jax.nn.softplus(beta * g) if target.latents[name].kind == "bits" else jax.nn.logsumexp(beta * g, -1)

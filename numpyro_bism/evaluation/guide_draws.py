@@ -22,6 +22,9 @@ MAX_CELLS = 2**20  # numbers of v and h that are worked on at once
 class GuideDraws(NamedTuple):
     """What num_draws runs of guide and model gave; the draws lead where there are any.
 
+    :ivar latents: h by site, of shape (num_draws, n, ...); the guide's auxiliary sites are left out.
+    :ivar visible: the visible sites' values, without an axis of draws.
+    :ivar covariates: the values of the model's other observed sites, without an axis of draws.
     :ivar log_p: log p̃(v, h), of shape (num_draws, n).
     :ivar log_q: log q(h|v), of shape (num_draws, n).
     """
@@ -50,15 +53,15 @@ def run_guide(
     seen: dict[str, dict[str, SiteRecord]] = {}
 
     @jax.jit
-    def first():
+    def first() -> dict[str, Array]:
         """Checks and describes the sites as it is traced; what they observed comes back in numbers."""
         seen["guide"], seen["model"] = _draw(rng_key, pair, params, batch)
         check_latents(seen["guide"], n)
         return {name: jnp.asarray(s.value) for name, s in seen["model"].items() if s.is_data}
 
     @jax.jit
-    def chunk(keys):
-        def one(key):
+    def chunk(keys: Array) -> Any:
+        def one(key: Array) -> Any:
             drawn, sites = _draw(key, pair, params, batch)
             values = {name: s.value for name, s in drawn.items()}
             return values, sum(terms_by_site(sites, n).values()), sum(terms_by_site(drawn, n).values())

@@ -56,11 +56,13 @@ def hypergradient_error(
     :param trained: a BiSM.
     :param state: its state.
     :param args: arguments of model and guide, as for ``bism.update``.
-    :param rng_key: a JAX random key.
+    :param rng_key: a JAX random key: all that is drawn follows from it.
     :param num_draws: steps compared at most, 50 at least; it stops where the standard error is below 0.03.
     :param num_particles: L, both halves together; None takes 8, or 64 under a loss that differentiates the score.
     :param num_fit: steps that the guide is given to catch up, in fifties, each of the K of training; 0 leaves the
         second part out.
+    :param progress_bar: whether to show how many steps were compared.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: for what is no BiSM, or where the guide's density is not known.
     :raises FloatingPointError: where a gradient is not finite.
     """
@@ -196,11 +198,13 @@ def marginal_loss(
 
     def log_weights(u: Array, given: Mapping[str, Any], part: slice) -> Array:
         some = jax.tree.map(lambda x: x[part], values)
-        return jax.vmap(lambda h: pair.log_joint(key_model, given, batch, u, h))(some) - log_q[part]
+        found: Array = jax.vmap(lambda h: pair.log_joint(key_model, given, batch, u, h))(some) - log_q[part]
+        return found
 
     def score(u: Array) -> Array:
         def half(part: slice) -> Array:
-            return jax.grad(lambda u: _log_mean(log_weights(u, params, part)).sum())(u)
+            slope: Array = jax.grad(lambda u: _log_mean(log_weights(u, params, part)).sum())(u)
+            return slope
 
         return jnp.stack([half(slice(size)), half(slice(size, None))])
 

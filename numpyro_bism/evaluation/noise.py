@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax import Array
 
+from ..programs.visible import Arguments
+
 
 def noise_scale(trained: Any, noise: float | str | None) -> float | None:
     """The standard deviation of the noise that is in the density learnt; None for no noise.
@@ -33,8 +35,8 @@ def noise_scale(trained: Any, noise: float | str | None) -> float | None:
 
 
 def with_noise(
-    trained: Any, args: tuple, kwargs: dict, noise: float | str | None, rng_key: Array
-) -> tuple[tuple, dict]:
+    trained: Any, args: tuple[Any, ...], kwargs: dict[str, Any], noise: float | str | None, rng_key: Array
+) -> Arguments:
     """The arguments with N(0, σ² I) added to the visible ones, see :func:`noise_scale`."""
     sigma = noise_scale(trained, noise)
     if not sigma:
@@ -49,4 +51,5 @@ def with_noise(
             value = value + sigma * jax.random.normal(key, value.shape, value.dtype)
             for i in site.leaves:
                 leaves[i] = value
-    return jax.tree.unflatten(spec, leaves)
+    found: Arguments = jax.tree.unflatten(spec, leaves)
+    return found

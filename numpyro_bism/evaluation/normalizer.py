@@ -14,11 +14,12 @@ PRECISE = 1e-3  # nats: the error that a number without one may have
 
 
 class Estimate(NamedTuple):
-    """
+    """A number, its error, and how it was found.
+
     :ivar value: one number, or one for every row.
     :ivar standard_error: of the same shape: of draws, or what a quadrature leaves; 0 where the value is exact to
         rounding. Where rounding costs more than 1e-4 nats (large sums in single precision) it is that.
-    :ivar method: how it was found.
+    :ivar method: how it was found: "exact", "quadrature", "guide", ... as the function that returned it says.
     """
 
     value: Any
@@ -35,8 +36,9 @@ def free_energy(trained: Any, state: Any, *args: Any, rng_key: Array | None = No
 
     :param trained: a BiSM or a rival.
     :param state: its state.
-    :param args: arguments of the model, the data among them.
-    :param rng_key: for a subsampling plate's rows; a fixed one if it is None.
+    :param args: arguments of model and guide, the data among them, as for ``update``.
+    :param rng_key: a JAX random key, for the guide's draw and for a subsampling plate's rows; None takes a fixed one.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: where no sum is within reach; it says what it would take.
     :raises FloatingPointError: if it is not finite.
     """
@@ -55,7 +57,11 @@ def log_normalizer(trained: Any, state: Any, *args: Any, rng_key: Array | None =
     Gaussian-Bernoulli machines of up to 20 hidden units and linear-Gaussian models of any size are "exact"; up to three
     real variables without a closed form are taken by "quadrature". :func:`ais` takes everything else.
 
+    :param trained: a BiSM or a rival.
+    :param state: its state.
     :param args: as for :func:`free_energy`. The data, and the guide's draws of h at them, say where to look for mass.
+    :param rng_key: as for :func:`free_energy`.
+    :param kwargs: keyword arguments of model and guide.
     :returns: one number; of a conditional model, whose rows have densities of their own, one a row.
     :raises ValueError: where it is out of reach, where the integral is infinite as quadrature finds, or where its error
         stays above 0.01.
@@ -79,6 +85,11 @@ def exact_log_normalizer(trained: Any, state: Any, *args: Any, rng_key: Array | 
     It is exact to rounding where sums and Gaussian integrals do. Where only quadrature does, its error is as said;
     :func:`log_normalizer` tells which of the two it was.
 
+    :param trained: a BiSM or a rival.
+    :param state: its state.
+    :param args: as for :func:`log_normalizer`.
+    :param rng_key: as for :func:`free_energy`.
+    :param kwargs: keyword arguments of model and guide.
     :returns: a float; of a conditional model one number a row, (n,).
     :raises ValueError: where it is out of reach, or less precise.
     """
@@ -97,6 +108,11 @@ def energy_of(trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array |
 
 
 def finite(value: np.ndarray, what: str, why: str) -> None:
-    """:raises FloatingPointError: if a number is not finite."""
+    """Check whether all numbers are finite.
+
+    :param what: the name of these numbers, for the message.
+    :param why: what may be the cause, for the message.
+    :raises FloatingPointError: if one is not.
+    """
     if not np.isfinite(value).all():
         raise FloatingPointError(f"The {what} is not finite at row {int(np.isfinite(value).argmin())}: {why}.")

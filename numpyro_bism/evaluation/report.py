@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,12 +106,12 @@ def diagnose(
     posterior: Any = None,
     ais_options: Mapping[str, Any] | None = None,
     noise: float | str | None = "loss",
-    coords: Mapping[str, Sequence] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Diagnosis:
-    """Everything that fits the model: is the guide to be trusted, have the chains mixed, is log Z known, does it fit?
+    """Verdicts on all of a trained model: on its guide, its chains, its normaliser and its fit.
 
     - **training**: spoken of where it has run away.
     - **guide**: draws h ~ q(h|v) at some data points, k̂ at most 0.7 at 95 % of them, and chains of p(h|v), started all
@@ -127,7 +127,7 @@ def diagnose(
     :param trained: a BiSM, or a rival without a guide, whose guide is not spoken of then.
     :param state: its state.
     :param args: arguments of model and guide, the data among them; best held-out data.
-    :param rng_key: a JAX random key.
+    :param rng_key: a JAX random key: all that is drawn follows from it.
     :param num_draws: guide draws of h.
     :param num_points: data points at which the guide is looked at, evenly spaced; all where model or guide have a
         fixed size.
@@ -136,11 +136,13 @@ def diagnose(
     :param kernel: what moves them; None takes :class:`Gibbs` where the energy has the conditionals, else
         :class:`Langevin`.
     :param posterior: chains of h given v at *all* data points given, of ``run_chains`` or of an ``MCMC`` that ran
-        ``program(..., sites=[...])``, in place of chains made here.
+        ``as_model(..., sites=[...])``, in place of chains made here.
     :param ais_options: arguments of :func:`ais`; log Z is taken from it then, even if the exact one can be had.
     :param noise: added to the data before model and data are compared: "loss" for the outer loss's σ, a standard
         deviation, or None if the data have it already; see :func:`kernel_stein_discrepancy`.
     :param coords: as for :func:`to_arviz`, and so is ``dims``; ``obs`` counts the data's rows by default.
+    :param progress_bar: whether to show how far chains and AIS have come.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: on misuse.
     """
     keys = jax.random.split(rng_key, 9)
@@ -280,7 +282,7 @@ def diagnose(
 def _joined(first: Chains, second: Chains) -> Chains:
     """Both, one after the other, as :func:`to_arviz` reads them."""
 
-    def both(a, b):
+    def both(a: Array, b: Array) -> Array:
         return jnp.concatenate([a, b])
 
     values = {name: both(value, second.values[name]) for name, value in first.values.items()}
@@ -295,7 +297,7 @@ def _visible(energy: Energy, chains: Any) -> np.ndarray:
 
 
 def _is_by_row(
-    trained: Any, state: Any, rng_key: Array, energy: Energy, rows: np.ndarray, args: tuple, kwargs: dict
+    trained: Any, state: Any, rng_key: Array, energy: Energy, rows: np.ndarray, args: Any, kwargs: Any
 ) -> bool:
     """Whether the guide has the same density at some rows as at all: one with parameters a datapoint has not."""
     if not (isinstance(trained, BiSM) and energy.latents):
@@ -335,10 +337,10 @@ def _weights_at(
     args, kwargs = batch.arguments(batch.v)
     n = len(batch.v)
 
-    def one(values):
+    def one(values: Mapping[str, Array]) -> Array:
         with seed(rng_seed=key_guide), record(params, {**batch.indices, **values}, discretize=True) as p:
             pair.model(*args, **kwargs)
-        log_p: Any = sum(per_example(site, n) for site in p.sites.values())
+        log_p = cast(Array, sum(per_example(site, n) for site in p.sites.values()))
         return log_p - pair.log_guide(key_guide, params, batch, values)
 
     first = next(iter(latents.values()))

@@ -11,6 +11,8 @@ from .. import losses
 from ..bism import BiSM
 from ..energies import VISIBLE, Density, Integral, Point
 from ..programs.modes import in_own_modes
+from ..programs.pair import Draw
+from ..programs.visible import Batch
 from .noise import noise_scale
 from .normalizer import energy_of
 
@@ -26,8 +28,9 @@ def score(trained: Any, state: Any, *args: Any, rng_key: Array, num_draws: int =
     :param trained: a BiSM or a rival.
     :param state: its state.
     :param args: arguments of model and guide, v among them.
-    :param rng_key: for draws of the guide and of a subsampling plate.
+    :param rng_key: a JAX random key, for draws of the guide and of a subsampling plate.
     :param num_draws: of h, if the guide is needed.
+    :param kwargs: keyword arguments of model and guide.
     :returns: with several continuous visible sites, a mapping from their names.
     :raises ValueError: where neither a sum nor a guide is within reach.
     """
@@ -53,10 +56,11 @@ def denoise(
     :param trained: a BiSM or a rival.
     :param state: its state.
     :param args: arguments of model and guide, the *noisy* v among them.
-    :param rng_key: for draws of the guide and of a subsampling plate.
+    :param rng_key: a JAX random key, for draws of the guide and of a subsampling plate.
     :param noise: σ of the noise in v: "loss" takes the outer loss's, ``sigma`` or, of the multiscale one, ``sigma0``;
         or a number.
     :param num_draws: of h, if the guide is needed.
+    :param kwargs: keyword arguments of model and guide.
     :returns: of the shape of the visible site's value; with several sites, a mapping from their names.
     :raises ValueError: where the outer loss has no σ, and none is given.
     """
@@ -82,10 +86,11 @@ def _by_site(sites: Any, v: Any) -> Any:
 
 
 class ScoreAt(NamedTuple):
-    """
+    """The score at the rows of the data.
+
     :ivar v: the continuous visible values, all sites side by side, (n, D).
-    :ivar score: at them, (n, D).
-    :ivar method: "exact" or "guide".
+    :ivar score: ∇_v log p(v) at them, (n, D).
+    :ivar method: "exact", or "guide" where it is a mean over the guide's draws.
     :ivar sites: the visible sites.
     """
 
@@ -109,8 +114,9 @@ def score_at(trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array, n
     batch, draw, score = guide_score(trained, state, args, kwargs, rng_key, losses.ScoreMatching(), None)
 
     @jax.jit
-    def mean(keys):
-        return jax.lax.map(lambda key: score(draw(key))(batch.v), keys).mean(0)
+    def mean(keys: Array) -> Array:
+        found: Array = jax.lax.map(lambda key: score(draw(key))(batch.v), keys).mean(0)
+        return found
 
     return ScoreAt(batch.v, mean(jax.random.split(rng_key, num_draws)), "guide", batch.sites)
 
@@ -131,7 +137,7 @@ def summable(trained: Any, state: Any, args: Any, kwargs: Any, rng_key: Array) -
 
 def guide_score(
     trained: BiSM, state: Any, args: Any, kwargs: Any, rng_key: Array, loss: Any, num_draws: int | None
-) -> tuple[Any, Callable, Callable]:
+) -> tuple[Batch, Callable[[Array], Draw], Callable[[Draw], Callable[[Array], Array]]]:
     """The batch; a draw of the guide by key; and the score function given draws, ``num_draws`` of them stacked."""
     leaves, spec = trained._checked(args, kwargs)
     pair = trained.evaluated_pair(leaves, spec)
@@ -139,10 +145,10 @@ def guide_score(
     key_batch, key_score = jax.random.split(rng_key)
     batch = pair.batch(key_batch, leaves, spec)
 
-    def draw(key):
+    def draw(key: Array) -> Draw:
         return pair.draw(key, params, batch, batch.v)[0]
 
-    def score(draws):
+    def score(draws: Draw) -> Callable[[Array], Array]:
         return pair.score(key_score, params, batch, draws, loss, num_draws)
 
     return batch, draw, score

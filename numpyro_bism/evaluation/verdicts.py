@@ -11,6 +11,7 @@ from jax import Array
 
 from ..brief import brief
 from ..energies import Energy, NoIntegral, OutOfReach
+from ..programs.visible import Arguments
 from ..training import runaways
 from . import (
     ais,
@@ -29,10 +30,11 @@ SIGNIFICANT = 0.01
 
 
 class Verdict(NamedTuple):
-    """
-    :ivar subject: what it is on.
-    :ivar passed: None if nothing could be said.
-    :ivar text: in words, with its numbers.
+    """What is said of one part of a trained model.
+
+    :ivar subject: the part: "guide", "normaliser", "fit", ...
+    :ivar passed: whether it is good; None where that can't be told, or is not asked.
+    :ivar text: the verdict in words, with its numbers.
     """
 
     subject: str
@@ -64,13 +66,14 @@ def judge_training(code: int, words: runaways.Words = runaways.BISM) -> list[Ver
     return [] if code == runaways.STEADY else [Verdict("training", False, runaways.in_words(code, words))]
 
 
-def arguments_of(energy: Energy, rows: np.ndarray) -> tuple[tuple, dict]:
+def arguments_of(energy: Energy, rows: np.ndarray) -> Arguments:
     """The arguments with some of the data's rows."""
     leaves = [
         leaf[rows] if hasattr(leaf, "shape") and leaf.shape[:1] == (energy.num_rows,) else leaf
         for leaf in energy.batch.leaves
     ]
-    return jax.tree.unflatten(energy.batch.spec, leaves)
+    found: Arguments = jax.tree.unflatten(energy.batch.spec, leaves)
+    return found
 
 
 def guide_quality(run: Any, at_chains: np.ndarray) -> GuideQuality:

@@ -48,7 +48,10 @@ def drawn(pair: ModelAndGuide) -> set[str]:
 
 
 def require_no_local(pair: ModelAndGuide, phi: Mapping[str, Any]) -> None:
-    """:raises ValueError: for data of another number of rows than the guide keeps parameters for."""
+    """Check, of data with another number of rows than the training data, that the guide has no parameters by row.
+
+    :raises ValueError: where it has.
+    """
     if pair.trained_rows in (None, pair.num_data):
         return
     for name, leaf in phi.items():
@@ -76,8 +79,9 @@ class _AllRows(Messenger):
             msg["kwargs"]["event_dim"] = None  # these are all: there is nothing to take
 
 
-def _taking_all(program: Callable, places: Mapping[str, tuple[int, int]]) -> Callable:
-    """
+def _taking_all(program: Callable[..., Any], places: Mapping[str, tuple[int, int]]) -> Callable[..., Any]:
+    """The program whose plates of these names take all rows of the data in its arguments.
+
     :param places: by plate, the leaf of the arguments that holds the data, and its axis.
     """
 

@@ -65,7 +65,10 @@ class ChangeOfVariables:
         return (jnp.abs(_rows(sites, self.computed) - h) / (1 + jnp.abs(h))).max(-1)
 
     def check(self, guide_at: GuideAt, v: Array, values: Mapping[str, Array]) -> None:
-        """:raises ValueError: unless T(., v) is one-to-one, row by row, and its sites say its density."""
+        """Check whether T(., v) is one-to-one, row by row, and whether its sites say its density.
+
+        :raises ValueError: where it is not, or they do not.
+        """
         names = ", ".join(f"'{name}'" for name in self.computed)
         from_names = ", ".join(f"'{name}'" for name in self.auxiliary)
         cure = (
@@ -111,7 +114,7 @@ class ChangeOfVariables:
     ) -> tuple[Array, Array]:
         """T(a, v) of shape (n, d) and ∂T/∂a of shape (n, d, d)."""
 
-        def image(a):
+        def image(a: Array) -> Array:
             return _rows(guide_at(v, {**rest, **self._parts(a, like)}), self.computed)
 
         value, push = jax.linearize(image, a)
@@ -180,7 +183,10 @@ def change_of_variables(
 
 
 def refuse_autoguide(guide: Any) -> None:
-    """:raises ValueError: for an autoguide of the host's, before it runs: a flow takes a minute to compile."""
+    """Check whether it is an autoguide of the host's, before it runs: a flow takes a minute to compile.
+
+    :raises ValueError: for one, as it does not look at the visible values.
+    """
     if isinstance(guide, AutoDAIS):  # it follows the model's gradient: what it lacks is a density, and that is said
         return
     if isinstance(guide, AutoContinuous) and type(guide).__module__ == AutoContinuous.__module__:
@@ -254,14 +260,14 @@ def sight(guide_at: GuideAt, v: Array, change: ChangeOfVariables | None) -> Sigh
     hidden = change.computed if change else ()
     given = {name: _off_mean(base[name]) for name in drawn if name not in hidden}
 
-    def log_probs(u):
+    def log_probs(u: Array) -> dict[str, Array]:
         sites = guide_at(u, given)
         return {name: site.log_prob() for name, site in sites.items() if not site.is_delta}
 
     at_v, pull = jax.vjp(log_probs, v)
     slopes = {name: pull({k: jnp.full_like(x, float(k == name)) for k, x in at_v.items()})[0] for name in at_v}
 
-    def looked(u):
+    def looked(u: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         sites, scored = guide_at(u, {}), log_probs(u)
         moved = {name: ~_same(sites[name].value, drawn[name]) for name in drawn}
         return moved, {name: ~_same(scored[name], at_v[name]) for name in at_v}
@@ -273,8 +279,9 @@ def sight(guide_at: GuideAt, v: Array, change: ChangeOfVariables | None) -> Sigh
 
 
 def require_sight(latents: Sequence[str], found: Sight) -> None:
-    """:param found: with the present parameters, and with others near by: weights that start at zero are not blind.
+    """Check whether all latents look at v, and by steps that have a gradient.
 
+    :param found: with the present parameters, and with others near by: weights that start at zero are not blind.
     :raises ValueError: for a latent that does not look at v, or loses its gradient in v.
     """
     for name in latents:

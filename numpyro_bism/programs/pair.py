@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,8 @@ class ModelAndGuide:
     :ivar shapes: of the unconstrained parameters, by name, where they are known.
     """
 
-    model: Callable
-    guide: Callable
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
     sites: tuple[visible.VisibleSite, ...]
     theta: Mapping[str, Any]
     phi: Mapping[str, Any]
@@ -122,11 +122,13 @@ class ModelAndGuide:
             rows.require(plate, found.get(plate.name))
         return found
 
-    def programs(self, params: Mapping[str, Any], batch: visible.Batch) -> tuple[Callable, Callable]:
+    def programs(
+        self, params: Mapping[str, Any], batch: visible.Batch
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Model and guide for a host ELBO: parameters and rows given, discrete sites softened where the guide's are."""
 
-        def given(program, relaxed_sites):
-            def run(*args, **kwargs):
+        def given(program: Callable[..., Any], relaxed_sites: frozenset[str]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
                 with record(params, batch.indices, relaxed_sites):
                     return program(*args, **kwargs)
 
@@ -210,7 +212,7 @@ class ModelAndGuide:
         key_model, key_guide = jax.random.split(rng_key)
         with seed(rng_seed=key_model), record(params, draw.values, self.relaxed_sites) as run:
             self.model(*args, **kwargs)
-        total: Any = sum(expectation(site, probs) for site in run.sites.values())
+        total = cast(Array, sum(expectation(site, probs) for site in run.sites.values()))
         if guide:
             values = self.fixed_latents(key_guide, params, batch, v, draw.values, draw.keys)
             sites = self.guide_at(key_guide, params, batch, v, values, draw.keys)
@@ -292,7 +294,7 @@ class ModelAndGuide:
         drawn = bool(self.sampled) or not draws.probs
         guide = drawn or loss.differentiates_score
 
-        def one(v, draw):
+        def one(v: Array, draw: Draw) -> Array:
             return self.log_weight(rng_key, params, batch, v, draw, guide)
 
         return partial(jax.grad(one), draw=draws) if num_draws is None else mean_slope(one, draws, loss)
@@ -317,18 +319,18 @@ class ModelAndGuide:
         v = loss.perturb(batch.v, noise)
         num = loss.num_particles
 
-        def value(draws, num_draws=None):
+        def value(draws: Draw, num_draws: int | None = None) -> Array:
             return loss(self.score(key_score, params, batch, draws, loss, num_draws), batch.v, noise)
 
-        def drawn(key):
+        def drawn(key: Array) -> Draw:
             return self.draw(key, params, batch, v)[0]
 
-        def one(key):
+        def one(key: Array) -> Array:
             """The loss of one draw of h, averaged over the discrete sites' joint configurations."""
             if not self.enumerated:
                 return value(drawn(key)).mean()
 
-            def weighted(given):
+            def weighted(given: Mapping[str, Array]) -> Array:
                 draw, sites = self.draw(key, params, batch, v, given)
                 log_q: Any = sum(sum_by_example(name, sites[name].log_q(), len(batch.v)) for name in self.enumerated)
                 return (jnp.exp(log_q) * value(draw)).mean()

@@ -19,18 +19,23 @@ def collect(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def constrain(transforms: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters as the programs see them."""
-    return transform_fn(transforms, params)
+    values: dict[str, Any] = transform_fn(transforms, params)
+    return values
 
 
 def unconstrain(transforms: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters as the optimisers see them; a value may be a whole pytree, as flax and equinox modules have."""
     values = transform_fn(transforms, params, invert=True)
     # strong types: a Python float's weak one would turn strong after a step, and everything be compiled twice
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), values)
+    strong: dict[str, Any] = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), values)
+    return strong
 
 
 def reject_shared(theta: Iterable[str], phi: Iterable[str]) -> None:
-    """:raises ValueError: if a parameter belongs to model and guide at once."""
+    """Check whether every parameter belongs to the model alone or to the guide alone.
+
+    :raises ValueError: if one belongs to both.
+    """
     for name in sorted(set(theta) & set(phi)):
         raise ValueError(
             f"Parameter '{name}' is used by both the model and the guide. The outer problem trains the "

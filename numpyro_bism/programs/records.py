@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +51,13 @@ class SiteRecord:
             full_size, size = self.plates[frame.name]
             if size != full_size:
                 scale = scale * (size / full_size)
-        return scale_and_mask(self.fn.log_prob(self.value), scale)
+        log_prob: Array = scale_and_mask(self.fn.log_prob(self.value), scale)
+        return log_prob
 
     def log_q(self) -> Array:
         """log q of the value: how often it is drawn, which neither a scale nor a mask of the density changes."""
-        return unmasked(self.fn).log_prob(self.value)
+        log_prob: Array = unmasked(self.fn).log_prob(self.value)
+        return log_prob
 
 
 class record(Messenger):
@@ -81,7 +83,8 @@ class record(Messenger):
         offered: Mapping[str, Array] | None = None,
         sought: Collection[str] = (),
     ):
-        """
+        """What the run is given, and how far it goes.
+
         :param offered: rows for plates that would draw them by themselves, or take all.
         :param sought: plates; the program is left as soon as the rows of all are known.
         """
@@ -104,11 +107,11 @@ class record(Messenger):
         self.subsamples: dict[str, Array] = {}
         self.num_enumerated = 0
 
-    def __enter__(self):
+    def __enter__(self) -> "record":
         super().__enter__()
         return self
 
-    def process_message(self, msg):
+    def process_message(self, msg: Any) -> None:
         kind, name = msg["type"], msg.get("name")
         if kind == "control_flow":
             raise ValueError(
@@ -130,7 +133,7 @@ class record(Messenger):
         elif kind == "sample":
             self._sample(name, msg)
 
-    def _rows(self, name, msg):
+    def _rows(self, name: str, msg: Any) -> None:
         if name in self.values:
             msg["value"] = self.values[name]
             msg["args"] = msg["args"][0], len(msg["value"])  # not as many as it says: see Energy.free
@@ -140,13 +143,13 @@ class record(Messenger):
         elif msg["value"] is None:
             draw = msg["fn"]
 
-            def drawn(*args, **kwargs):  # unless a handler further out hands rows over
+            def drawn(*args: Any, **kwargs: Any) -> Any:  # unless a handler further out hands rows over
                 self._drawn.add(name)
                 return draw(*args, **kwargs)
 
             msg["fn"] = drawn
 
-    def _keep_rows(self, name, msg):
+    def _keep_rows(self, name: str, msg: Any) -> None:
         size, taken = msg["args"][0], len(msg["value"])
         self.plates[name] = size, taken
         own = name in self._drawn or name in self.values
@@ -158,7 +161,7 @@ class record(Messenger):
         if self.sought and self.sought <= self.plates.keys():
             raise rows.Found
 
-    def _sample(self, name, msg):
+    def _sample(self, name: str, msg: Any) -> None:
         if name in self.relaxed_sites:
             msg["fn"] = relaxed(msg["fn"])
         if self.discretize:
@@ -174,7 +177,7 @@ class record(Messenger):
             ones = self.enumerate_from + self.num_enumerated - 1 - batch_dims
             msg["value"] = support.reshape(support.shape[:1] + (1,) * ones + support.shape[1:])
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: Any) -> None:
         kind, name = msg["type"], msg.get("name")
         if kind == "plate":
             self._keep_rows(name, msg)
@@ -204,7 +207,12 @@ def is_enumerated(infer: Mapping[str, Any]) -> bool:
 
 
 def run_until(
-    program: Callable, rng_key: Array, args: Any, kwargs: Any, values: Mapping[str, Any], sought: Collection[str]
+    program: Callable[..., Any],
+    rng_key: Array,
+    args: Any,
+    kwargs: Any,
+    values: Mapping[str, Any],
+    sought: Collection[str],
 ) -> record:
     """Run a program until the rows of the plates ``sought`` are known; to its end if there are none."""
     with seed(rng_seed=rng_key), record({}, values, sought=sought) as run:
@@ -245,5 +253,5 @@ def joint_per_example(sites: Iterable[SiteRecord], n: int) -> Array:
     What stands outside the batch and is one number for all of it (a penalty on the weights) is left out: it is the
     same for every draw of h; :func:`analyse` has made sure of that.
     """
-    total: Any = sum(per_example(site, n) for site in sites if jnp.ndim(site.log_prob()) > 0)
+    total = cast(Array, sum(per_example(site, n) for site in sites if jnp.ndim(site.log_prob()) > 0))
     return total

@@ -93,7 +93,10 @@ def repeated(rows: Array) -> Array:
 
 
 def agree(name: str, guide_rows: Array, model_rows: Array) -> None:
-    """:raises ValueError: where model and guide hand different rows to a plate of one name."""
+    """Check whether model and guide hand the same rows to a plate of one name.
+
+    :raises ValueError: where they do not.
+    """
     if guide_rows is model_rows or any(isinstance(rows, jax.core.Tracer) for rows in (guide_rows, model_rows)):
         return
     if not np.array_equal(guide_rows, model_rows):
@@ -104,7 +107,10 @@ def agree(name: str, guide_rows: Array, model_rows: Array) -> None:
 
 
 def require(plate: Plate, rows: Array | None) -> None:
-    """:raises ValueError: where the rows handed to a plate are none, or not as many as at the first run."""
+    """Check whether the rows handed to a plate are indices of it, and as many as at the first run.
+
+    :raises ValueError: where they are not, or where there are none.
+    """
     if rows is None:
         raise ValueError(f"Plate '{plate.name}' was handed its rows when the programs first ran, and is not any more.")
     require_indices(plate.name, plate.full_size, rows)
@@ -116,7 +122,11 @@ def require(plate: Plate, rows: Array | None) -> None:
 
 
 def require_indices(name: str, full_size: int, rows: Array) -> None:
-    """:raises ValueError: for rows that are no indices of the plate's."""
+    """Check whether rows are indices of a plate.
+
+    :param full_size: how many rows the plate has.
+    :raises ValueError: where they are not integers in one dimension, or where the plate has no such row.
+    """
     if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(
             f"Plate '{name}' is handed rows of shape {rows.shape} and {rows.dtype}. Rows are the numbers of rows of "
@@ -143,13 +153,13 @@ def draw_rows(rng_key: Array, full_size: int, size: int) -> Array:
     if 8 * size > full_size:  # too many would be drawn twice
         return jnp.sort(jax.random.permutation(rng_key, full_size)[:size])
 
-    def draw(key):
+    def draw(key: Array) -> Array:
         return jax.random.randint(key, (size,), 0, full_size)
 
-    def twice(rows):
+    def twice(rows: Array) -> Array:
         return jnp.concatenate([jnp.zeros(1, bool), rows[1:] == rows[:-1]])
 
-    def again(carry):
+    def again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         key, rows = carry
         key, key_rows = jax.random.split(key)
         return key, jnp.sort(jnp.where(twice(rows), draw(key_rows), rows))

@@ -21,6 +21,9 @@ from numpyro.distributions import constraints
 from ..distributions import base_of
 from . import rows
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a program is called with: ``(args, kwargs)``."""
+
 
 @dataclass(frozen=True)
 class VisibleSite:
@@ -68,7 +71,7 @@ class Batch:
     reads_rows: bool = False
     handed: frozenset[str] = frozenset()
 
-    def arguments(self, v: Array) -> tuple[tuple, dict]:
+    def arguments(self, v: Array) -> Arguments:
         """The programs' ``(args, kwargs)`` with v, of shape (n, D), in place of the visible values."""
         leaves = list(self.leaves)
         start = 0
@@ -89,7 +92,8 @@ class Batch:
                         own = _only_distinct(site, taken, own)
                     place = (..., taken) + (slice(None),) * (-site.axis - 1)
                     leaves[i] = leaves[i].astype(own.dtype).at[place].set(own)
-        return jax.tree.unflatten(self.spec, leaves)
+        found: Arguments = jax.tree.unflatten(self.spec, leaves)
+        return found
 
 
 def _only_distinct(site: VisibleSite, taken: Array, values: Array) -> Array:
@@ -153,7 +157,7 @@ def batch(
     return Batch(v, sites, indices, leaves, spec, reads_rows, handed)
 
 
-def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """The arguments' leaves, NumPy arrays made JAX arrays: a program that converts them would lose their identity."""
     leaves, spec = jax.tree.flatten((args, kwargs))
     # one for each array, so that data passed twice are still the same
@@ -204,7 +208,10 @@ def find(
 
 
 def require_declared(site: Any) -> None:
-    """:raises ValueError: for a visible value that is broadcast over the shape that the model declares."""
+    """Check whether a visible value has the shape that the model declares: it is not broadcast over it.
+
+    :raises ValueError: where it would be.
+    """
     shape, declared = jnp.shape(site.value), tuple(site.fn.batch_shape + site.fn.event_shape)
     # the declaration may be broadcast over the value, never the value over the declaration
     fits = all(d in (1, n) for d, n in zip(reversed(declared), reversed(shape), strict=False))
@@ -320,7 +327,7 @@ def _is_concrete(leaf: Any) -> bool:
     )
 
 
-def _places(leaf: Array, test: Callable) -> list[tuple[int, ...]]:
+def _places(leaf: Array, test: Callable[[np.ndarray], np.ndarray]) -> list[tuple[int, ...]]:
     """Where a test of NumPy's says yes."""
     with jax.ensure_compile_time_eval():  # a concrete array may meet a program being traced
         if bool(jnp.isfinite(leaf).all()):

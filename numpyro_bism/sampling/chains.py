@@ -78,7 +78,7 @@ def run_chains(
     :param trained: a BiSM or a rival.
     :param state: its state.
     :param args: arguments of model and guide, the data among them, as for ``update``.
-    :param rng_key: a JAX random key.
+    :param rng_key: a JAX random key: all that is drawn follows from it.
     :param kernel: :class:`Gibbs`, :class:`Langevin` or :class:`AnnealedLangevin`.
     :param num_samples: draws kept of every chain.
     :param num_warmup: steps before them, in which the kernel adapts; None takes 500, none with ``chains``, and what the
@@ -92,6 +92,8 @@ def run_chains(
     :param init: "data"; "noise" (v normal with the data's mean and twice their spread, latents anywhere); or a mapping
         from site names to values, the rest as for "data".
     :param chains: go on from these, made by the same call; at the same rows of the data, if a plate subsamples them.
+    :param progress_bar: whether to show how many steps the chains have taken.
+    :param kwargs: keyword arguments of model and guide.
     :returns: the draws, which go to ``to_arviz`` as ``posterior``, ``posterior_predictive`` or ``model_samples``.
     :raises ValueError: on misuse, naming the site and the cure.
     :raises FloatingPointError: if a chain's log density is not finite.
@@ -129,23 +131,23 @@ def run_chains(
     if chains is None and warmup < getattr(kernel, "num_warmup", 0):
         raise ValueError(f"num_warmup = {warmup} ends before the schedule of {kernel} does, at {default}.")
 
-    def collect(x):
+    def collect(x: Point) -> tuple[dict[str, Array], Array]:
         return energy.values(x), energy.log_joint(params, x, jacobian=False)
 
     shapes = jax.eval_shape(collect, x)
     kept = jax.tree.map(lambda s: jnp.zeros((num_samples, *s.shape), s.dtype), (*shapes, shapes[1]))
 
     @compiled
-    def loop(x, kernel_state, kept, start, stop):
+    def loop(x: Point, kernel_state: Any, kept: Any, start: int, stop: int) -> tuple[Point, Any, Any]:
         """Steps ``start`` to ``stop``, counted from the first of the warm-up."""
 
-        def body(i, carry):
+        def body(i: Array, carry: tuple[Point, Any, Any]) -> tuple[Point, Any, Any]:
             x, kernel_state, kept = carry
             x, kernel_state, acceptance = kernel(jax.random.fold_in(key_run, i), density, x, kernel_state)
             kernel_state = jax.lax.cond(i < warmup, kernel.adapt, lambda s, _: s, kernel_state, acceptance)
             place = jnp.maximum(i - warmup, 0) // thinning
 
-            def keep(kept):
+            def keep(kept: Any) -> Any:
                 values, log_joint = collect(kernel.finish(density, x))
                 seen = (values, log_joint, acceptance.astype(log_joint.dtype))
                 return jax.tree.map(lambda all, new: all.at[place].set(new), kept, seen)
@@ -153,7 +155,8 @@ def run_chains(
             due = (i >= warmup) & ((i - warmup) % thinning == thinning - 1)
             return x, kernel_state, jax.lax.cond(due, keep, lambda kept: kept, kept)
 
-        return jax.lax.fori_loop(start, stop, body, (x, kernel_state, kept))
+        end: tuple[Point, Any, Any] = jax.lax.fori_loop(start, stop, body, (x, kernel_state, kept))
+        return end
 
     total, done, step = warmup + num_samples * thinning, 0, 1
     with tqdm.tqdm(total=total, disable=not progress_bar, desc=type(kernel).__name__) as bar:
@@ -173,7 +176,7 @@ def run_chains(
             "energy has no normaliser. Take a smaller step_size, or Langevin(adjusted=True)."
         )
 
-    def placed(a):
+    def placed(a: Array) -> Array:
         """(draw, row, ...) to (chain, draw, ...) or (chain, draw, row, ...)."""
         if not has_rows:
             return jnp.moveaxis(a, 0, 1)
@@ -291,7 +294,7 @@ def given_values(energy: Energy, x: Point, values: Mapping[str, Any], which: np.
         if name not in known:
             raise ValueError(f"init names '{name}'; the sites are {sorted(known)}.")
 
-    def rows(name, shape):
+    def rows(name: str, shape: tuple[int, ...]) -> Array:
         value = jnp.asarray(values[name])
         if value.shape == (energy.num_rows, *shape):
             return value[which]

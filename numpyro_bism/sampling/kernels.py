@@ -23,6 +23,8 @@ class Kernel(Protocol):
     def init(self, density: Density, x: Point) -> Any:
         """Its state beside the point, a pytree; none, if not overridden.
 
+        :param density: what it is to leave invariant.
+        :param x: where the chains start, one row for each.
         :raises ValueError: if it can't move this density.
         """
         return ()
@@ -32,16 +34,16 @@ class Kernel(Protocol):
         """The next point and state, and every row's acceptance probability, shape (m,)."""
 
     def adapt(self, state: Any, acceptance: Array) -> Any:
-        """The state after a step of the warm-up, in which alone it learns; the same, if not overridden."""
+        """The ``state`` after a step of the warm-up, where alone it learns from ``acceptance``; by default the same."""
         return state
 
     def finish(self, density: Density, x: Point) -> Point:
-        """What is returned of a point; the point, if not overridden."""
+        """What is returned of a point ``x`` drawn from this ``density``; the point, if not overridden."""
         return x
 
 
 def require_kernel(kernel: Any) -> None:
-    """:raises ValueError: for what is no kernel; a class is none, nor is a kernel of the host's MCMC."""
+    """Raises a ``ValueError`` for what is no kernel; a class is none, nor is a kernel of the host's MCMC."""
     missing = lacking(kernel, Kernel)
     if isinstance(kernel, type) or not callable(kernel) or missing:
         name = kernel.__name__ if isinstance(kernel, type) else repr(kernel)
@@ -93,7 +95,7 @@ class Gibbs(Kernel):
             x = {**x, name: _draw_given(key, density, x, name, given[name])}
         return x, state, jnp.ones(len(x[VISIBLE]), x[VISIBLE].dtype)
 
-    def _given(self, density: Density) -> dict[str, Callable]:
+    def _given(self, density: Density) -> dict[str, Callable[..., Any]]:
         """The user's conditionals by the name of their variable in a point."""
         energy, given = density.energy, {}
         for name, conditional in (self.conditionals or {}).items():
@@ -108,9 +110,10 @@ class Gibbs(Kernel):
 
 
 class LangevinState(NamedTuple):
-    """
-    :ivar log_step: logarithm of the step size.
-    :ivar num_adapted: steps of the warm-up taken.
+    """The step size, which the warm-up changes.
+
+    :ivar log_step: logarithm of the step size ε.
+    :ivar num_adapted: how many steps of the warm-up have changed it.
     """
 
     log_step: Array
@@ -134,7 +137,7 @@ class Langevin(Kernel):
     adjusted: bool = True
     num_steps: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.step_size > 0:
             raise ValueError(f"step_size must be positive, got {self.step_size}.")
         if self.num_steps < 1:
@@ -153,7 +156,7 @@ class Langevin(Kernel):
         if not names:
             return x, state, acceptance
 
-        def move(carry, key):
+        def move(carry: tuple[Point, Any], key: Array) -> tuple[tuple[Point, Any], Array]:
             x, here = carry
             key_noise, key_accept = jax.random.split(key)
             x, here, accepted = _langevin(key_noise, key_accept, density, x, names, step, here)
@@ -200,7 +203,7 @@ class AnnealedLangevin(Kernel):
     num_steps: int = 20
     sigma: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.step_size > 0:
             raise ValueError(f"step_size must be positive, got {self.step_size}.")
         object.__setattr__(self, "temperatures", tuple(map(float, self.temperatures)))
@@ -220,7 +223,7 @@ class AnnealedLangevin(Kernel):
         temperatures = jnp.asarray(self.temperatures, x[VISIBLE].dtype)
         temperature = temperatures[jnp.minimum(state // self.num_steps, len(temperatures) - 1)]
 
-        def log_prob(x):
+        def log_prob(x: Point) -> Array:
             return density.log_prob(x) / temperature
 
         cooler = replace(
@@ -243,7 +246,7 @@ class AnnealedLangevin(Kernel):
         except ValueError:
             integral = None
 
-        def log_prob(v):
+        def log_prob(v: Array) -> Array:
             y = {**x, VISIBLE: v}
             closed = integral is not None and integral.is_closed
             return (integral(density, y) if closed else density.log_prob(y)).sum()
@@ -276,7 +279,7 @@ def _draw_gaussian(rng_key: Array, density: Density, x: Point, block: Block) -> 
         g = jnp.where(mask, g, 0.0)
     factor = jnp.linalg.cholesky(precision)
 
-    def move(factor, g, noise):
+    def move(factor: Array, g: Array, noise: Array) -> Array:
         mean = jax.scipy.linalg.cho_solve((factor, True), g)
         return mean + jax.scipy.linalg.solve_triangular(factor, noise, lower=True, trans=1)
 
@@ -311,7 +314,7 @@ def _draw_units(rng_key: Array, density: Density, x: Point, block: Block) -> Poi
     rows = repeated(x, len(support))
     flat = (m, num_units, *support.shape[1:])
 
-    def one(j, value):
+    def one(j: Array, value: Array) -> Array:
         """``value`` with unit j drawn anew."""
         if block.is_multilinear:
             whole = {**x, name: value.reshape(x[name].shape)}
@@ -328,7 +331,7 @@ def _draw_units(rng_key: Array, density: Density, x: Point, block: Block) -> Poi
     return {**x, name: jnp.where(density.masks.get(name, True), new, x[name])}
 
 
-def _draw_given(rng_key: Array, density: Density, x: Point, name: str, conditional: Callable) -> Array:
+def _draw_given(rng_key: Array, density: Density, x: Point, name: str, conditional: Callable[..., Any]) -> Array:
     fn = conditional(density.energy.values(x))
     value = fn.sample(rng_key)
     latent = density.latents.get(name)
@@ -382,7 +385,7 @@ def _langevin(
         return proposed, None, jnp.ones(len(flat), flat.dtype)
     there = _climb(density, proposed, names)
 
-    def log_q(to, start, slope):
+    def log_q(to: Array, start: Array, slope: Array) -> Array:
         return -0.5 * (((to - start - 0.5 * step**2 * slope) * moves / step) ** 2).sum(-1)
 
     ratio = there[0] - here[0] + log_q(flat, new, there[1]) - log_q(new, flat, g)
@@ -390,7 +393,7 @@ def _langevin(
     ratio = jnp.where(jnp.isnan(ratio), -jnp.inf, ratio)
     accepted = jnp.log(jax.random.uniform(key_accept, ratio.shape, flat.dtype)) < ratio
 
-    def choose(a, b):
+    def choose(a: Array, b: Array) -> Array:
         return jnp.where(accepted.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     x = {**x, **{name: choose(proposed[name], x[name]) for name in names}}

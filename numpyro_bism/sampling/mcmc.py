@@ -37,9 +37,15 @@ def as_model(
     are the site ``v_missing``, and ``v`` is deterministic. ``DiscreteHMCGibbs`` can move discrete latents, but for
     one-hot vectors; or sum them out.
 
+    :param trained: a BiSM or a rival.
+    :param state: its state.
+    :param args: arguments of model and guide, the data among them, as for ``update``.
+    :param rng_key: a JAX random key, for the guide's draw of what stands still and for a subsampling plate's rows.
     :param sites: as for :func:`run_chains`, and so are ``missing`` and ``init``.
     :param marginal: latent sites that are summed out, in closed form or by enumeration, and the rest moves; True for
         all of them.
+    :param kwargs: keyword arguments of model and guide.
+    :returns: a function without arguments: sample statements, and one factor ``log_density``.
     :raises ValueError: on misuse.
     """
     energy, params, data = trained.energy(state, *args, rng_key=rng_key, **kwargs)
@@ -63,7 +69,7 @@ def as_model(
         if integral.quadrature:
             raise ValueError(f"marginal: {sorted(summed)} can't be summed in closed form or by enumeration.")
 
-    def model():
+    def model() -> None:
         x, v, start = dict(data), data[VISIBLE], 0
         mask = masks.get(VISIBLE, False)
         for site in energy.sites:
@@ -136,11 +142,12 @@ def with_statistics(kernel: HMC) -> HMC:
     ``step_size``: the ``extra_fields`` of ``mcmc.run`` that hold them need not be named.
 
     :param kernel: an ``HMC`` or ``NUTS`` of ``numpyro.infer``.
+    :raises ValueError: for any other.
     """
     made: Any = {HMC: RecordedHMC, NUTS: RecordedNUTS}.get(type(kernel))
     if made is None:
         raise ValueError(f"with_statistics takes an HMC or NUTS of numpyro.infer, got {type(kernel).__name__}.")
-    new = made.__new__(made)
+    new: HMC = made.__new__(made)
     new.__dict__.update(kernel.__dict__)
     return new
 

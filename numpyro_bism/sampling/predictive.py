@@ -41,6 +41,7 @@ class Predictive:
         h). ``["h"]`` draws latents given the data.
     :param return_sites: the sites that are returned; None returns all that are drawn.
     :param init: where the chains start, as for :func:`run_chains`.
+    :param progress_bar: whether to show how many steps the chains have taken.
     :raises ValueError: if ``trained`` is a program and not a trained energy.
     """
 
@@ -85,6 +86,7 @@ class Predictive:
 
         :param rng_key: a JAX random key.
         :param args: arguments of model and guide, the data among them.
+        :param kwargs: keyword arguments of model and guide.
         :raises ValueError: on misuse, naming the site and the cure.
         :raises FloatingPointError: if a chain's log density is not finite.
         """

@@ -29,7 +29,7 @@ __all__ = ["averaging", "check"]
 
 
 class _Averaging(Messenger):
-    def _pyro_sample(self, msg):
+    def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if msg["is_observed"] or not is_enumerated(msg["infer"]) or not _is_product(fn):
             return
@@ -52,7 +52,7 @@ def _averaged(base: Any) -> Any:
     return AveragedOneHot(1.0, base.logits)
 
 
-def averaging(guide: Callable) -> Callable:
+def averaging(guide: Callable[..., Any]) -> Callable[..., Any]:
     """The guide, its sites that are marked for enumeration and have many units in one event drawing their mean."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,10 @@ def averaging(guide: Callable) -> Callable:
 
 
 def check(pair: ModelAndGuide, leaves: Any, spec: Any, loss: OuterLoss, inner_loss: Any) -> None:
-    """:raises ValueError: where the mean is not the sum: what is not proved to be affine, or not linear in E_q."""
+    """Check whether the sites that are summed out by their mean may be: whether the mean is the sum.
+
+    :raises ValueError: where it is not: what is not proved to be affine, or not linear in E_q.
+    """
     for name in pair.averaged:
         cure = "Put its units in a plate instead of .to_event(), with one factor a unit, or relax it."
         if loss.average == "loss":
@@ -108,7 +111,7 @@ def _is_read(pair: ModelAndGuide, leaves: Any, spec: Any, name: str) -> bool:
             with record({**batch.indices, **point}, enumerate_from=pair.num_plate_dims) as run:
                 pair.guide(*args, **kwargs)
             rest = [site for site in run.sites.values() if not site.is_observed and site.name != name]
-            every: Any = sum((site.value.sum() + site.log_prob().sum() for site in rest), torch.zeros(()))
+            every: Tensor = sum((site.value.sum() + site.log_prob().sum() for site in rest), torch.zeros(()))
             return every
 
         with torch.no_grad():

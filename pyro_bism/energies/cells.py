@@ -16,9 +16,10 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Cubature(NamedTuple):
-    """
-    :ivar value: log ∫ exp f, one a function.
-    :ivar error: of it, absolute.
+    """The integrals of several functions, as logarithms, and their errors.
+
+    :ivar value: log ∫ exp f, one number for each function, shape (m,).
+    :ivar error: the absolute error of each of these logarithms, in nats, shape (m,).
     """
 
     value: np.ndarray
@@ -41,14 +42,17 @@ class SinhMap(NamedTuple):
     inverse: np.ndarray
 
     def forward(self, t: np.ndarray) -> np.ndarray:
-        return self.centre + np.einsum("mij,...mj->...mi", self.basis, np.sinh(t))
+        u: np.ndarray = self.centre + np.einsum("mij,...mj->...mi", self.basis, np.sinh(t))
+        return u
 
     def backward(self, u: np.ndarray) -> np.ndarray:
-        return np.arcsinh(np.einsum("mij,...mj->...mi", self.inverse, u - self.centre))
+        t: np.ndarray = np.arcsinh(np.einsum("mij,...mj->...mi", self.inverse, u - self.centre))
+        return t
 
     def log_volume(self, t: np.ndarray) -> np.ndarray:
         bend = np.logaddexp(t, -t) - np.log(2.0)  # log cosh
-        return np.linalg.slogdet(self.basis)[1] + bend.sum(-1)
+        total: np.ndarray = np.linalg.slogdet(self.basis)[1] + bend.sum(-1)
+        return total
 
 
 def checked(value: np.ndarray, what: str) -> np.ndarray:

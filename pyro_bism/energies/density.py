@@ -143,16 +143,16 @@ class Density:
             check_gaussian(self, x, block, precision)
         return precision
 
-    def mixed(self, other: Density, weight: Any) -> Density:
+    def mixed(self, other: Density, weight: float) -> Density:
         """(1 - weight) · self + weight · other, in logarithms; ``other``'s blocks serve for both.
 
         :param other: of the same variables. self is a product of Gaussians and coins, which any block allows.
         """
 
-        def log_prob(x):
+        def log_prob(x: Point) -> Tensor:
             return (1 - weight) * self.log_prob(x) + weight * other.log_prob(x)
 
-        def precision(block):
+        def precision(block: Block) -> Tensor:
             a, b = self.precisions[block.names], other.precisions[block.names]
             if a.ndim < b.ndim:
                 a = torch.diag(a)
@@ -222,9 +222,11 @@ def products(density: Density, x: Point, names: Sequence[str], tangents: Sequenc
 
 @torch.no_grad()
 def check_affine(density: Density, x: Point, names: Sequence[str]) -> None:
-    """:raises ValueError: where the log density is not affine in these bits or one-hot vectors, the user's word or not.
+    """Check whether the log density is affine in these bits or one-hot vectors, whatever the user says.
 
     Looked at where they are all 0, where the bits are all 1, and at two configurations drawn at random.
+
+    :raises ValueError: where it is not.
     """
     _refuse_capture(x, names)
     density = replace(density, blocks=())
@@ -249,9 +251,11 @@ def check_affine(density: Density, x: Point, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def check_gaussian(density: Density, x: Point, block: Block, precision: Tensor) -> None:
-    """:raises ValueError: where the log density is not the quadratic with this precision, the user's word or not.
+    """Check whether the log density is the quadratic with this precision, whatever the user says.
 
     Looked at at its mode and three standard deviations off it: the value, the gradient, and a product with the Hessian.
+
+    :raises ValueError: where it is not.
     """
     names = block.names
     _refuse_capture(x, names)

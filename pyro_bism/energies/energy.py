@@ -34,7 +34,7 @@ class Energy:
     :ivar free: the plates that take as many rows as a point has, whatever size they say.
     """
 
-    model: Callable
+    model: Callable[..., Any]
     sites: tuple[visible.VisibleSite, ...]
     batch: visible.Batch
     latents: Mapping[str, Latent]
@@ -55,7 +55,7 @@ class Energy:
     @classmethod
     def from_model(
         cls,
-        model: Callable,
+        model: Callable[..., Any],
         sites: tuple[visible.VisibleSite, ...],
         batch: visible.Batch,
         buffers: Sequence[Tensor] = (),
@@ -124,7 +124,7 @@ class Energy:
         """:meth:`log_joint` of points whose rows have the covariates of these rows, where the model resizes."""
         batch = self._resized(rows)
 
-        def log_joint(x, jacobian=True):
+        def log_joint(x: Point, jacobian: bool = True) -> Tensor:
             return self._run(batch, x, jacobian)
 
         return log_joint

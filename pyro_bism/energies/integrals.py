@@ -51,7 +51,11 @@ class Integral:
 
     @classmethod
     def over_variables(cls, density: Density, x: Point, over: Sequence[str]) -> "Integral":
-        """:raises OutOfReach: where there are too many configurations or dimensions; it says which."""
+        """The cheapest way to take the integral over these variables.
+
+        :param over: the names of the variables in a point that are summed out or integrated over.
+        :raises OutOfReach: where there are too many configurations or dimensions; it says which.
+        """
         over = tuple(over)
         real = [b for b in density.blocks if b.kind in ("gaussian", "free") and set(b.names) & set(over)]
         gaussian = [b._replace(names=_common(b.names, over)) for b in real if b.kind == "gaussian"]
@@ -61,7 +65,7 @@ class Integral:
         discrete = _common([name for name in density.latents if density.latents[name].kind != "real"], over)
         variables = tuple(name for b in real for name in _common(b.names, over))
 
-        def plan(gaussian, affine):
+        def plan(gaussian: Block | None, affine: tuple[str, ...]) -> "Integral":
             enumerated = tuple(name for name in discrete if name not in affine)
             rest = tuple(name for name in variables if gaussian is None or name not in gaussian.names)
             return cls(over, gaussian, affine, enumerated, rest, _count(density, enumerated))
@@ -112,7 +116,7 @@ class Integral:
         picks = torch.linspace(0, len(others) - 1, min(len(others), max(1, MAX_SEEN // m))).round().long()
         points = torch.cat([own[None], others[picks][:, None].expand(-1, m, -1)])
 
-        def evaluate(points):
+        def evaluate(points: np.ndarray) -> np.ndarray:
             parts = []
             for part in torch.as_tensor(points, dtype=own.dtype).split(max(1, MAX_ROWS // m)):
                 rows = repeated(x, len(part))

@@ -32,7 +32,8 @@ NUM_ROWS = (17, 19, 23)  # on which an energy that takes any number is looked at
 
 
 class Proof(NamedTuple):
-    """
+    """What is proved of a log density, for every row and at all values of its variables.
+
     :ivar degrees: of log p̃ of a row.
     :ivar separable: groups of which no two entries meet in a product, whatever the other groups are.
     :ivar reads_position: whether a row's density depends on where the row stands.
@@ -123,7 +124,8 @@ class _Trace(TorchDispatchMode):
         if not isinstance(x, Tensor):
             return CONSTANT
         if isinstance(x, Traced) and x.cell.value.groups:
-            return x.cell.value.arbitrary() if x.is_cut else x.cell.value
+            value: Value = x.cell.value
+            return value.arbitrary() if x.is_cut else value
         return Value.of(COVARIATES) if self._tells_rows_apart(numbers_of(x)) else CONSTANT
 
     def is_row_axis(self, length: int) -> bool:
@@ -141,7 +143,7 @@ class _Trace(TorchDispatchMode):
                 return True
         return False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = Call(self, func, args, kwargs or {})
         value = self._result(call)
         inner_args, inner_kwargs = pytree.tree_map(numbers_of, (tuple(args), kwargs or {}))

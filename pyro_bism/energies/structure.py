@@ -45,20 +45,20 @@ def find_blocks(energy: Energy, x: Point, proof: Proof, moving: Sequence[str]) -
     real = tuple(name for name in names if kinds.get(name, "real") == "real")
     soft = tuple(name for name in names if kinds.get(name) in ("bits", "onehot"))
 
-    def is_constant(names):
+    def is_constant(names: Sequence[str]) -> bool:
         return not degrees.beside(names, 2)
 
-    def is_separable(names):
+    def is_separable(names: Sequence[str]) -> bool:
         """Whether no term has two entries of these variables."""
         return set(names) <= proof.separable and all(
             len([name for name, _ in term if name in names]) <= 1 for term in degrees.terms
         )
 
-    def gaussian(names):
+    def gaussian(names: tuple[str, ...]) -> bool:
         kept = is_constant(names) or is_separable(names) or sum(map(energy.size, names)) <= MAX_FULL
         return degrees.within(names) <= 2 and kept
 
-    def is_diagonal(names):
+    def is_diagonal(names: tuple[str, ...]) -> bool:
         if is_separable(names) or not is_constant(names):
             return is_separable(names)
         return _is_diagonal(second_derivatives(log_prob, x, names))
@@ -103,7 +103,10 @@ def find_blocks(energy: Energy, x: Point, proof: Proof, moving: Sequence[str]) -
 
 
 def check_declared(energy: Energy, x: Point, block: Block) -> None:
-    """:raises ValueError: where a declaration does not hold at x."""
+    """Check whether log p̃ has the structure that the user declares of a block.
+
+    :raises ValueError: where it has not, at x.
+    """
     density = Density(energy.log_joint, energy, (), {})
     if block.kind == "affine":
         check_affine(density, x, block.names)

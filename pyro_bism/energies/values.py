@@ -103,7 +103,7 @@ class Traced(Tensor):
 
     @staticmethod
     def of(inner: Tensor, cell: Cell, is_cut: bool, trace: _Trace) -> Traced:
-        found: Any = Tensor._make_wrapper_subclass(
+        found: Traced = Tensor._make_wrapper_subclass(
             Traced,
             inner.shape,
             strides=inner.stride(),
@@ -116,7 +116,7 @@ class Traced(Tensor):
         return found
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = pytree.tree_map(_outside, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 

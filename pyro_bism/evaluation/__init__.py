@@ -1,8 +1,9 @@
 r"""What was learnt: the normaliser, likelihoods, the score, and measures of fit that need no normaliser."""
 
 from .annealing import AIS, ais
+from .comparison import HypergradientError
 from .fit import FitTest, fisher_divergence, kernel_stein_discrepancy, maximum_mean_discrepancy
-from .hypergradient import HypergradientError, hypergradient_error
+from .hypergradient import hypergradient_error
 from .likelihood import log_likelihood
 from .normalizer import Estimate, exact_log_normalizer, free_energy, log_normalizer
 from .scores import denoise, score

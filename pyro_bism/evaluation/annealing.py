@@ -23,17 +23,21 @@ NUM_TUNING = 3  # steps at every β of the run that finds a kernel's settings
 
 
 class AIS(NamedTuple):
-    """
-    :ivar log_normalizer: log of the mean forward weight: the estimate of log Z.
-    :ivar standard_error: of it, by the delta method.
-    :ivar effective_sample_size: of the forward weights, (Σw)² / Σw².
-    :ivar lower: mean forward log weight: log Z or less, but for its own ``lower_error``.
-    :ivar upper: mean reverse log weight: log Z or more, but for its own ``upper_error`` and for how well the forward
-        run's end stands for draws of p̃. NaN without a reverse run.
-    :ivar log_weights: forward, one a chain.
-    :ivar reverse_log_weights: log f(v) ratios collected from p̃ back to the base.
+    """An estimate of log Z in nats, bounds on it from both sides, and the weights that they are made of.
 
     Of a conditional model, whose rows have a normaliser each, all are arrays (n,), and the weights (chains, n).
+
+    :ivar log_normalizer: log of the mean forward weight: the estimate of log Z.
+    :ivar standard_error: the standard error of ``log_normalizer``, by the delta method.
+    :ivar effective_sample_size: of the forward weights, (Σw)² / Σw²: how many chains count.
+    :ivar lower: mean forward log weight: log Z or less, but for its own ``lower_error``.
+    :ivar lower_error: the standard error of ``lower``.
+    :ivar upper: mean reverse log weight: log Z or more, but for its own ``upper_error`` and for how well the forward
+        run's end stands for draws of p̃. NaN without a reverse run.
+    :ivar upper_error: the standard error of ``upper``; NaN without a reverse run.
+    :ivar log_weights: log w of the forward run, one a chain.
+    :ivar reverse_log_weights: the same sum of log ratios, collected on the way from p̃ back to the base; None without a
+        reverse run.
     """
 
     log_normalizer: Any
@@ -90,6 +94,8 @@ def ais(
     Warns where the bounds are far apart, few chains have all the weight, or the standard error is large. A mode that
     no chain has found is missed without a warning.
 
+    :param trained: a BiSM or a rival.
+    :param args: arguments of model and guide, the data among them, as for ``step``.
     :param num_temperatures: steps on the path.
     :param num_chains: chains, all at once; of a conditional model so many for every row.
     :param kernel: what moves them at every β; None takes :class:`Gibbs` where the energy has the conditionals, else
@@ -98,6 +104,8 @@ def ais(
     :param base: mean and standard deviation of v in p₀, numbers or of shape (D,); None takes the data's. Latents: fair
         coins and dice, and normal with the mean and the spread of the guide's draws, in the reals.
     :param reverse: whether to run back.
+    :param progress_bar: whether to show how many steps there and back were taken.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: on misuse.
     :raises FloatingPointError: if a weight is not finite.
     """
@@ -130,7 +138,7 @@ def ais(
                 setting = kernel.adapt(setting, acceptance)
             tuned[k] = setting
 
-    def run(x, path, bar):
+    def run(x: Point, path: Sequence[int], bar: Any) -> tuple[Point, Tensor]:
         """Along these places of the path: from the base, or at p̃ for a while and then backwards."""
         log_weight = x[VISIBLE].new_zeros(num_chains * num_rows)
         for here, there in pairwise(path):
@@ -160,7 +168,8 @@ def ais(
             x = select(x, (picks * num_rows + torch.arange(num_rows)).reshape(-1))
             _, back = run(x, [last] * num_settling + places[::-1], bar)
     if num_rows > 1:
-        log_weight, back = (None if w is None else w.reshape(num_chains, num_rows) for w in (log_weight, back))
+        log_weight = log_weight.reshape(num_chains, num_rows)
+        back = None if back is None else back.reshape(num_chains, num_rows)
     found = _summary(log_weight, back)
     if found.doubt is not None:
         warnings.warn(
@@ -232,14 +241,14 @@ def _base(
     for _, scale in normals.values():
         constant -= scale.log().sum() + 0.5 * math.log(2 * math.pi) * scale.numel()
 
-    def log_prob(x):
-        total = v.new_zeros(len(x[VISIBLE])) + constant
+    def log_prob(x: Point) -> Tensor:
+        total: Tensor = v.new_zeros(len(x[VISIBLE])) + constant
         for name, (loc, scale) in normals.items():
             z = (x[name] - loc) / scale
             total = total - 0.5 * z.square().reshape(len(z), -1).sum(-1)
         return total
 
-    def draw(num):
+    def draw(num: int) -> Point:
         x = {}
         for name in data:
             if name in normals:
@@ -255,13 +264,13 @@ def _base(
 
 def _tempered(
     start: Density, target: Density, summed: Sequence[str], x: Point
-) -> tuple[Callable[[Any], Tensor], Point]:
+) -> tuple[Callable[[float], Tensor], Point]:
     """log f_β of every row as a function of β, these sites summed out; and their logits at β = 1."""
     zero = {**x, **{name: torch.zeros_like(x[name]) for name in summed}}
     a = start.log_prob(zero)
     b, logits = target.value_and_slope(zero, summed) if summed else (target.log_prob(x), {})
 
-    def at(beta):
+    def at(beta: float) -> Tensor:
         total = (1 - beta) * a + beta * b
         for name, g in logits.items():  # the base's are 0
             each = softplus(beta * g) if target.latents[name].kind == "bits" else (beta * g).logsumexp(-1)

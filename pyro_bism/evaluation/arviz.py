@@ -31,7 +31,7 @@ def to_arviz(
     posterior_predictive: Any = None,
     model_samples: Any = None,
     log_likelihood: Any = None,
-    coords: Mapping[str, Sequence] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -55,7 +55,7 @@ def to_arviz(
     \                    ``pareto_k``: :func:`psis_khat`, from 25 draws on        obs
     \                    of chains: ``acceptance_rate``                           chain, draw, obs
     \                    of HMC and NUTS: ``diverging``, and ``acceptance_rate``, chain, draw
-    \                    ``step_size``, ``energy`` if collected (``recorded``)
+    \                    ``step_size``, ``energy``: see :func:`with_statistics`
     posterior_predictive visible sites                                            chain, draw, obs, ...
     model_samples        visible and latent sites                                 chain, draw, ...
     observed_data        each visible site                                        obs, ...
@@ -63,8 +63,8 @@ def to_arviz(
     ==================== ======================================================== =============================
 
     The guide gives one chain, of independent draws, so R̂ and the effective sample size say nothing about it;
-    ``pareto_k`` does. The last three groups of draws are there if they are given: chains of
-    :func:`pyro_bism.run_chains`, or an ``MCMC`` that has run :func:`pyro_bism.program`. The user's ``scale``
+    ``pareto_k`` does. ``posterior_predictive`` and ``model_samples`` are there if they are given: chains of
+    :func:`pyro_bism.run_chains`, or an ``MCMC`` that has run :func:`pyro_bism.as_model`. The user's ``scale``
     and ``mask`` are part of the densities, a subsampling plate's N/B is not; all rows are taken, in order, whatever
     such a plate draws while training, but where the program hands it rows the coordinates of ``obs`` are their numbers.
     If a site is itself called ``obs``, the dimension is called ``obs_id``.
@@ -74,10 +74,10 @@ def to_arviz(
     Groups and root carry the attributes inference_library and its version, created_at, sampling_method ("guide",
     "nuts", "gibbs", "langevin", ...), normalized (0) and configuration (BiSM's settings, JSON).
 
-    :param bism: trained or not.
+    :param bism: a BiSM or a PersistentVI, trained or not.
     :param args: arguments of model and guide, the data among them, as for ``bism.step``.
-    :param num_draws: draws of h, a keyword as are the next two: a model with a keyword of one of these names is given
-        it by position, or wrapped in ``functools.partial``.
+    :param num_draws: how many draws of h. A model with a keyword of this name, or of one below, is given it by
+        position, or wrapped in ``functools.partial``.
     :param posterior: chains of h given v at these data, ``run_chains(..., sites=[...])``, in the guide's place.
     :param posterior_predictive: chains of v given h at these data.
     :param log_likelihood: of a PersistentVI: an estimate of log p(v | θ) by draw; refused with a standard error above
@@ -85,6 +85,7 @@ def to_arviz(
     :param model_samples: chains of (v, h).
     :param coords: coordinate values by dimension, ``obs`` among them; the default counts from 0.
     :param dims: by site, names of the dimensions that follow ``obs`` (``h_dim_0``, ... by default).
+    :param kwargs: keyword arguments of model and guide.
     :returns: an ``xarray.DataTree``; under ArviZ 0.x the ``InferenceData`` made of it. Both have ``to_netcdf``.
     :raises ValueError: on misuse, NaN in the data, a latent without the batch as its leading dimension, a guide that is
         a point mass.
@@ -148,7 +149,7 @@ def to_arviz(
     stats["lp"] = (draws, log_p.sum(-1, dtype=float))
     scales = {f.name: np.asarray(getattr(bism.loss, f.name)) for f in _fields(bism.loss) if "sigma" in f.name}
 
-    def drawn(group, names, has_rows):
+    def drawn(group: str, names: Mapping[str, Any], has_rows: bool) -> dict[str, Any]:
         values = given[group].values if group in given else {}
         return {name: layout.place(name, x, draws, has_rows) for name, x in values.items() if name in names}
 
@@ -253,13 +254,11 @@ class _Layout:
 
     obs: str
     rows: np.ndarray
-    coords: Mapping[str, Sequence]
+    coords: Mapping[str, Sequence[Any]]
     dims: Mapping[str, Sequence[str]]
 
     @classmethod
-    def from_run(
-        cls, pair: ModelAndGuide, batch: visible.Batch, run: GuideDraws, coords: Mapping, dims: Mapping
-    ) -> "_Layout":
+    def from_run(cls, pair: ModelAndGuide, batch: visible.Batch, run: GuideDraws, coords: Any, dims: Any) -> "_Layout":
         sites = {**run.latents, **run.visible, **run.covariates}
         obs = "obs_id" if "obs" in sites else "obs"
         plate = pair.sites[0].labels
@@ -306,8 +305,9 @@ class _Layout:
 
 
 def check_noise(standard_error: Any) -> None:
-    """
-    :raises ValueError: where the noise of a log-likelihood would pass for the data's.
+    """Check whether the noise of a log-likelihood, its standard error in nats, is small beside the data's.
+
+    :raises ValueError: where it is above 0.1.
     """
     worst = float(np.max(np.asarray(standard_error)))
     if not worst <= 0.1:
@@ -322,8 +322,8 @@ def _of_parameters(
     draws: Mapping[str, np.ndarray],
     log_likelihood: Any,
     names: Sequence[str],
-    coords: Mapping,
-    dims: Mapping,
+    coords: Mapping[str, Sequence[Any]],
+    dims: Mapping[str, Sequence[str]],
 ) -> Any:
     """Draws of θ as ArviZ's posterior: one chain, of independent draws of the guide.
 
@@ -397,5 +397,5 @@ def _settings(thing: Any) -> dict[str, Any]:
     return {"name": type(thing).__name__, **settings}
 
 
-def _fields(thing: Any) -> Sequence[dataclasses.Field]:
+def _fields(thing: Any) -> Sequence[dataclasses.Field[Any]]:
     return dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()

@@ -20,10 +20,11 @@ from .guide_draws import guide_draws
 
 
 class Calibration(NamedTuple):
-    """
+    """Ranks of the model's own latents among the guide's draws, and whether they are uniform.
+
     :ivar pit: by site, the ranks of the model's own h among the guide's draws, in (0, 1): (points, units).
-    :ivar p_values: by site, the smallest of Kolmogorov and Smirnov's tests that a unit's ranks are uniform, times the
-        number of units.
+    :ivar p_values: by site, the smallest p-value of Kolmogorov and Smirnov's tests that a unit's ranks are uniform,
+        times the number of units, and at most 1.
     """
 
     pit: dict[str, np.ndarray]
@@ -49,8 +50,15 @@ def calibration(
     (v, h) is drawn from the model itself, by chains; if the guide is the posterior, the rank of h among draws of
     q(h|v) is uniform. Ties of discrete latents are broken at random.
 
+    :param trained: a BiSM.
+    :param args: arguments of model and guide, as for ``step``; chains start at the rows of the data among them.
     :param num_points: independent chains, each giving one (v, h).
     :param num_draws: draws of the guide at each.
+    :param num_warmup: steps of every chain before its (v, h), in which the kernel adapts.
+    :param kernel: what moves the chains; None takes :class:`Gibbs` where the energy has the conditionals, else
+        :class:`Langevin`.
+    :param progress_bar: whether to show how many steps the chains have taken.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: for a model with covariates, or of a fixed number of rows that is not ``num_points``.
     """
     energy, _ = trained.energy(*args, **kwargs)

@@ -1,7 +1,7 @@
 """What a comparison of hypergradients with the marginal's gradient says: the error, and a verdict in one sentence."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +66,7 @@ class Compared(NamedTuple):
     effective: float
 
     def plus(self, other: "Compared") -> "Compared":
+        """The sums over these steps and those of ``other``."""
         sums = {name: x + other.sums[name] for name, x in self.sums.items()}
         return Compared(self.num + other.num, sums, self.gap + other.gap, self.effective + other.effective)
 
@@ -74,7 +75,10 @@ class Compared(NamedTuple):
         return self.gap / self.num, self.effective / self.num
 
     def require_finite(self) -> None:
-        """:raises FloatingPointError: where a gradient is not finite."""
+        """Check whether all gradients were finite.
+
+        :raises FloatingPointError: where one was not.
+        """
         bad = [name for name, x in self.sums.items() if not np.isfinite(x).all()]
         if bad:
             raise FloatingPointError(
@@ -82,8 +86,11 @@ class Compared(NamedTuple):
                 "that of the importance-weighted marginal."
             )
 
-    def error(self, names: Any = None) -> tuple[float, float]:
-        """‖E d‖ / ‖E reference‖ without the noise in both, and a standard error; NaN where there is no gradient."""
+    def error(self, names: Iterable[str] | None = None) -> tuple[float, float]:
+        """‖E d‖ / ‖E reference‖ without the noise in both, and a standard error; NaN where there is no gradient.
+
+        :param names: the parameters over whose entries the norms are taken; None takes all.
+        """
         parts = []
         for name in self.sums if names is None else names:
             d, r, square_d, square_r = self.sums[name] / self.num

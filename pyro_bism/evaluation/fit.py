@@ -16,9 +16,10 @@ from .scores import gradient, guide_score, score_at, summable
 
 
 class FitTest(NamedTuple):
-    """
+    """How far two distributions are apart, and a test of the hypothesis that they are the same.
+
     :ivar statistic: an unbiased estimate of the squared discrepancy; it may be negative.
-    :ivar p_value: of the hypothesis that it is 0.
+    :ivar p_value: of the hypothesis that the discrepancy is 0: small values reject it.
     """
 
     statistic: float
@@ -45,12 +46,15 @@ def fisher_divergence(
     A denoising loss's density is that of noisy data, and is the best of all by this measure on noisy rows; models that
     were learnt with different σ are compared on the rows as they are.
 
+    :param trained: a BiSM or a rival.
+    :param args: arguments of model and guide, the data among them, as for ``step``.
     :param data_score: ∇ log p_data at the rows, (n, D), or a function from v to it; with ``noise``, a function, and of
         the noisy data's density.
     :param num_draws: of h, if the guide is needed.
     :param num_projections: random directions that estimate the trace; None takes it exactly, for D gradients.
     :param noise: added to the rows before: None for none, "loss" for the outer loss's, or a standard deviation; see
         :func:`kernel_stein_discrepancy`.
+    :param kwargs: keyword arguments of model and guide.
     :returns: ``standard_error`` is that of a mean over the rows.
     """
     if noise is not None and data_score is not None and not callable(data_score):
@@ -109,11 +113,14 @@ def kernel_stein_discrepancy(
     A denoising loss learns the density of *noisy* data, which clean data are no draws of. So noise is added to the rows
     first, fresh at every call; ``noise=None`` tests whether the rows, as they are, come from the model.
 
-    :param args: independent draws of the distribution that is tested, one a row: clean data.
-    :param num_bootstrap: its replications.
+    :param trained: a BiSM or a rival.
+    :param args: arguments of model and guide; the data among them are independent draws of the distribution that is
+        tested, one a row, and clean.
+    :param num_bootstrap: how often the signs are drawn; no p-value is below 1 / (num_bootstrap + 1).
     :param num_draws: of h, where the score needs the guide; the test is of guide and model together then.
     :param noise: its standard deviation: "loss" takes the outer loss's σ (σ₀ of the multiscale one; none of a loss
         without noise); a number; None for no noise.
+    :param kwargs: keyword arguments of model and guide.
     :returns: a small p-value rejects that the rows come from the model.
     """
     args, kwargs = with_noise(trained, args, kwargs, noise)
@@ -141,7 +148,7 @@ def _stein_matrix(v: np.ndarray, score: np.ndarray) -> np.ndarray:
     along = (own - s_toward) + (own - s_toward).T
     power = 0.5 * math.sqrt(d)
     r = (1 + _squared_distances(v * np.sqrt(precision))) / 3
-    u = s_dot + 2 * power * (along + precision.sum()) / (3 * r)
+    u: np.ndarray = s_dot + 2 * power * (along + precision.sum()) / (3 * r)
     u -= 4 * power * (power + 1) * _squared_distances(toward) / (3 * r) ** 2
     u *= r**-power
     np.fill_diagonal(u, 0.0)
@@ -157,7 +164,8 @@ def _variances(v: np.ndarray) -> np.ndarray:
 
 def _squared_distances(x: np.ndarray) -> np.ndarray:
     norms = (x**2).sum(-1)
-    return np.maximum(norms[:, None] + norms[None, :] - 2 * x @ x.T, 0.0)
+    squared: np.ndarray = np.maximum(norms[:, None] + norms[None, :] - 2 * x @ x.T, 0.0)
+    return squared
 
 
 def _bootstrap(u: np.ndarray, num_bootstrap: int) -> FitTest:
@@ -182,6 +190,7 @@ def maximum_mean_discrepancy(
 
     :param first: draws of the model, (n, ...).
     :param second: held-out data, (m, ...).
+    :param num_permutations: how often the rows are dealt out anew; no p-value is below 1 / (num_permutations + 1).
     :param bandwidth: ℓ; None takes the median distance between all draws.
     :param noise: standard deviation of the noise that is added to ``second`` before: σ, if ``first`` are draws of a
         model that denoising score matching has learnt, whose density is that of noisy data; None for none.
@@ -199,7 +208,7 @@ def maximum_mean_discrepancy(
     k = np.exp(-0.5 * squared / max(scale, np.finfo(float).tiny))
     np.fill_diagonal(k, 0.0)
 
-    def statistic(order):
+    def statistic(order: np.ndarray) -> Any:
         weight = np.where(np.arange(n + m) < n, 1.0, 0.0)[order]
         inside, outside = weight @ k @ weight, (1 - weight) @ k @ (1 - weight)
         return inside / (n * (n - 1)) + outside / (m * (m - 1)) - 2 * (weight @ k @ (1 - weight)) / (n * m)

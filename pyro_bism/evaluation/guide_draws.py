@@ -4,7 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyro
@@ -24,6 +24,9 @@ MAX_CELLS = 2**20  # numbers of v and h that are worked on at once
 class GuideDraws(NamedTuple):
     """What num_draws runs of guide and model gave; the draws lead where there are any.
 
+    :ivar latents: h by site, of shape (num_draws, n, ...); the guide's auxiliary sites are left out.
+    :ivar visible: the visible sites' values, without an axis of draws.
+    :ivar covariates: the values of the model's other observed sites, without an axis of draws.
     :ivar log_p: log p̃(v, h), of shape (num_draws, n).
     :ivar log_q: log q(h|v), of shape (num_draws, n).
     """
@@ -85,7 +88,7 @@ def _draw(
     """One run of guide and model: the guide's drawn sites, the model's sites. ``size`` draws stand in a plate."""
     args, kwargs = batch.arguments(batch.v)
 
-    def plate():
+    def plate() -> contextlib.AbstractContextManager[Any]:
         if size is None:
             return contextlib.nullcontext()
         return pyro.plate("_draws", size, dim=-(pair.num_plate_dims + 1))  # left of all others
@@ -144,7 +147,7 @@ def _agrees(pair: ModelAndGuide, batch: visible.Batch, shapes: Mapping[str, torc
     """Whether a draw has the same log densities when it is scored alone."""
     alone = _chunk(pair, batch, shapes, None, {name: value[i] for name, value in chunk.values.items()})
 
-    def close(x, y):
+    def close(x: Tensor, y: Tensor) -> bool:
         tolerance = math.sqrt(torch.finfo(x.dtype).eps)
         return torch.allclose(x, y, rtol=tolerance, atol=tolerance * float(y[y.isfinite()].abs().sum() / len(y)))
 
@@ -162,7 +165,7 @@ def total_log_prob(role: str, sites: Mapping[str, SiteRecord], n: int, size: int
         if log_prob.dim() != num_plate_dims + 1 or log_prob.shape[0] != size:
             raise ValueError(f"Site '{name}' does not stand in the plate of draws.")
         terms[name] = log_prob.reshape(size, n, -1).sum(-1)
-    total: Any = sum(terms.values())
+    total = cast(Tensor, sum(terms.values()))
     if _is_bad(total).any():
         name, term = next((name, term) for name, term in terms.items() if _is_bad(term).any())
         draw, row = _is_bad(term).nonzero()[0].tolist()

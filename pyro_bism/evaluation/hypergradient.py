@@ -3,7 +3,7 @@ r"""How far the hypergradient is from the marginal's own gradient, and what to c
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -58,6 +58,8 @@ def hypergradient_error(
     :param num_draws: steps compared at most, 50 at least; it stops where the standard error is below 0.03.
     :param num_particles: L, both halves together; None takes 8, or 64 under a loss that differentiates the score.
     :param num_fit: steps that the guide is given to catch up, each of the K of training; 0 leaves the second part out.
+    :param progress_bar: whether to show how many steps were compared.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: for what is no BiSM, or where the guide's density is not known.
     :raises FloatingPointError: where a gradient is not finite.
     """
@@ -82,7 +84,7 @@ def hypergradient_error(
                     p.copy_(value)
 
     def compared(held: Sequence[Tensor] | None, bar: Any) -> Compared:
-        sums: Any = None
+        sums: Compared | None = None
         for i in range(-(-num_draws // PART) * PART):
             stepped(held)
             with Buffers(pair.buffers), pyro.validation_enabled(False):
@@ -93,7 +95,7 @@ def hypergradient_error(
                 sums.require_finite()
                 if sums.error()[1] < CLOSE:  # not where there is none
                     break
-        return sums
+        return cast(Compared, sums)
 
     with _kept(trained), tqdm(disable=not progress_bar, desc="hypergradient", unit="step") as bar:
         before, after = compared(None, bar), None

@@ -38,12 +38,16 @@ def log_likelihood(
 
     Of a :class:`PersistentVI`, whose θ has draws, it is log p(v | θ) by draw, for :func:`loo` and :func:`to_arviz`.
 
+    :param trained: a BiSM or a rival.
+    :param args: arguments of model and guide, the data among them, as for ``step``.
     :param log_normalizer: log Z, if it is known; or what ``ais`` or ``log_normalizer`` returned.
     :param num_draws: S; of a PersistentVI, how many draws of θ, if they are not given.
     :param theta: of a PersistentVI: draws of θ, by site, as its ``posterior`` returns them.
     :param noise: added to the rows before: None, the likelihood of the rows as they are, which papers report though a
         denoising loss learns the density of noisy ones; "loss" for the outer loss's σ; or a standard deviation.
     :param method: "exact", "quadrature" or "importance", for log p̃(v); None takes the first that it can.
+    :param progress_bar: whether to show how far AIS has come, or how many draws of θ are done.
+    :param kwargs: keyword arguments of model and guide.
     :returns: value and standard error of shape (n,), the error of log Z in it; ``method`` says "exact", "quadrature" or
         "importance", and "exact", "quadrature", "AIS" or "given" for the normaliser, in one word where they are the
         same. Of a PersistentVI the shape is (1, draws, n).

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..programs.visible import Arguments
+
 
 def noise_scale(trained: Any, noise: float | str | None) -> float | None:
     """The standard deviation of the noise that is in the density learnt; None for no noise.
@@ -32,7 +34,7 @@ def noise_scale(trained: Any, noise: float | str | None) -> float | None:
     return float(noise)
 
 
-def with_noise(trained: Any, args: tuple, kwargs: dict, noise: float | str | None) -> tuple[tuple, dict]:
+def with_noise(trained: Any, args: tuple[Any, ...], kwargs: dict[str, Any], noise: float | str | None) -> Arguments:
     """The arguments with N(0, σ² I) added to the visible ones, see :func:`noise_scale`."""
     sigma = noise_scale(trained, noise)
     if not sigma:
@@ -46,4 +48,5 @@ def with_noise(trained: Any, args: tuple, kwargs: dict, noise: float | str | Non
             value = value + sigma * torch.randn_like(value)
             for i in site.leaves:
                 leaves[i] = value
-    return pytree.tree_unflatten(leaves, spec)
+    found: Arguments = pytree.tree_unflatten(leaves, spec)
+    return found

@@ -13,11 +13,12 @@ PRECISE = 1e-3  # nats: the error that a number without one may have
 
 
 class Estimate(NamedTuple):
-    """
+    """A number, its error, and how it was found.
+
     :ivar value: one number, or one for every row.
     :ivar standard_error: of the same shape: of draws, or what a quadrature leaves; 0 where the value is exact to
         rounding. Where rounding costs more than 1e-4 nats (large sums in single precision) it is that.
-    :ivar method: how it was found.
+    :ivar method: how it was found: "exact", "quadrature", "guide", ... as the function that returned it says.
     """
 
     value: Any
@@ -33,7 +34,8 @@ def free_energy(trained: Any, *args: Any, **kwargs: Any) -> Tensor:
     be summed. :func:`log_likelihood` says which it was, and its error.
 
     :param trained: a BiSM or a rival.
-    :param args: arguments of the model, the data among them.
+    :param args: arguments of model and guide, the data among them, as for ``step``.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: where no sum is within reach; it says what it would take.
     :raises FloatingPointError: if it is not finite.
     """
@@ -52,7 +54,9 @@ def log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Estimate:
     Gaussian-Bernoulli machines of up to 20 hidden units and linear-Gaussian models of any size are "exact"; up to three
     real variables without a closed form are taken by "quadrature". :func:`ais` takes everything else.
 
+    :param trained: a BiSM or a rival.
     :param args: as for :func:`free_energy`. The data, and the guide's draws of h at them, say where to look for mass.
+    :param kwargs: keyword arguments of model and guide.
     :returns: one number; of a conditional model, whose rows have densities of their own, one a row.
     :raises ValueError: where it is out of reach, where the integral is infinite as quadrature finds, or where its error
         stays above 0.01.
@@ -76,6 +80,9 @@ def exact_log_normalizer(trained: Any, *args: Any, **kwargs: Any) -> Any:
     It is exact to rounding where sums and Gaussian integrals do. Where only quadrature does, its error is as said;
     :func:`log_normalizer` tells which of the two it was.
 
+    :param trained: a BiSM or a rival.
+    :param args: as for :func:`log_normalizer`.
+    :param kwargs: keyword arguments of model and guide.
     :returns: a float; of a conditional model one number a row, (n,).
     :raises ValueError: where it is out of reach, or less precise.
     """
@@ -95,6 +102,11 @@ def energy_of(trained: Any, args: Any, kwargs: Any) -> Any:
 
 
 def finite(value: np.ndarray, what: str, why: str) -> None:
-    """:raises FloatingPointError: if a number is not finite."""
+    """Check whether all numbers are finite.
+
+    :param what: the name of these numbers, for the message.
+    :param why: what may be the cause, for the message.
+    :raises FloatingPointError: if one is not.
+    """
     if not np.isfinite(value).all():
         raise FloatingPointError(f"The {what} is not finite at row {int(np.isfinite(value).argmin())}: {why}.")

@@ -82,8 +82,10 @@ def _arviz_khat(log_weight: np.ndarray) -> np.ndarray:
     import arviz as az
 
     if hasattr(az, "psislw"):  # 0.x takes log weights
-        return az.psislw(log_weight)[1]
+        k: np.ndarray = az.psislw(log_weight)[1]
+        return k
     from arviz_stats.base import array_stats
 
     # 1.x takes the log likelihood of a point left out, whose weight is its inverse
-    return array_stats.psislw(-log_weight, axis=-1)[1]
+    k = array_stats.psislw(-log_weight, axis=-1)[1]
+    return k

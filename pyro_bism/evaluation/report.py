@@ -102,12 +102,12 @@ def diagnose(
     posterior: Any = None,
     ais_options: Mapping[str, Any] | None = None,
     noise: float | str | None = "loss",
-    coords: Mapping[str, Sequence] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Diagnosis:
-    """Everything that fits the model: is the guide to be trusted, have the chains mixed, is log Z known, does it fit?
+    """Verdicts on all of a trained model: on its guide, its chains, its normaliser and its fit.
 
     - **training**: spoken of where it has run away.
     - **guide**: draws h ~ q(h|v) at some data points, k̂ at most 0.7 at 95 % of them, and chains of p(h|v), started all
@@ -130,11 +130,13 @@ def diagnose(
     :param kernel: what moves them; None takes :class:`Gibbs` where the energy has the conditionals, else
         :class:`Langevin`.
     :param posterior: chains of h given v at *all* data points given, of ``run_chains`` or of an ``MCMC`` that ran
-        ``program(..., sites=[...])``, in place of chains made here.
+        ``as_model(..., sites=[...])``, in place of chains made here.
     :param ais_options: arguments of :func:`ais`; log Z is taken from it then, even if the exact one can be had.
     :param noise: added to the data before model and data are compared: "loss" for the outer loss's σ, a standard
         deviation, or None if the data have it already; see :func:`kernel_stein_discrepancy`.
     :param coords: as for :func:`to_arviz`, and so is ``dims``; ``obs`` counts the data's rows by default.
+    :param progress_bar: whether to show how far chains and AIS have come.
+    :param kwargs: keyword arguments of model and guide.
     :raises ValueError: on misuse.
     """
     energy, x = trained.energy(*args, **kwargs)
@@ -257,7 +259,7 @@ def diagnose(
 def _joined(first: Chains, second: Chains) -> Chains:
     """Both, one after the other, as :func:`to_arviz` reads them."""
 
-    def both(a, b):
+    def both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.cat([a, b])
 
     values = {name: both(value, second.values[name]) for name, value in first.values.items()}
@@ -271,7 +273,7 @@ def _visible(energy: Energy, chains: Any) -> np.ndarray:
     return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], -1)
 
 
-def _is_by_row(trained: Any, energy: Energy, rows: np.ndarray, args: tuple, kwargs: dict) -> bool:
+def _is_by_row(trained: Any, energy: Energy, rows: np.ndarray, args: Any, kwargs: Any) -> bool:
     """Whether the guide has the same density at some rows as at all: one with parameters a datapoint has not."""
     if not (isinstance(trained, BiSM) and energy.latents):
         return True

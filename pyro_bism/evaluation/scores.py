@@ -1,7 +1,7 @@
 """The score ∇_v log p(v) of what was learnt, its use as a denoiser, and how it is found."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from .. import losses
 from ..bism import BiSM
 from ..energies import VISIBLE, Density, Integral, Point
 from ..programs.modes import in_own_modes
+from ..programs.pair import Draw
+from ..programs.visible import Batch
 from .noise import noise_scale
 from .normalizer import energy_of
 
@@ -26,6 +28,7 @@ def score(trained: Any, *args: Any, num_draws: int = 100, **kwargs: Any) -> Any:
     :param trained: a BiSM or a rival.
     :param args: arguments of model and guide, v among them.
     :param num_draws: of h, if the guide is needed.
+    :param kwargs: keyword arguments of model and guide.
     :returns: with several continuous visible sites, a mapping from their names.
     :raises ValueError: where neither a sum nor a guide is within reach.
     """
@@ -45,6 +48,7 @@ def denoise(trained: Any, *args: Any, noise: float | str = "loss", num_draws: in
     :param noise: σ of the noise in v: "loss" takes the outer loss's, ``sigma`` or, of the multiscale one, ``sigma0``;
         or a number.
     :param num_draws: of h, if the guide is needed.
+    :param kwargs: keyword arguments of model and guide.
     :returns: of the shape of the visible site's value; with several sites, a mapping from their names.
     :raises ValueError: where the outer loss has no σ, and none is given.
     """
@@ -70,10 +74,11 @@ def _by_site(sites: Any, v: Any) -> Any:
 
 
 class ScoreAt(NamedTuple):
-    """
+    """The score at the rows of the data.
+
     :ivar v: the continuous visible values, all sites side by side, (n, D).
-    :ivar score: at them, (n, D).
-    :ivar method: "exact" or "guide".
+    :ivar score: ∇_v log p(v) at them, (n, D).
+    :ivar method: "exact", or "guide" where it is a mean over the guide's draws.
     :ivar sites: the visible sites.
     """
 
@@ -102,7 +107,7 @@ def score_at(trained: Any, args: Any, kwargs: Any, num_draws: int) -> ScoreAt:
 def gradient(log_prob: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The score function of a log density of rows."""
 
-    def score(v):
+    def score(v: Tensor) -> Tensor:
         v = v if v.requires_grad else v.detach().requires_grad_()
         return torch.autograd.grad(log_prob(v).sum(), v, create_graph=True)[0]
 
@@ -123,7 +128,9 @@ def summable(trained: Any, args: Any, kwargs: Any) -> tuple[Density, Point, Any]
     return density, x, integral
 
 
-def guide_score(trained: BiSM, args: Any, kwargs: Any, loss: Any) -> tuple[Any, Callable, Callable]:
+def guide_score(
+    trained: BiSM, args: Any, kwargs: Any, loss: Any
+) -> tuple[Batch, Callable[[], Draw], Callable[[Sequence[Draw]], Callable[[Tensor], Tensor]]]:
     """The batch; a draw of the guide; and the score function given several of them."""
     pair, leaves, spec = trained._prepare_evaluation(args, kwargs)
     batch = pair.batch(leaves, spec)

@@ -39,7 +39,7 @@ def with_all_rows(pair: ModelAndGuide, leaves: Sequence[Any]) -> ModelAndGuide:
     return found
 
 
-def of_any_size(program: Callable, names: Collection[str]) -> Callable:
+def of_any_size(program: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
     """The program whose plates of these names take the rows that a handler gives them, however many."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,14 @@ def _all_rows(sizes: Mapping[str, int | None]) -> Iterator[None]:
     """
     look_up = SubsampleMessenger._subsample
 
-    def all_rows(name, size=None, subsample_size=None, subsample=None, use_cuda=None, device=None):
+    def all_rows(
+        name: str,
+        size: int | None = None,
+        subsample_size: int | None = None,
+        subsample: Any = None,
+        use_cuda: bool | None = None,
+        device: Any = None,
+    ) -> Any:
         if name in sizes and subsample is None:
             size, subsample_size = sizes[name] or size, None
         return look_up(name, size, subsample_size, subsample, use_cuda, device)
@@ -92,8 +99,9 @@ def _all_rows(sizes: Mapping[str, int | None]) -> Iterator[None]:
         SubsampleMessenger._subsample = staticmethod(look_up)  # type: ignore[method-assign]
 
 
-def _taking_all(program: Callable, places: Mapping[str, tuple[int, int]]) -> Callable:
-    """
+def _taking_all(program: Callable[..., Any], places: Mapping[str, tuple[int, int]]) -> Callable[..., Any]:
+    """The program whose plates of these names take all rows of the data in its arguments.
+
     :param places: by plate, the leaf of the arguments that holds the data, and its axis.
     """
 

@@ -30,8 +30,8 @@ from .records import SiteRecord, hidden_from_handlers, is_enumerated, leading_pl
 
 
 def analyse(
-    model: Callable,
-    guide: Callable | None,
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
     leaves: Sequence[Any],
     spec: Any,
     names: Sequence[str] | None,
@@ -52,7 +52,7 @@ def analyse(
     ran: list[torch.nn.Module] = []
     buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def seen(module, _):
+    def seen(module: torch.nn.Module, _: Any) -> None:
         ran.append(module)
         for b in module.buffers():
             if id(b) not in buffers:
@@ -73,10 +73,19 @@ def _no_guide(*args: Any, **kwargs: Any) -> None:
 
 
 def _describe(
-    model, guide, leaves, spec, names, loss: OuterLoss | None, strategy: Any, discrete, partial_guide, ran
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    leaves: Sequence[Any],
+    spec: Any,
+    names: Sequence[str] | None,
+    loss: OuterLoss | None,
+    strategy: Any,
+    discrete: bool,
+    partial_guide: bool,
+    ran: Sequence[torch.nn.Module],
 ) -> ModelAndGuide:
     alone = guide is None
-    guide = _no_guide if alone else guide
+    guide = _no_guide if guide is None else guide
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     with hidden_from_handlers():
         if guides.runs_model(guide):
@@ -185,7 +194,7 @@ def _astray(pair: ModelAndGuide, batch: visible.Batch) -> tuple[str, ...]:
     """The parameters of φ that unrolled steps would not see move."""
     buffers = [(b, b.clone()) for b in pair.buffers]
 
-    def look():
+    def look() -> Tensor:
         for buffer, value in buffers:
             with torch.no_grad():
                 buffer.copy_(value)
@@ -196,7 +205,10 @@ def _astray(pair: ModelAndGuide, batch: visible.Batch) -> tuple[str, ...]:
 
 
 def check_held(pair: ModelAndGuide, batch: visible.Batch, loss: OuterLoss, strategy: Any) -> None:
-    """:raises ValueError: where the score can't be had as a function of v in which θ is a number, and has to be."""
+    """Check whether the score can be had as a function of v in which θ is a number, where it has to be.
+
+    :raises ValueError: where it can't.
+    """
     if not (strategy.holds_theta and loss.differentiates_score):
         return
     v = batch.v.detach().requires_grad_()

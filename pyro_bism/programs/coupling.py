@@ -24,7 +24,12 @@ MAX_ROWS, FEW = 256, 64  # of more rows these few are looked at, where the progr
 
 
 def check_rows(
-    pair: ModelAndGuide, batch: Batch, *, model: Callable | None = None, normalises_batch: bool = False, seed: int = 0
+    pair: ModelAndGuide,
+    batch: Batch,
+    *,
+    model: Callable[..., Any] | None = None,
+    normalises_batch: bool = False,
+    seed: int = 0,
 ) -> None:
     """Move half of the examples, visible values and latents, and look whether the others' log densities stay.
 
@@ -73,7 +78,7 @@ class _Start(NamedTuple):
     """Programs and data, as the check was given them."""
 
     pair: ModelAndGuide
-    model: Callable
+    model: Callable[..., Any]
     batch: Batch
     seed: int
 
@@ -125,7 +130,10 @@ def _compare(first: _Described, seen: _Described, moved: Tensor) -> None:
 
 
 def _require_repeatable(first: _Described, again: _Described) -> None:
-    """:raises ValueError: for a density that the same values and the same noise do not give again."""
+    """Check whether the same values and the same noise give the same densities again.
+
+    :raises ValueError: for a density that is another then.
+    """
     for (role, name), values in again.rows.items():
         if not _same(values, first.rows[role, name]).all():
             raise ValueError(
@@ -177,7 +185,7 @@ def _frozen_batch_norm() -> Iterator[None]:
     """Inside, torch's batch normalisation takes its running statistics: what else couples rows is seen then."""
     switched: list[torch.nn.Module] = []
 
-    def switch(module, _):
+    def switch(module: torch.nn.Module, _: Any) -> None:
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
             switched.append(module)
             module.training = False
@@ -248,7 +256,8 @@ def _elsewhere(site: SiteRecord, value: Tensor, is_soft: bool = False) -> Tensor
         x = transform.inv(value)
         spread = x.std(unbiased=False)
         step = torch.where(spread > 0, 2 * spread, torch.ones_like(spread)) * torch.randn_like(x)
-        return transform(x + step).to(value.dtype)
+        moved: Tensor = transform(x + step)
+        return moved.to(value.dtype)
     try:
         support = base.enumerate_support(expand=False)
     except NotImplementedError:  # counts, of any size

@@ -67,7 +67,10 @@ class ChangeOfVariables:
         return ((_rows(sites, self.computed) - h) / (1 + h.abs())).abs().amax(-1)
 
     def check(self, guide_at: GuideAt, v: Tensor, values: Mapping[str, Tensor]) -> None:
-        """:raises ValueError: unless T(., v) is one-to-one, row by row, and its sites say its density."""
+        """Check whether T(., v) is one-to-one, row by row, and whether its sites say its density.
+
+        :raises ValueError: where it is not, or they do not.
+        """
         names = ", ".join(f"'{name}'" for name in self.computed)
         from_names = ", ".join(f"'{name}'" for name in self.auxiliary)
         cure = (
@@ -136,12 +139,12 @@ def _per_row(log_prob: Tensor, n: int) -> Tensor:
     return log_prob.reshape(n, -1).sum(-1)
 
 
-def runs_model(guide: Callable) -> bool:
+def runs_model(guide: Callable[..., Any]) -> bool:
     """Whether it is an effect-based guide (``AutoNormalMessenger`` and its kin), which runs the model inside."""
     return isinstance(getattr(guide, "__wrapped__", guide), GuideMessenger)
 
 
-def posteriors(guide: Callable, model_params: Sequence[str]) -> Callable:
+def posteriors(guide: Callable[..., Any], model_params: Sequence[str]) -> Callable[..., Any]:
     """What of an effect-based guide is the guide's.
 
     The model's own statements, data, factors and parameters, are hidden from those who look at it.
@@ -203,7 +206,10 @@ def change_of_variables(
 
 
 def refuse_autoguide(guide: Any) -> None:
-    """:raises ValueError: for an autoguide of the host's, before it runs: a flow takes a minute to compile."""
+    """Check whether it is an autoguide of the host's, before it runs: a flow takes a minute to compile.
+
+    :raises ValueError: for one, as it does not look at the visible values.
+    """
     if isinstance(guide, AutoContinuous) and type(guide).__module__ == AutoContinuous.__module__:
         raise ValueError(
             f"{type(guide).__name__} does not look at the visible values: it has one posterior for all data, and the "
@@ -263,7 +269,10 @@ class Sight(NamedTuple):
     lost: frozenset[str]
 
     def require(self) -> None:
-        """:raises ValueError: for a site that is blind or lost."""
+        """Check whether all latents look at v, and by steps that have a gradient.
+
+        :raises ValueError: for a site that is blind or lost.
+        """
         for name in sorted(self.blind):
             raise ValueError(
                 f"Guide site '{name}' does not look at the visible values: neither its draws nor its density move with "
@@ -284,7 +293,7 @@ def sight(
     v: Tensor,
     latents: Sequence[str],
     change: ChangeOfVariables | None,
-    tries: Sequence[Callable[[], AbstractContextManager]],
+    tries: Sequence[Callable[[], AbstractContextManager[Any]]],
 ) -> Sight:
     """How the latents look at v. Values decide, not graphs: ``0 * v`` is blind, weights that start at zero are not.
 

@@ -12,7 +12,7 @@ held fixed as v moves; then the score's own derivative in v stays right as well.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -74,8 +74,8 @@ class ModelAndGuide:
     :ivar astray: the parameters of φ that stand-ins do not take the place of; looked for where steps are unrolled.
     """
 
-    model: Callable
-    guide: Callable
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
     sites: tuple[visible.VisibleSite, ...]
     theta: Mapping[str, Tensor]
     phi: Mapping[str, Tensor]
@@ -108,7 +108,7 @@ class ModelAndGuide:
     def batch(self, leaves: Sequence[Any], spec: Any, resizable: bool = False) -> visible.Batch:
         """The step's batch: subsampling plates draw their rows here, once, or are handed them by the programs.
 
-        :param cut: leave plates that take all rows to themselves: such a plate takes any number of them.
+        :param resizable: leave plates that take all rows to themselves: such a plate takes any number of them.
         """
         handed = self._handed(leaves, spec)
         indices = {
@@ -146,11 +146,11 @@ class ModelAndGuide:
             rows.require(plate, found.get(plate.name))
         return found
 
-    def programs(self, batch: visible.Batch) -> tuple[Callable, Callable]:
+    def programs(self, batch: visible.Batch) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Model and guide for a host ELBO: rows fixed, discrete sites softened where the guide's are."""
 
-        def replayed(program, relaxed_sites):
-            def run(*args, **kwargs):
+        def replayed(program: Callable[..., Any], relaxed_sites: frozenset[str]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
                 with replay(batch.indices, relaxed_sites):
                     return program(*args, **kwargs)
 
@@ -158,13 +158,13 @@ class ModelAndGuide:
 
         return replayed(self.model, self.relaxed_sites), replayed(self.guide, frozenset())
 
-    def at(self, phi: Sequence[Tensor]) -> AbstractContextManager:
+    def at(self, phi: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """The context in which the programs run with these tensors, unconstrained, as φ."""
         if self.reads_phi_through_param:
             return params.given(dict(zip(self.phi, phi, strict=True)))
         return params.swapped(dict(zip(self.phi.values(), phi, strict=True)))
 
-    def placed(self, phi: Sequence[Tensor]) -> AbstractContextManager:
+    def placed(self, phi: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """The context in which φ has these values itself: see :func:`params.placed`."""
         return params.placed(self.phi.values(), phi)
 
@@ -181,7 +181,7 @@ class ModelAndGuide:
     def _look(self, batch: visible.Batch) -> Tensor:
         """log p̃ - log q at a draw of the guide's, with a path to all that is trained."""
         draw, _ = self.draw(batch, batch.v)
-        drawn: Any = sum(x.sum() for x in draw.values.values() if x.is_floating_point())
+        drawn = sum(x.sum() for x in draw.values.values() if x.is_floating_point())
         return self.log_weight(batch, batch.v, draw) + drawn
 
     def draw(
@@ -213,8 +213,8 @@ class ModelAndGuide:
         drawn = {name: site.value for name, site in q.sites.items() if not site.is_observed}
         with record({**drawn, **batch.indices}, self.relaxed_sites) as p:
             self.model(*args, **kwargs)
-        total: Any = sum(site.total() for site in p.sites.values()) - sum(site.total() for site in q.sites.values())
-        return total
+        total = sum(site.total() for site in p.sites.values()) - sum(site.total() for site in q.sites.values())
+        return cast(Tensor, total)
 
     def log_guide(self, batch: visible.Batch, latents: Mapping[str, Tensor]) -> Tensor:
         """log q(h|v) at any h, by example, relaxed sites as discrete ones; NaN where no draws behind h are found."""
@@ -290,7 +290,7 @@ class ModelAndGuide:
         args, kwargs = batch.arguments(v)
         with record(draw.values, self.relaxed_sites) as run:
             self.model(*args, **kwargs)
-        total: Any = sum(expectation(site, draw) for site in run.sites.values())
+        total = cast(Tensor, sum(expectation(site, draw) for site in run.sites.values()))
         if guide:
             sites = self.guide_at(batch, v, self.fixed_latents(batch, v, draw.values))
             total = total - sum(expectation(site, draw) for site in sites.values())
@@ -345,7 +345,7 @@ class ModelAndGuide:
         for draw in draws:
             value = loss(self.score(batch, [draw], loss), batch.v, noise)
             total = total + (value if draw.weight is None else draw.weight * value).mean()
-        return total / loss.num_particles
+        return cast(Tensor, total / loss.num_particles)
 
     def draw_discrete(self, batch: visible.Batch, v: Tensor) -> dict[str, Tensor]:
         """One draw of every site of the guide, and the rows; relaxed and summed-out sites drawn as discrete ones."""

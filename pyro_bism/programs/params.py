@@ -26,7 +26,7 @@ class given(Messenger):
         super().__init__()
         self._values = values
 
-    def _pyro_param(self, msg):
+    def _pyro_param(self, msg: Any) -> None:
         name, initial = msg["name"], msg["args"][1:]
         if name not in self._values or (initial and isinstance(initial[0], Parameter)):
             return
@@ -53,7 +53,7 @@ class swapped(TorchFunctionMode):
         self._leaves = list(swaps)
         self._swaps = {id(leaf): value for leaf, value in swaps.items()}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A parameter's hash is its identity: the param store looks names up by it.
         if func is not Tensor.__hash__:
             args = self._swapped(args)
@@ -144,7 +144,7 @@ def astray(
     function: Callable[[], Tensor],
     phi: Mapping[str, Tensor],
     theta: Mapping[str, Tensor],
-    at: Callable[[Sequence[Tensor]], AbstractContextManager],
+    at: Callable[[Sequence[Tensor]], AbstractContextManager[Any]],
 ) -> list[str]:
     """The names of φ's parameters in which a function has other derivatives where stand-ins are put in their place.
 
@@ -252,7 +252,10 @@ def frozen(sites: Iterable[Any], modules: Iterable[Module]) -> tuple[Tensor, ...
 
 
 def reject_shared(theta: Mapping[str, Tensor], phi: Mapping[str, Tensor]) -> None:
-    """:raises ValueError: if a parameter belongs to model and guide at once."""
+    """Check whether every parameter belongs to the model alone or to the guide alone.
+
+    :raises ValueError: if one belongs to both.
+    """
     guide_names = {id(leaf): name for name, leaf in phi.items()}
     for name, leaf in theta.items():
         if name in phi or id(leaf) in guide_names:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +25,7 @@ class SiteRecord:
     value: Any
     scale: Any
     mask: Any
-    frames: tuple
+    frames: tuple[Any, ...]
     is_observed: bool
     infer: Mapping[str, Any]
     subsamples: Mapping[str, Tensor]
@@ -50,7 +50,8 @@ class SiteRecord:
         for frame in self.frames:
             if frame.size != frame.full_size:
                 scale = scale * (frame.size / frame.full_size)
-        return scale_and_mask(self.fn.log_prob(self.value), scale, self.mask)
+        log_prob: Tensor = scale_and_mask(self.fn.log_prob(self.value), scale, self.mask)
+        return log_prob
 
     def log_q(self) -> Tensor:
         """log q of the value: how often it is drawn, which neither a scale nor a mask of the density changes."""
@@ -58,7 +59,8 @@ class SiteRecord:
 
     def total(self) -> Tensor:
         """Σ log density as a host ELBO takes it, a subsampling plate's N/B too."""
-        return scale_and_mask(self.fn.log_prob(self.value), self.scale, self.mask).sum()
+        log_prob: Tensor = scale_and_mask(self.fn.log_prob(self.value), self.scale, self.mask)
+        return log_prob.sum()
 
 
 class replay(Messenger):
@@ -73,7 +75,7 @@ class replay(Messenger):
         self.values = values
         self.relaxed_sites = relaxed_sites
 
-    def _pyro_sample(self, msg):
+    def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if isinstance(msg["fn"], _Subsample):
             if name in self.values:
@@ -106,7 +108,8 @@ class record(replay):
         offered: Mapping[str, Tensor] | None = None,
         sought: Collection[str] = (),
     ):
-        """
+        """What the run is given, and how far it goes.
+
         :param offered: rows for plates that would draw them by themselves.
         :param sought: plates; the program is left as soon as the rows of all are known.
         """
@@ -123,7 +126,7 @@ class record(replay):
         self.subsamples: dict[str, Tensor] = {}
         self.num_enumerated = 0
 
-    def _pyro_sample(self, msg):
+    def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
         if isinstance(msg["fn"], _Subsample):
             if msg["value"] is None:
@@ -145,7 +148,7 @@ class record(replay):
             msg["value"] = support.reshape(support.shape[:1] + (1,) * ones + support.shape[1:])
             msg["done"] = True
 
-    def _pyro_post_sample(self, msg):
+    def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample):
             self._keep_rows(msg)
             return
@@ -162,7 +165,7 @@ class record(replay):
             self.handed,
         )
 
-    def _keep_rows(self, msg):
+    def _keep_rows(self, msg: Any) -> None:
         name = msg["name"]
         if not isinstance(msg["value"], Tensor):  # a list
             msg["value"] = torch.as_tensor(msg["value"])
@@ -173,7 +176,7 @@ class record(replay):
         if self.sought and set(self.sought) <= self.subsamples.keys():
             raise rows.Found
 
-    def _pyro_post_param(self, msg):
+    def _pyro_post_param(self, msg: Any) -> None:
         self.params[msg["name"]] = msg["value"]
 
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -198,7 +201,7 @@ def joint_per_example(sites: Iterable[SiteRecord], n: int) -> Tensor:
     same for every draw of h; :func:`analyse` has made sure of that.
     """
     log_probs = ((site.name, site.log_prob()) for site in sites)
-    total: Any = sum(sum_by_example(name, log_prob, n) for name, log_prob in log_probs if log_prob.dim() > 0)
+    total = cast(Tensor, sum(sum_by_example(name, log_prob, n) for name, log_prob in log_probs if log_prob.dim() > 0))
     return total
 
 
@@ -225,7 +228,9 @@ def hidden_from_handlers() -> Any:
     return pyro.poutine.block(hide_fn=lambda msg: not isinstance(msg.get("fn"), _Subsample))
 
 
-def run_until(program: Callable, args: Any, kwargs: Any, values: Mapping[str, Any], sought: Collection[str]) -> record:
+def run_until(
+    program: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[str, Any], sought: Collection[str]
+) -> record:
     """Run a program until the rows of the plates ``sought`` are known; to its end if there are none."""
     with record(values, sought=sought) as run:
         try:

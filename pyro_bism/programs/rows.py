@@ -100,7 +100,10 @@ def explain(error: Exception, sizes: Mapping[str, tuple[int, int]], leaves: Sequ
 
 
 def agree(name: str, guide_rows: Tensor, model_rows: Tensor) -> None:
-    """:raises ValueError: where model and guide hand different rows to a plate of one name."""
+    """Check whether model and guide hand the same rows to a plate of one name.
+
+    :raises ValueError: where they do not.
+    """
     if guide_rows is not model_rows and not torch.equal(guide_rows, model_rows):
         raise ValueError(
             f"Plate '{name}' is handed the rows {_shown(guide_rows)} in the guide and {_shown(model_rows)} in the "
@@ -109,7 +112,10 @@ def agree(name: str, guide_rows: Tensor, model_rows: Tensor) -> None:
 
 
 def require(plate: Plate, rows: Tensor | None) -> None:
-    """:raises ValueError: where the rows handed to a plate are none, or not as many as at the first run."""
+    """Check whether the rows handed to a plate are indices of it, and as many as at the first run.
+
+    :raises ValueError: where they are not, or where there are none.
+    """
     if rows is None:
         raise ValueError(f"Plate '{plate.name}' was handed its rows when the programs first ran, and is not any more.")
     require_indices(plate.name, plate.full_size, rows)
@@ -121,7 +127,11 @@ def require(plate: Plate, rows: Tensor | None) -> None:
 
 
 def require_indices(name: str, full_size: int, rows: Tensor) -> None:
-    """:raises ValueError: for rows that are no indices of the plate's."""
+    """Check whether rows are indices of a plate.
+
+    :param full_size: how many rows the plate has.
+    :raises ValueError: where they are not integers in one dimension, or where the plate has no such row.
+    """
     if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
         raise ValueError(
             f"Plate '{name}' is handed rows of shape {tuple(rows.shape)} and {rows.dtype}. Rows are the numbers of "

@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 
 from ..distributions import base_of
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a program is called with: ``(args, kwargs)``."""
+
 
 @dataclass(frozen=True)
 class VisibleSite:
@@ -74,7 +77,7 @@ class Batch:
             columns.append(value.to(torch.get_default_dtype()) if site.is_discrete else value)
         return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
-    def arguments(self, v: Tensor) -> tuple[tuple, dict]:
+    def arguments(self, v: Tensor) -> Arguments:
         """The programs' ``(args, kwargs)`` with v, of shape (n, D), in place of the visible values."""
         leaves = list(self.leaves)
         start = 0
@@ -90,7 +93,8 @@ class Batch:
                 else:
                     may_repeat = site.name if site.plate in self.handed else None
                     leaves[i] = Rows.with_values(leaves[i], site.axis, self.indices[site.plate], value, may_repeat)
-        return pytree.tree_unflatten(leaves, self.spec)
+        found: Arguments = pytree.tree_unflatten(leaves, self.spec)
+        return found
 
 
 class Rows(Tensor):
@@ -104,7 +108,8 @@ class Rows(Tensor):
 
     @staticmethod
     def with_values(x: Tensor, axis: int, rows: Tensor, values: Tensor, may_repeat: str | None = None) -> "Rows":
-        """
+        """The argument x that reads as if it had these values in these rows along an axis.
+
         :param may_repeat: the visible site's name, if a row may stand twice: the user's may.
         """
         shell = x
@@ -148,7 +153,7 @@ class Rows(Tensor):
         return None
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)

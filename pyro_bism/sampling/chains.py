@@ -1,7 +1,7 @@
 """Chains that draw from a trained p̃(v, h), many at once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,8 @@ def run_chains(
     :param init: "data"; "noise" (v normal with the data's mean and twice their spread, latents anywhere); or a mapping
         from site names to values, the rest as for "data".
     :param chains: go on from these, made by the same call; at the same rows of the data, if a plate subsamples them.
+    :param progress_bar: whether to show how many steps the chains have taken.
+    :param kwargs: keyword arguments of model and guide.
     :returns: the draws, which go to ``to_arviz`` as ``posterior``, ``posterior_predictive`` or ``model_samples``.
     :raises ValueError: on misuse, naming the site and the cure.
     :raises FloatingPointError: if a chain's log density is not finite.
@@ -140,7 +142,7 @@ def run_chains(
                 )
             kept.append((energy.values(seen), log_joint, acceptance))
 
-    def placed(draws):
+    def placed(draws: Iterable[Tensor]) -> Tensor:
         """(draw, row, ...) to (chain, draw, ...) or (chain, draw, row, ...)."""
         a = torch.stack(list(draws), 1)
         return a.reshape(copies, energy.num_rows, *a.shape[1:]).moveaxis(1, 2) if has_rows else a
@@ -260,7 +262,7 @@ def given_values(energy: Energy, x: Point, values: Mapping[str, Any], which: Ten
         if name not in known:
             raise ValueError(f"init names '{name}'; the sites are {sorted(known)}.")
 
-    def rows(name, shape):
+    def rows(name: str, shape: tuple[int, ...]) -> Tensor:
         value = torch.as_tensor(values[name])
         if value.shape == (energy.num_rows, *shape):
             return value[which]

@@ -22,6 +22,8 @@ class Kernel(Protocol):
     def init(self, density: Density, x: Point) -> Any:
         """Its state beside the point; none, if not overridden.
 
+        :param density: what it is to leave invariant.
+        :param x: where the chains start, one row for each.
         :raises ValueError: if it can't move this density.
         """
         return ()
@@ -31,16 +33,16 @@ class Kernel(Protocol):
         """The next point and state, and every row's acceptance probability, shape (m,)."""
 
     def adapt(self, state: Any, acceptance: Tensor) -> Any:
-        """The state after a step of the warm-up, in which alone it learns; the same, if not overridden."""
+        """The ``state`` after a step of the warm-up, where alone it learns from ``acceptance``; by default the same."""
         return state
 
     def finish(self, density: Density, x: Point) -> Point:
-        """What is returned of a point; the point, if not overridden."""
+        """What is returned of a point ``x`` drawn from this ``density``; the point, if not overridden."""
         return x
 
 
 def require_kernel(kernel: Any) -> None:
-    """:raises ValueError: for what is no kernel; a class is none, nor is a kernel of the host's MCMC."""
+    """Raises a ``ValueError`` for what is no kernel; a class is none, nor is a kernel of the host's MCMC."""
     missing = lacking(kernel, Kernel)
     if isinstance(kernel, type) or not callable(kernel) or missing:
         name = kernel.__name__ if isinstance(kernel, type) else repr(kernel)
@@ -90,7 +92,7 @@ class Gibbs(Kernel):
             x = {**x, name: _draw_given(density, x, name, given[name])}
         return x, state, x[VISIBLE].new_ones(len(x[VISIBLE]))
 
-    def _given(self, density: Density) -> dict[str, Callable]:
+    def _given(self, density: Density) -> dict[str, Callable[..., Any]]:
         """The user's conditionals by the name of their variable in a point."""
         energy, given = density.energy, {}
         for name, conditional in (self.conditionals or {}).items():
@@ -105,9 +107,10 @@ class Gibbs(Kernel):
 
 
 class LangevinState(NamedTuple):
-    """
-    :ivar log_step: logarithm of the step size.
-    :ivar num_adapted: steps of the warm-up taken.
+    """The step size, which the warm-up changes.
+
+    :ivar log_step: logarithm of the step size ε.
+    :ivar num_adapted: how many steps of the warm-up have changed it.
     """
 
     log_step: Tensor
@@ -131,7 +134,7 @@ class Langevin(Kernel):
     adjusted: bool = True
     num_steps: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.step_size > 0:
             raise ValueError(f"step_size must be positive, got {self.step_size}.")
         if self.num_steps < 1:
@@ -188,7 +191,7 @@ class AnnealedLangevin(Kernel):
     num_steps: int = 20
     sigma: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.step_size > 0:
             raise ValueError(f"step_size must be positive, got {self.step_size}.")
         object.__setattr__(self, "temperatures", tuple(map(float, self.temperatures)))
@@ -207,8 +210,9 @@ class AnnealedLangevin(Kernel):
     def __call__(self, density: Density, x: Point, state: Any) -> tuple[Point, Any, Tensor]:
         temperature = self.temperatures[min(state // self.num_steps, len(self.temperatures) - 1)]
 
-        def log_prob(x):
-            return density.log_prob(x) / temperature
+        def log_prob(x: Point) -> Tensor:
+            scaled: Tensor = density.log_prob(x) / temperature
+            return scaled
 
         cooler = replace(
             density, log_prob=log_prob, precisions={k: p / temperature for k, p in density.precisions.items()}
@@ -262,9 +266,10 @@ def _draw_gaussian(density: Density, x: Point, block: Block) -> Point:
     # no draws from what is no density: NaN, which the chain's log density then is
     factor = torch.where(failed[..., None, None] > 0, torch.nan, factor)
 
-    def move(factor, g, noise):
+    def move(factor: Tensor, g: Tensor, noise: Tensor) -> Tensor:
         mean = torch.cholesky_solve(g, factor)
-        return mean + torch.linalg.solve_triangular(factor.mT, noise, upper=True)
+        spread: Tensor = torch.linalg.solve_triangular(factor.mT, noise, upper=True)
+        return mean + spread
 
     if factor.ndim == 3:
         change = move(factor, g[..., None], noise[..., None])[..., 0]
@@ -316,7 +321,7 @@ def _categorical(logits: Tensor) -> Tensor:
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
-def _draw_given(density: Density, x: Point, name: str, conditional: Callable) -> Tensor:
+def _draw_given(density: Density, x: Point, name: str, conditional: Callable[..., Any]) -> Tensor:
     fn = conditional(density.energy.values(x))
     value = fn.sample()
     latent = density.latents.get(name)
@@ -366,15 +371,16 @@ def _langevin(
         return proposed, None, flat.new_ones(len(flat))
     there = _climb(density, proposed, names)
 
-    def log_q(to, start, slope):
-        return -0.5 * ((to - start - 0.5 * step**2 * slope) * moves / step).square().sum(-1)
+    def log_q(to: Tensor, start: Tensor, slope: Tensor) -> Tensor:
+        z: Tensor = (to - start - 0.5 * step**2 * slope) * moves / step
+        return -0.5 * z.square().sum(-1)
 
     ratio = there[0] - here[0] + log_q(flat, new, there[1]) - log_q(new, flat, g)
     # a proposal without a density is refused
     ratio = torch.where(ratio.isnan(), -torch.inf, ratio)
     accepted = torch.rand_like(ratio).log() < ratio
 
-    def choose(a, b):
+    def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(accepted.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     x = {**x, **{name: choose(proposed[name], x[name]) for name in names}}

@@ -34,9 +34,13 @@ def as_model(
     row for chains of (v, h), the data for draws of h given v (``sites=["h"]``). Missing entries of a visible site ``v``
     are the site ``v_missing``, and ``v`` is deterministic. No kernel of Pyro moves discrete latents: sum them out.
 
+    :param trained: a BiSM or a rival.
+    :param args: arguments of model and guide, the data among them, as for ``step``.
     :param sites: as for :func:`run_chains`, and so are ``missing`` and ``init``.
     :param marginal: latent sites that are summed out, in closed form or by enumeration, and the rest moves; True for
         all of them.
+    :param kwargs: keyword arguments of model and guide.
+    :returns: a function without arguments: sample statements, and one factor ``log_density``.
     :raises ValueError: on misuse.
     """
     energy, data = trained.energy(*args, **kwargs)
@@ -61,7 +65,7 @@ def as_model(
         if integral.quadrature:
             raise ValueError(f"marginal: {sorted(summed)} can't be summed in closed form or by enumeration.")
 
-    def model():
+    def model() -> None:
         x, columns, start = dict(data), [], 0
         mask = masks.get(VISIBLE, False)
         for site in energy.sites:
@@ -132,11 +136,12 @@ def with_statistics(kernel: HMC) -> HMC:
     ``step_size``. The energy is that of the trajectory's start, from which its end differs by the integrator's error.
 
     :param kernel: an ``HMC`` or ``NUTS`` of ``pyro.infer``.
+    :raises ValueError: for any other.
     """
     made: Any = {HMC: RecordedHMC, NUTS: RecordedNUTS}.get(type(kernel))
     if made is None:
         raise ValueError(f"with_statistics takes an HMC or NUTS of pyro.infer, got {type(kernel).__name__}.")
-    new = made.__new__(made)
+    new: HMC = made.__new__(made)
     new.__dict__.update(kernel.__dict__)
     return new
 

@@ -38,6 +38,7 @@ class Predictive:
         h). ``["h"]`` draws latents given the data.
     :param return_sites: the sites that are returned; None returns all that are drawn.
     :param init: where the chains start, as for :func:`run_chains`.
+    :param progress_bar: whether to show how many steps the chains have taken.
     :raises ValueError: if ``trained`` is a program and not a trained energy.
     """
 
@@ -79,6 +80,7 @@ class Predictive:
         noise away. A warning says if the chains have not mixed.
 
         :param args: arguments of model and guide, the data among them.
+        :param kwargs: keyword arguments of model and guide.
         :raises ValueError: on misuse, naming the site and the cure.
         :raises FloatingPointError: if a chain's log density is not finite.
         """
