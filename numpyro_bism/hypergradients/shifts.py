@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import biject_to, constraints
@@ -63,15 +64,17 @@ def require_shiftable(
     if not jax.tree.leaves(phi):  # ∂J/∂θ is the whole gradient then, whatever the guide is
         return frozenset()
     _require_kind(pair, inner_loss)
-    key_noise, key_phi, *keys = jax.random.split(rng_key, 5)
-    # of the data themselves a zero would hide a weight; the scale of the loss's own noise may be traced
-    v = batch.v + NEAR * jax.random.normal(key_noise, batch.v.shape, batch.v.dtype)
+    key_phi, *keys = jax.random.split(rng_key, 4)
+    # of the data themselves a zero would hide a weight; the scale of the loss's own noise may be traced. NumPy's
+    # generator: JAX's would be compiled for this shape
+    noise = np.random.default_rng(np.asarray(jax.random.key_data(rng_key))).normal(size=batch.v.shape)
+    v = batch.v + (NEAR * noise).astype(batch.v.dtype)
     sites, again = _sites(keys[0], pair, params, batch, v), _sites(keys[1], pair, params, batch, v, -1)
     axes = _require_sites(sites, pair, len(v))
-    at = _learnt(sites)
-    _require_same(at, _learnt(again))
+    at = jax.device_get(_learnt(sites))
+    _require_same(at, jax.device_get(_learnt(again)))
     elsewhere = constrain(pair.phi, jittered(key_phi, unconstrain(pair.phi, phi)))
-    moved = _learnt(_sites(keys[2], pair, {**params, **elsewhere}, batch, v))
+    moved = jax.device_get(_learnt(_sites(keys[2], pair, {**params, **elsewhere}, batch, v)))
     # to the last bit: a parameter that moves a little is better shifted than taken for a constant
     return frozenset(key for key, x in at.items() if _is_reached(key, (x != moved[key]).any(axes[key[0]])))
 
@@ -115,7 +118,7 @@ def _require_same(at: Shifts, again: Shifts) -> None:
         )
 
 
-def _is_reached(key: tuple[str, str], moves: Array) -> bool:
+def _is_reached(key: tuple[str, str], moves: np.ndarray) -> bool:
     """Whether φ moves a parameter, from whether it moves its entries, at any of the examples.
 
     :raises ValueError: where it moves some of them.
@@ -139,10 +142,10 @@ def _learnt(sites: Mapping[str, SiteRecord]) -> dict[tuple[str, str], Array]:
     return found
 
 
-def _differ(x: Array, y: Array) -> Array:
+def _differ(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Entry by entry, beyond rounding."""
     tolerance = float(jnp.finfo(x.dtype).eps) ** 0.75
-    return ~jnp.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return ~np.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def shifted_losses(

@@ -25,6 +25,7 @@ from .checks import (
     run_once,
     warn_scaled,
 )
+from .modes import on_numbers
 from .pair import ModelAndGuide
 from .params import collect, reject_shared, unconstrain
 from .records import SiteRecord, is_enumerated, leading_plates, record
@@ -60,15 +61,15 @@ def analyse(
     """
     alone = guide is None
     guide = _no_guide if guide is None else guide
-    with jax.ensure_compile_time_eval():
+    with on_numbers():
         asked = (rng_key, leaves, init_params)
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(asked))
         if traced:
             rng_key = jax.random.key(0)
         key_stand_in, _, key_guide, key_scores = jax.random.split(rng_key, 4)
         # each of its own: two arguments of one shape are told apart by their values
-        leaves = [_stand_in(leaf, jax.random.fold_in(key_stand_in, i)) for i, leaf in enumerate(leaves)]
-        given = {k: jax.tree.map(lambda x: _stand_in(x, key_stand_in), v) for k, v in (init_params or {}).items()}
+        leaves = [_stand_in(leaf, key_stand_in, i) for i, leaf in enumerate(leaves)]
+        given = {k: jax.tree.map(lambda x: _stand_in(x, key_stand_in, 0), v) for k, v in (init_params or {}).items()}
         model, guide = (partial(p, **static_kwargs) if static_kwargs else p for p in (model, guide))
         p, q, soft = _first_run(model, guide, rng_key, given, leaves, spec)
         plates = rows.plates(q, p, leaves)
@@ -257,9 +258,10 @@ def _start(pair: ModelAndGuide, p: record, q: record) -> Analysis:
     )
 
 
-def _stand_in(leaf: Any, rng_key: Array) -> Any:
+def _stand_in(leaf: Any, rng_key: Array, i: int) -> Any:
     if not isinstance(leaf, jax.core.Tracer):
         return leaf
+    rng_key = jax.random.fold_in(rng_key, i)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jax.random.normal(rng_key, leaf.shape, leaf.dtype)
     return jnp.zeros(leaf.shape, leaf.dtype)

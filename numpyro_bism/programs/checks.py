@@ -256,13 +256,13 @@ def check_scores(
         looks = jax.vmap(seen)(both) if start.phi else seen(phi)
         return model_score, looks if latents else None
 
-    model_score, seen = run_once(scores, batch, rng_key)
+    model_score, seen = jax.device_get(run_once(scores, batch, rng_key))
     start_column = 0
     for site in pair.sites:
         size = math.prod(site.shape[1:])
         columns = model_score[:, start_column : start_column + size]
         start_column += size
-        if not bool(columns.any()):
+        if not columns.any():
             raise ValueError(
                 f"The score of visible site '{site.name}' is zero everywhere: the energy never reads its "
                 "value. Use the site's value (the argument, or what numpyro.sample returns) in the energy, and do "

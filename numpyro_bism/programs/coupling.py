@@ -49,9 +49,9 @@ def check_rows(
     start = _Start(pair, pair.model if model is None else model, params, _few(pair, batch))
     n = len(start.batch.v)
     described: list[_Described] = []
-    key_draw, key_base, key_move = jax.random.split(rng_key, 3)
-
-    def look(drawn, halves):
+    def look(rng_key, halves):
+        key_draw, key_base, key_move = jax.random.split(rng_key, 3)
+        drawn, own = _drawn(key_draw, start)
         # away from the draw: where all bits are 0 a product of two does not move with one
         base = _moved(key_base, start, (start.batch.v, drawn), own, jnp.ones(n, bool))
 
@@ -66,8 +66,7 @@ def check_rows(
 
     halves = _halves(n)
     with _frozen_batch_norm() if normalises_batch else nullcontext():
-        drawn, own = _drawn(key_draw, start)  # operations that the first run has compiled, each by itself
-        rows, whole = jax.device_get(compiled_once(look, n)(drawn, jnp.asarray(halves)))
+        rows, whole = jax.device_get(compiled_once(look, n)(rng_key, halves))
     for name in described[0].unclear:
         raise ValueError(_one_number(name, "though it holds a value for every example"))
     for name, values in whole.items():

@@ -329,9 +329,13 @@ def _is_concrete(leaf: Any) -> bool:
 
 def _places(leaf: Array, test: Callable[[np.ndarray], np.ndarray]) -> list[tuple[int, ...]]:
     """Where a test of NumPy's says yes."""
-    with jax.ensure_compile_time_eval():  # a concrete array may meet a program being traced
-        if bool(jnp.isfinite(leaf).all()):
-            return []
+    if leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices()):
+        is_finite = np.isfinite(np.asarray(leaf)).all()  # where it lies: nothing is compiled for that
+    else:
+        with jax.ensure_compile_time_eval():  # a concrete array may meet a program being traced
+            is_finite = bool(jnp.isfinite(leaf).all())
+    if is_finite:
+        return []
     return [tuple(place) for place in np.argwhere(test(np.asarray(leaf))).tolist()]
 
 
