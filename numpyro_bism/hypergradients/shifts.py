@@ -105,7 +105,7 @@ def _require_sites(sites: Mapping[str, SiteRecord], pair: ModelAndGuide, n: int)
     return {name: _axis(site, pair.data_plates, n) for name, site in sites.items()}
 
 
-def _require_same(at: Shifts, again: Shifts) -> None:
+def _require_same(at: Mapping[Any, np.ndarray], again: Mapping[Any, np.ndarray]) -> None:
     """:raises ValueError: where a distribution is another at other draws."""
     for key in sorted({*at, *again}):
         x, y = at.get(key), again.get(key)
