@@ -166,7 +166,7 @@ TWINS = {
     "evaluation/verdicts.py": "judge_mixing",
     "hypergradients/functional.py": "Functional.__post_init__ Functional.check",
     "hypergradients/problem.py": "require_hypergradient",
-    "hypergradients/shifts.py": "_require_kind _require_sites _require_same _Summed.__init__ _Shift.__init__ _shifting "
+    "hypergradients/shifts.py": "_require_kind _require_sites _Summed.__init__ _Shift.__init__ _shifting "
     "_arguments _refusal _shape _axis",
     "hypergradients/surrogates.py": "Exact.check Covariance.__post_init__ Covariance.check",
     "hypergradients/unrolled.py": "Unrolled.__post_init__ Unrolled.differentiates_inner Unrolled.unrolls _reversal",

@@ -167,7 +167,7 @@ def _reads_rows(start: Analysis, batch: visible.Batch) -> bool:
 
     params = pair.params(start.theta, start.phi, start.mutable)
 
-    def log_weight(batch, rng_key):
+    def log_weight(batch: visible.Batch, rng_key: Array) -> Array:
         draw, _ = pair.draw(rng_key, params, batch, batch.v)
         return pair.log_weight(rng_key, params, batch, batch.v, draw)
 
@@ -184,7 +184,7 @@ def resized(pair: ModelAndGuide, leaves: Sequence[Any], spec: Any) -> ModelAndGu
     :returns: None if they turn out to have other sites, parameters or subsampling plates there.
     """
 
-    def run(arrays):
+    def run(arrays: Sequence[Array]) -> None:
         rest = iter(arrays)
         filled = [next(rest) if isinstance(leaf, Array) else leaf for leaf in leaves]
         seen.extend(_first_run(pair.model, pair.guide, jax.random.key(0), {}, filled, spec)[:2])

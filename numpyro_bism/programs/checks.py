@@ -36,7 +36,7 @@ def run_once(function: Callable[..., Any], batch: visible.Batch, *args: Any) -> 
     """``function(batch, *args)``, compiled; the visible arguments, whole data sets maybe, are no constants of it."""
     places = [i for site in batch.sites for i in site.leaves]
 
-    def run(visible, *args):
+    def run(visible: Sequence[Any], *args: Any) -> Any:
         leaves = list(batch.leaves)
         for i, leaf in zip(places, visible, strict=True):
             leaves[i] = leaf
@@ -150,11 +150,11 @@ def check_guide(
 def _undifferentiable(start: Analysis, name: str, batch: visible.Batch, rng_key: Array) -> str | None:
     """Why a site's draw has no second derivative in φ, or None."""
 
-    def value(phi):
+    def value(phi: Mapping[str, Any]) -> Any:
         params = start.pair.params(start.theta, phi, start.mutable)
         return start.pair.draw(rng_key, params, batch, batch.v)[0].values[name].sum()
 
-    def first(phi):
+    def first(phi: Mapping[str, Any]) -> Any:
         return sum(g.sum() for g in jax.tree.leaves(jax.grad(value)(phi)))
 
     jax.eval_shape(value, start.phi)  # what fails without derivatives is the program's own fault, and told as such
@@ -222,7 +222,7 @@ def check_scores(
 ) -> None:
     pair = start.pair
 
-    def scores(batch, rng_key):
+    def scores(batch: visible.Batch, rng_key: Array) -> tuple[Array, Any]:
         """The gradient in v of log p̃; and how the guide looks at v, at moved parameters and at the initial ones."""
         key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
         # off the initial values: at weights of zero a score may vanish though the energy reads v
@@ -231,7 +231,7 @@ def check_scores(
         v = batch.v + 0.1 * jax.random.normal(key_v, batch.v.shape, batch.v.dtype)
         draw, _ = pair.draw(key_draw, params, batch, v)
 
-        def log_weight(u, guide):
+        def log_weight(u: Array, guide: bool) -> Array:
             return pair.log_weight(key_score, params, batch, u, draw, guide)
 
         model_score = jax.grad(log_weight)(v, False)
@@ -244,10 +244,10 @@ def check_scores(
                 "coupling or spline flow has one)."
             ) from error
 
-        def seen(phi):
+        def seen(phi: Mapping[str, Any]) -> guides.Sight:
             params = pair.params(theta, phi, start.mutable)
 
-            def guide_at(u, values):
+            def guide_at(u: Array, values: Mapping[str, Array]) -> dict[str, SiteRecord]:
                 return pair.guide_at(key_draw, params, batch, u, values, draw.keys)
 
             return guides.sight(guide_at, v, pair.change)

@@ -49,13 +49,14 @@ def check_rows(
     start = _Start(pair, pair.model if model is None else model, params, _few(pair, batch))
     n = len(start.batch.v)
     described: list[_Described] = []
-    def look(rng_key, halves):
+
+    def look(rng_key: Array, halves: Array) -> Any:
         key_draw, key_base, key_move = jax.random.split(rng_key, 3)
         drawn, own = _drawn(key_draw, start)
         # away from the draw: where all bits are 0 a product of two does not move with one
         base = _moved(key_base, start, (start.batch.v, drawn), own, jnp.ones(n, bool))
 
-        def at(inputs):
+        def at(inputs: tuple[Array, Array]) -> Any:
             moved, key = inputs
             v, values = _moved(key, start, base, own, moved)
             seen = _densities(key_draw, start, v, values, own)
@@ -168,7 +169,7 @@ def _frozen_batch_norm() -> Iterator[None]:
     """
     linen, nnx, eqx = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox"))
 
-    def running(method, args, kwargs, context):
+    def running(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if linen is None or not (isinstance(module, linen.BatchNorm) and context.method_name == "__call__"):
             return method(*args, **kwargs)
@@ -194,7 +195,7 @@ def _called_with(kind: Any, **settings: Any) -> Iterator[None]:
     """Inside, modules of this class are called with these settings."""
     call = kind.__call__
 
-    def run(self, x, *args, **kwargs):
+    def run(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         # the flag is flax's second argument, by position or by name
         return call(self, x, *(args if "inference" in settings else ()), **{**kwargs, **settings})
 
