@@ -34,7 +34,7 @@ SCALE = math.log(math.expm1(0.5))  # softplus of it is 0.5: a Normal's scale at 
 
 
 class AmortizedGuide:
-    r"""q(h|v; φ) made from the model: one small network from v to the distribution of every latent site.
+    r"""A guide q(h|v; φ) made from the model: one small network from v to the distribution of every latent site.
 
     .. math:: q(h|v) = \prod_k q_k(h_k; f_k(v)), \qquad f(v) = A u + B\,\mathrm{net}(u) + c, \quad u = (v - m) / s
 
@@ -66,11 +66,11 @@ class AmortizedGuide:
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         *,
         family: Literal["normal", "flow"] = "normal",
         hidden_dims: Sequence[int] = (64,),
-        activation: Callable | None = None,
+        activation: Callable[[Array], Array] | None = None,
         discrete: Literal["relaxed", "enumerate"] = "relaxed",
         temperature: float = 0.1,
     ):
@@ -95,7 +95,11 @@ class AmortizedGuide:
         self._latents: tuple[_Latent, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """Draws every latent of the model at these arguments; they are returned by name."""
+        """Draws every latent of the model at these arguments; they are returned by name.
+
+        :param args: arguments of the model, the data among them.
+        :param kwargs: its keyword arguments.
+        """
         leaves, spec = visible.flatten(args, kwargs)
         if self._inputs is None:
             self._set_up(leaves, spec)
@@ -118,7 +122,7 @@ class AmortizedGuide:
         return values
 
     def _network(self, u: Array, everything: Callable[[], Array]) -> Array:
-        def standard(_):
+        def standard(_: Any) -> Array:
             """Mean and standard deviation of all inputs, as they are first seen."""
             first = everything()
             spread = first.std(0)
@@ -134,7 +138,7 @@ class AmortizedGuide:
             x = self.activation(x @ _weight(f"weight_{i}", x, width, 1.0) + bias)
         num = sum(latent.num_outputs for latent in self._latents)
         # near to a guide that is the same everywhere, but not at it: units have to differ to become different
-        straight = u @ _weight("weight_linear", u, num, 0.1)
+        straight: Array = u @ _weight("weight_linear", u, num, 0.1)
         straight = straight + numpyro.param("AmortizedGuide.bias", jnp.zeros(num, u.dtype))
         return straight + x @ _weight("weight", x, num, 0.1) if self.hidden_dims else straight
 
@@ -152,20 +156,23 @@ class AmortizedGuide:
 
 def _weight(name: str, x: Array, fan_out: int, gain: float) -> Array:
     shape, dtype = (x.shape[1], fan_out), x.dtype
-    return numpyro.param(
+    found: Array = numpyro.param(
         f"AmortizedGuide.{name}", lambda key: gain / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
     )
+    return found
 
 
 @dataclass(frozen=True)
 class _Inputs:
     """Which arguments the network reads, and the model's plates.
 
-    :ivar places: among the arguments' leaves.
+    :ivar spec: how the arguments are nested.
+    :ivar places: where they stand among the arguments' leaves.
     :ivar first: the place of a visible site's value.
     :ivar batch_frame: the plate over the datapoints, or None.
     :ivar is_subsampled: whether that plate picks its rows out of the arguments.
     :ivar frames: by name: dimension, full size and size.
+    :ivar dtype: the visible site's type, to which the inputs are cast.
     """
 
     spec: Any
@@ -252,12 +259,15 @@ def _is_input(leaf: Any, length: int) -> bool:
 class _Latent:
     """A latent site's distribution, as a function of the network's outputs.
 
+    :ivar name: the site's.
     :ivar kind: ``"normal"``, ``"flow"``, ``"bernoulli"``, ``"one hot"`` or ``"categorical"``.
     :ivar axis: where the datapoints stand in the batch shape.
     :ivar rest: the batch shape without them.
     :ivar shape: the event shape; of a continuous site in the unconstrained space.
     :ivar transform: from there to the site's support, or None.
     :ivar num_cell: outputs for one entry of the batch shape.
+    :ivar frames: the names of the plates that it stands in.
+    :ivar is_summed: whether it is marked for enumeration.
     """
 
     name: str
@@ -368,17 +378,17 @@ class _SinhArcsinh(transforms.Transform):
     def __init__(self, loc: Array, scale: Array, skew: Array, tail: Array):
         self.loc, self.scale, self.skew, self.tail = loc, scale, skew, tail
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         return self.loc + self.scale * jnp.sinh(self.tail * jnp.arcsinh(x) + self.skew)
 
-    def _inverse(self, y):
+    def _inverse(self, y: Array) -> Array:
         return jnp.sinh((jnp.arcsinh((y - self.loc) / self.scale) - self.skew) / self.tail)
 
-    def log_abs_det_jacobian(self, x, y, intermediates=None):
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
         bent = jnp.cosh(self.tail * jnp.arcsinh(x) + self.skew)
         return jnp.log(self.scale * self.tail * bent) - 0.5 * jnp.log1p(x**2)
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Array, ...], tuple[tuple[str, ...], dict[str, Any]]]:
         return (self.loc, self.scale, self.skew, self.tail), (("loc", "scale", "skew", "tail"), {})
 
 

@@ -76,6 +76,8 @@ class BiSMState(NamedTuple):
     :ivar inner_optim_state: φ and the state of its optimiser.
     :ivar mutable_state: mutable sites (batch-norm statistics), or None.
     :ivar hypergradient_state: what the hypergradient strategy carries from step to step, or None.
+    :ivar rng_key: the random key of the step to come.
+    :ivar info: what the last step saw.
     :ivar watch: what the verdict rests on.
     """
 
@@ -120,8 +122,8 @@ class BiSM(Trainer):
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: Any,
         loss: OuterLoss,
         *,
@@ -183,6 +185,7 @@ class BiSM(Trainer):
     def get_params(self, state: BiSMState) -> dict[str, Any]:
         """Constrained values of all parameters, the model's and the guide's, by site name.
 
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
         :raises ValueError: if model and guide have not run yet in this ``BiSM``: constraints are unknown then.
         """
         pair = self._last_pair()
@@ -191,7 +194,13 @@ class BiSM(Trainer):
 
     @in_own_modes
     def evaluate(self, state: BiSMState, *args: Any, **kwargs: Any) -> Array:
-        """The outer loss at the state's parameters, with fresh noise; nothing is updated."""
+        """The outer loss at the state's parameters, with fresh noise; nothing is updated.
+
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`; its random key gives the noise.
+        :param args: arguments of model and guide, the data among them.
+        :param kwargs: their keyword arguments.
+        :returns: a mean over the batch.
+        """
         leaves, spec = self._checked(args, kwargs)
         pair = self.pair(leaves, spec)
         theta, phi = self._unpack(pair, state)
@@ -246,7 +255,10 @@ class BiSM(Trainer):
         return replace(problem, prefetched=own), ahead
 
     def _require_state(self, state: BiSMState, theta: Any, inner_state: Any) -> None:
-        """:raises ValueError: if another strategy made what is carried."""
+        """Checks that this strategy made what is carried.
+
+        :raises ValueError: if another did.
+        """
         fresh = jax.eval_shape(lambda: self._strategy.init(theta, self.inner_optim, inner_state))
         if not _alike(fresh, state.hypergradient_state):
             raise ValueError(
@@ -283,11 +295,11 @@ class BiSM(Trainer):
         loss = self.loss if loss is None else loss
         return Bilevel(pair, batch, loss, self._inner, mutable, self.inner_optim, inner_keys)
 
-    def _analyse(self, leaves, spec, rng_key, init_params) -> Analysis:
+    def _analyse(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> Analysis:
         refuse_autoguide(self.guide)
         shiftable: frozenset[tuple[str, str]] | None = None
 
-        def look(start, batch, rng_key):
+        def look(start: Analysis, batch: Batch, rng_key: Array) -> None:
             nonlocal shiftable
             averages.check(start, batch, rng_key, self.loss, self.inner_loss)
             key_theta, key_phi, key_rows, key_fit = jax.random.split(rng_key, 4)
@@ -297,7 +309,7 @@ class BiSM(Trainer):
             params = start.pair.params(theta, phi, start.mutable)
             check_rows(key_rows, start.pair, params, batch, normalises_batch=normalises)
 
-            def require_fit(strategy):
+            def require_fit(strategy: Hypergradient) -> None:
                 nonlocal shiftable
                 if strategy.shifts_guide:
                     shiftable = require_shiftable(key_fit, start.pair, params, batch, self._inner)
@@ -329,7 +341,11 @@ class BiSM(Trainer):
     ) -> tuple[energies.Energy, dict[str, Any], energies.Point]:
         """The trained log p̃(v, h) on these arguments, its parameters, and a point: the data and the guide's draw of h.
 
-        :param rng_key: a JAX random key, for that draw and for a subsampling plate's rows.
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
+        :param args: arguments of model and guide, the data among them; a plate that subsamples these takes all rows
+            here.
+        :param rng_key: a JAX random key, for that draw and for the rows of other subsampling plates than the data's.
+        :param kwargs: their keyword arguments.
         """
         leaves, spec = self._checked(args, kwargs)
         pair = self.evaluated_pair(leaves, spec)
@@ -338,7 +354,7 @@ class BiSM(Trainer):
         batch = pair.batch(key_batch, leaves, spec)
         values, _ = pair.draw_discrete(key_draw, params, batch, batch.v)
 
-        def same(kept_state, kept_leaves, _):
+        def same(kept_state: BiSMState, kept_leaves: Sequence[Any], _: energies.Energy) -> bool:
             return kept_state is state and all(a is b for a, b in zip(kept_leaves, leaves, strict=False))
 
         like = next((kept[2] for kept in self._energies if len(kept[1]) == len(leaves) and same(*kept)), None)
@@ -374,4 +390,5 @@ def _keys(rng_key: Array) -> Array:
 
 def _alike(a: Any, b: Any) -> bool:
     structures: Any = jax.tree.structure(a), jax.tree.structure(b)
-    return structures[0] == structures[1]
+    is_same: bool = structures[0] == structures[1]
+    return is_same

@@ -32,6 +32,7 @@ class ConcreteBernoulli(dist.Distribution):
 
     :param temperature: :math:`T > 0`; at 0 the draws are bits.
     :param logits: :math:`\ell`, the log odds of a one.
+    :param validate_args: whether arguments and scored values are checked; None takes the host's setting.
     """
 
     arg_constraints = {"temperature": constraints.positive, "logits": constraints.real}
@@ -49,7 +50,8 @@ class ConcreteBernoulli(dist.Distribution):
 
     @validate_sample
     def log_prob(self, value: Array) -> Array:
-        return value * self.logits - jax.nn.softplus(self.logits)
+        log_prob: Array = value * self.logits - jax.nn.softplus(self.logits)
+        return log_prob
 
     @property
     def mean(self) -> Array:
@@ -68,6 +70,7 @@ class ConcreteOneHot(dist.Distribution):
 
     :param temperature: :math:`T > 0`, of the batch shape.
     :param logits: :math:`\ell`, of shape ``batch_shape + (num_classes,)``; need not be normalised.
+    :param validate_args: whether arguments and scored values are checked; None takes the host's setting.
     """
 
     arg_constraints = {"temperature": constraints.positive, "logits": constraints.real_vector}
@@ -176,7 +179,7 @@ def relaxed(fn: dist.Distribution) -> dist.Distribution:
     :raises ValueError: for any other distribution.
     """
 
-    def change(base):
+    def change(base: dist.Distribution) -> dist.Distribution:
         if isinstance(base, BernoulliLogits | BernoulliProbs):
             return ConcreteBernoulli(1.0, base.logits)
         if isinstance(base, MultinomialLogits | MultinomialProbs):

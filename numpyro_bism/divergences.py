@@ -23,12 +23,23 @@ class InnerLoss(Protocol):
     """What BiSM asks of an inner loss that is no ELBO of the host. Your own derives from it: ``docs/extending.md``."""
 
     def check_guide(self, pair: ModelAndGuide) -> None:
-        """:raises ValueError: where it does not fit the guide's sites."""
+        """Checks that the loss fits the guide's sites; every guide does, if not overridden.
+
+        :param pair: model and guide, as their first run showed them.
+        :raises ValueError: where it does not fit.
+        """
         return
 
     @abstractmethod
     def __call__(self, rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
-        """G: the mean over the batch, at the perturbed v, with fresh draws."""
+        """G: the mean over the batch, at the perturbed v, with fresh draws.
+
+        :param rng_key: a JAX random key.
+        :param pair: model and guide.
+        :param params: what the programs are given by name: constrained parameters, and mutable state.
+        :param batch: the rows, and all else that the programs are given.
+        :param v: the visible values as the outer loss perturbs them, shape (n, D).
+        """
         ...
 
 
@@ -47,7 +58,7 @@ class FisherDivergence(InnerLoss):
 
     num_particles: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}.")
 
@@ -64,22 +75,26 @@ class FisherDivergence(InnerLoss):
             )
 
     def __call__(self, rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
-        def one(key):
+        def one(key: Array) -> Array:
             key_draw, key_model = jax.random.split(key)
             draw, _ = pair.draw(key_draw, params, batch, v)
             h = {name: draw.values[name] for name in pair.sampled}
 
-            def difference(h):
+            def difference(h: Mapping[str, Array]) -> Array:
                 # sites computed from h (an autoguide's) are computed anew, so that h's whole effect is seen
                 again, sites = pair.draw(key_draw, params, batch, v, h, draw.keys)
                 log_q: Any = sum(s.log_prob().sum() for s in sites.values() if not s.is_observed)
-                return log_q - pair.log_weight(key_model, params, batch, v, Draw(again.values), guide=False)
+                found: Array = log_q - pair.log_weight(key_model, params, batch, v, Draw(again.values), guide=False)
+                return found
 
-            return sum(0.5 * jnp.square(g).sum() for g in jax.grad(difference)(h).values())
+            total: Any = sum(0.5 * jnp.square(g).sum() for g in jax.grad(difference)(h).values())
+            value: Array = total
+            return value
 
         if self.num_particles == 1:
             return one(rng_key) / len(batch.v)
-        return jax.vmap(one)(jax.random.split(rng_key, self.num_particles)).mean() / len(batch.v)
+        each: Array = jax.vmap(one)(jax.random.split(rng_key, self.num_particles))
+        return each.mean() / len(batch.v)
 
 
 def as_inner_loss(inner_loss: Any) -> Callable[[Array, ModelAndGuide, Mapping[str, Any], Batch, Array], Array]:
@@ -88,6 +103,7 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Array, ModelAndGuide, Mapping[st
     A host ELBO sums over the data; here it is divided by their number, so that the inner learning rate means
     the same at every batch size, and N/B cancels.
 
+    :param inner_loss: an ELBO of the host, or an :class:`InnerLoss`.
     :raises ValueError: for a loss that is neither a differentiable ELBO nor an :class:`InnerLoss`.
     """
     if isinstance(inner_loss, InnerLoss) and not isinstance(inner_loss, type):
@@ -105,13 +121,17 @@ def as_inner_loss(inner_loss: Any) -> Callable[[Array, ModelAndGuide, Mapping[st
     def elbo(rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, v: Array) -> Array:
         args, kwargs = batch.arguments(v)
         model, guide = pair.programs(params, batch)
-        return inner_loss.loss(rng_key, {}, model, guide, *args, **kwargs) / pair.num_data
+        value: Array = inner_loss.loss(rng_key, {}, model, guide, *args, **kwargs)
+        return value / pair.num_data
 
     return elbo
 
 
 def check(inner_loss: Any, pair: ModelAndGuide) -> None:
-    """:raises ValueError: where the inner loss does not fit the guide's sites."""
+    """Checks that the inner loss fits the guide's sites.
+
+    :raises ValueError: where it does not.
+    """
     if isinstance(inner_loss, InnerLoss):
         inner_loss.check_guide(pair)
     if pair.unreparameterised and not isinstance(inner_loss, TraceGraph_ELBO):
@@ -128,7 +148,12 @@ def check(inner_loss: Any, pair: ModelAndGuide) -> None:
 
 
 def perturbed_inner_loss(
-    rng_key: Array, loss: OuterLoss, inner_loss: Callable, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch
+    rng_key: Array,
+    loss: OuterLoss,
+    inner_loss: Callable[..., Array],
+    pair: ModelAndGuide,
+    params: Mapping[str, Any],
+    batch: Batch,
 ) -> Array:
     """The inner loss G on freshly perturbed data, perturbed as the outer loss perturbs them."""
     key_noise, key_inner = jax.random.split(rng_key)

@@ -28,7 +28,7 @@ SCALE = math.log(math.expm1(0.5))  # softplus of it is 0.5: a Normal's scale at 
 
 
 class AmortizedGuide(PyroModule):
-    r"""q(h|v; φ) made from the model: one small network from v to the distribution of every latent site.
+    r"""A guide q(h|v; φ) made from the model: one small network from v to the distribution of every latent site.
 
     .. math:: q(h|v) = \prod_k q_k(h_k; f_k(v)), \qquad f(v) = A u + B\,\mathrm{net}(u) + c, \quad u = (v - m) / s
 
@@ -60,11 +60,11 @@ class AmortizedGuide(PyroModule):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         *,
         family: Literal["normal", "flow"] = "normal",
         hidden_dims: Sequence[int] = (64,),
-        activation: Callable | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
         discrete: Literal["relaxed", "enumerate"] = "relaxed",
         temperature: float = 0.1,
     ):
@@ -89,7 +89,11 @@ class AmortizedGuide(PyroModule):
         self._latents: tuple[_Latent, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws every latent of the model at these arguments; they are returned by name."""
+        """Draws every latent of the model at these arguments; they are returned by name.
+
+        :param args: arguments of the model, the data among them.
+        :param kwargs: its keyword arguments.
+        """
         leaves, spec = visible.flatten((args, kwargs))
         if self._inputs is None:
             self._set_up(leaves, spec, args, kwargs)
@@ -114,10 +118,10 @@ class AmortizedGuide(PyroModule):
         x = u
         for i in range(len(self.hidden_dims)):
             x = self.activation(x @ getattr(self, f"weight_{i}") + getattr(self, f"bias_{i}"))
-        straight = u @ self.weight_linear + self.bias
+        straight: Tensor = u @ self.weight_linear + self.bias
         return straight + x @ self.weight if self.hidden_dims else straight
 
-    def _set_up(self, leaves: Sequence[Any], spec: Any, args: tuple, kwargs: dict) -> None:
+    def _set_up(self, leaves: Sequence[Any], spec: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), pyro.poutine.block(), record() as run:
             self._model[0](*args, **kwargs)
         inputs = _Inputs.found(run.sites, leaves, spec)
@@ -154,12 +158,14 @@ class AmortizedGuide(PyroModule):
 class _Inputs:
     """Which arguments the network reads, and the model's plates.
 
-    :ivar places: among the arguments' leaves.
+    :ivar spec: how the arguments are nested.
+    :ivar places: where they stand among the arguments' leaves.
     :ivar first: the place of a visible site's value.
     :ivar batch_frame: the plate over the datapoints, or None.
     :ivar is_subsampled: whether that plate picks its rows out of the arguments.
     :ivar rows: the place of an argument that says which rows the plate has, or None.
     :ivar frames: by name: dimension, full size and size.
+    :ivar dtype: the visible site's type, to which the inputs are cast.
     """
 
     spec: Any
@@ -254,12 +260,15 @@ def _is_input(leaf: Any, length: int) -> bool:
 class _Latent:
     """A latent site's distribution, as a function of the network's outputs.
 
+    :ivar name: the site's.
     :ivar kind: ``"normal"``, ``"flow"``, ``"bernoulli"``, ``"one hot"`` or ``"categorical"``.
     :ivar axis: where the datapoints stand in the batch shape.
     :ivar rest: the batch shape without them.
     :ivar shape: the event shape; of a continuous site in the unconstrained space.
     :ivar transform: from there to the site's support, or None.
     :ivar num_cell: outputs for one entry of the batch shape.
+    :ivar frames: the names of the plates that it stands in.
+    :ivar is_summed: whether it is marked for enumeration.
     """
 
     name: str
@@ -371,13 +380,13 @@ class _SinhArcsinh(transforms.Transform):
         super().__init__()
         self.loc, self.scale, self.skew, self.tail = loc, scale, skew, tail
 
-    def _call(self, x):
+    def _call(self, x: Tensor) -> Tensor:
         return self.loc + self.scale * torch.sinh(self.tail * torch.asinh(x) + self.skew)
 
-    def _inverse(self, y):
+    def _inverse(self, y: Tensor) -> Tensor:
         return torch.sinh((torch.asinh((y - self.loc) / self.scale) - self.skew) / self.tail)
 
-    def log_abs_det_jacobian(self, x, y):
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         bent = torch.cosh(self.tail * torch.asinh(x) + self.skew)
         return torch.log(self.scale * self.tail * bent) - 0.5 * torch.log1p(x**2)
 

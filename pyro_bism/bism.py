@@ -99,8 +99,8 @@ class BiSM(Trainer):
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: PyroOptim,
         loss: OuterLoss,
         *,
@@ -150,6 +150,7 @@ class BiSM(Trainer):
         """One outer update: Algorithm 1 of Bao et al. 2020 on one minibatch, its steps in their order.
 
         :param args: arguments of model and guide, the data among them.
+        :param kwargs: their keyword arguments.
         :returns: the outer loss, a mean over the batch.
         :raises ValueError: on misuse, or on NaN or infinity in the data; nothing is updated then.
         :raises FloatingPointError: if the inner loop has diverged; θ is not updated then.
@@ -192,7 +193,10 @@ class BiSM(Trainer):
         return self._method_state[0]
 
     def _require_fit(self, k: int, loss: float, length: float) -> None:
-        """:raises FloatingPointError: if an inner step, the k-th from 0, did not find a number."""
+        """Checks that an inner step, the k-th from 0, has found numbers.
+
+        :raises FloatingPointError: where G or the length of its gradient is none.
+        """
         if not (math.isfinite(loss) and math.isfinite(length)):
             raise FloatingPointError(
                 f"The gradient of the inner loss is not finite at inner step {k + 1} of "
@@ -207,7 +211,10 @@ class BiSM(Trainer):
         return BiSMInfo(outer.loss, inner_loss, inner_norm, *found, self._watch.verdict)
 
     def _require_outer(self, info: BiSMInfo) -> None:
-        """:raises FloatingPointError: if J or its gradient is no number."""
+        """Checks that the outer step has found numbers.
+
+        :raises FloatingPointError: where J or the length of its gradient is none.
+        """
         if not (math.isfinite(info.outer_loss) and math.isfinite(info.hypergradient_norm)):
             raise FloatingPointError(
                 f"The outer loss or its gradient is not finite ({info}). The model was not updated. "
@@ -228,7 +235,12 @@ class BiSM(Trainer):
 
     @in_own_modes
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The outer loss at the present parameters, with fresh noise; nothing is updated."""
+        """The outer loss at the present parameters, with fresh noise; nothing is updated.
+
+        :param args: arguments of model and guide, the data among them.
+        :param kwargs: their keyword arguments.
+        :returns: a mean over the batch.
+        """
         pair, leaves, spec = self._prepare(args, kwargs)
         with Buffers(pair.buffers):
             return pair.outer_loss(pair.batch(leaves, spec), self.loss).item()
@@ -300,7 +312,12 @@ class BiSM(Trainer):
 
     @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> tuple[energies.Energy, energies.Point]:
-        """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h."""
+        """The trained log p̃(v, h) on these arguments, and a point: the data and the guide's draw of h.
+
+        :param args: arguments of model and guide, the data among them; a plate that subsamples these takes all rows
+            here.
+        :param kwargs: their keyword arguments.
+        """
         pair, leaves, spec = self._prepare_evaluation(args, kwargs)
         batch = pair.batch(leaves, spec, resizable=True)
         with Buffers(pair.buffers):

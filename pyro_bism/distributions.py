@@ -11,6 +11,7 @@ latents out (``infer={"enumerate": "parallel"}`` and ``TraceEnum_ELBO``) is exac
 afforded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -23,6 +24,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 __all__ = ["ConcreteBernoulli", "ConcreteOneHot"]
 
+Shape = torch.Size | list[int] | tuple[int, ...]  # as torch takes it
+
 
 class ConcreteBernoulli(TorchDistribution):
     r"""Soft bits in [0, 1]: :math:`h = \mathrm{sigmoid}((\ell + \log u - \log(1-u)) / T)`.
@@ -31,38 +34,39 @@ class ConcreteBernoulli(TorchDistribution):
 
     :param temperature: :math:`T > 0`; at 0 the draws are bits.
     :param logits: :math:`\ell`, the log odds of a one.
+    :param validate_args: whether arguments and scored values are checked; None takes the host's setting.
     """
 
     arg_constraints = {"temperature": constraints.positive, "logits": constraints.real}
     support = constraints.unit_interval
     has_rsample = True
 
-    def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args=None):
+    def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args: bool | None = None):
         self.logits, self.temperature = broadcast_all(logits, temperature)
         super().__init__(self.logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(type(self), _instance)
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "ConcreteBernoulli":
+        new: ConcreteBernoulli = self._get_checked_instance(type(self), _instance)
         new.logits = self.logits.expand(batch_shape)
         new.temperature = self.temperature.expand(batch_shape)
         super(ConcreteBernoulli, new).__init__(torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         shape = self._extended_shape(sample_shape)
         # clamped: u = 0 would give an infinite logit
         u = clamp_probs(torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device))
         return torch.sigmoid((self.logits + torch.logit(u)) / self.temperature)
 
-    def log_prob(self, value):
+    def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         logits, value = broadcast_all(self.logits, value)
         return -binary_cross_entropy_with_logits(logits, value, reduction="none")
 
     @property
-    def mean(self):
+    def mean(self) -> Tensor:
         """The mean of the *discrete* distribution."""
         return torch.sigmoid(self.logits)
 
@@ -78,13 +82,14 @@ class ConcreteOneHot(TorchDistribution):
 
     :param temperature: :math:`T > 0`, of the batch shape.
     :param logits: :math:`\ell`, of shape ``batch_shape + (num_classes,)``; need not be normalised.
+    :param validate_args: whether arguments and scored values are checked; None takes the host's setting.
     """
 
     arg_constraints = {"temperature": constraints.positive, "logits": constraints.real_vector}
     support = constraints.simplex
     has_rsample = True
 
-    def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args=None):
+    def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args: bool | None = None):
         if logits.dim() < 1:
             raise ValueError("ConcreteOneHot: logits need a last dimension that runs over the classes.")
         batch_shape = logits.shape[:-1]
@@ -94,8 +99,8 @@ class ConcreteOneHot(TorchDistribution):
         self.logits = logits.log_softmax(-1).expand(batch_shape + logits.shape[-1:])
         super().__init__(batch_shape, logits.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(type(self), _instance)
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "ConcreteOneHot":
+        new: ConcreteOneHot = self._get_checked_instance(type(self), _instance)
         batch_shape = torch.Size(batch_shape)
         new.logits = self.logits.expand(batch_shape + self.event_shape)
         new.temperature = self.temperature.expand(batch_shape)
@@ -103,20 +108,20 @@ class ConcreteOneHot(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         shape = self._extended_shape(sample_shape)
         # clamped: u = 0 or 1 would give an infinite Gumbel draw
         u = clamp_probs(torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device))
         gumbel = -torch.log(-torch.log(u))
         return torch.softmax((self.logits + gumbel) / self.temperature.unsqueeze(-1), -1)
 
-    def log_prob(self, value):
+    def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         return (value * self.logits).sum(-1)
 
     @property
-    def mean(self):
+    def mean(self) -> Tensor:
         """The mean of the *discrete* distribution."""
         return self.logits.exp()
 
@@ -128,14 +133,14 @@ class ConcreteOneHot(TorchDistribution):
 class AveragedBernoulli(ConcreteBernoulli):
     """Bits that are summed out: the draw is their mean, and ``log_prob`` there is E[log q]."""
 
-    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         return self.mean.expand(self._extended_shape(sample_shape))
 
 
 class AveragedOneHot(ConcreteOneHot):
     """One-hot vectors that are summed out: the draw is their mean, and ``log_prob`` there is E[log q]."""
 
-    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         return self.mean.expand(self._extended_shape(sample_shape))
 
 
@@ -169,12 +174,15 @@ def is_flat(fn: TorchDistribution) -> bool:
     return False
 
 
-def rebuild(fn: TorchDistribution, change) -> TorchDistribution:
+def rebuild(fn: TorchDistribution, change: Callable[[Any], TorchDistribution]) -> TorchDistribution:
     """``fn`` with ``change`` applied to the distribution under ``Independent``, ``mask``, ``expand``."""
+    found: TorchDistribution
     if isinstance(fn, dist.Independent):
-        return rebuild(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
+        found = rebuild(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
+        return found
     if isinstance(fn, dist.MaskedDistribution):
-        return rebuild(fn.base_dist, change).mask(fn._mask)
+        found = rebuild(fn.base_dist, change).mask(fn._mask)
+        return found
     if isinstance(fn, dist.ExpandedDistribution):
         return rebuild(fn.base_dist, change).expand(fn.batch_shape)
     return change(fn)
@@ -199,7 +207,7 @@ def relaxed(fn: TorchDistribution) -> TorchDistribution:
     :raises ValueError: for any other distribution.
     """
 
-    def change(base):
+    def change(base: Any) -> TorchDistribution:
         if isinstance(base, dist.Bernoulli):
             return ConcreteBernoulli(torch.ones_like(base.logits), base.logits, validate_args=False)
         if isinstance(base, dist.OneHotCategorical):

@@ -24,12 +24,21 @@ class InnerLoss(Protocol):
     """What BiSM asks of an inner loss that is no ELBO of the host. Your own derives from it: ``docs/extending.md``."""
 
     def check_guide(self, pair: ModelAndGuide) -> None:
-        """:raises ValueError: where it does not fit the guide's sites."""
+        """Checks that the loss fits the guide's sites; every guide does, if not overridden.
+
+        :param pair: model and guide, as their first run showed them.
+        :raises ValueError: where it does not fit.
+        """
         return
 
     @abstractmethod
     def __call__(self, pair: ModelAndGuide, batch: Batch, v: Tensor) -> Tensor:
-        """G: the mean over the batch, at the perturbed v, with fresh draws."""
+        """G: the mean over the batch, at the perturbed v, with fresh draws.
+
+        :param pair: model and guide, with the parameters in force.
+        :param batch: the rows, and all else that the programs are given.
+        :param v: the visible values as the outer loss perturbs them, shape (n, D).
+        """
         ...
 
 
@@ -48,7 +57,7 @@ class FisherDivergence(InnerLoss):
 
     num_particles: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}.")
 
@@ -86,7 +95,8 @@ class FisherDivergence(InnerLoss):
             difference = log_q - pair.log_weight(batch, v.detach(), draw, guide=False)
             gradients = torch.autograd.grad(difference, h, create_graph=True)
             total = total + sum(0.5 * g.square().sum() for g in gradients)
-        return total / (self.num_particles * len(batch.v))
+        mean: Tensor = total / (self.num_particles * len(batch.v))
+        return mean
 
     def _again(
         self, pair: ModelAndGuide, batch: Batch, v: Tensor, values: Mapping[str, Tensor]
@@ -107,6 +117,7 @@ def as_inner_loss(inner_loss: Any) -> Callable[[ModelAndGuide, Batch, Tensor], T
     A host ELBO sums over the data; here it is divided by their number, so that the inner learning rate means
     the same at every batch size, and N/B cancels.
 
+    :param inner_loss: an ELBO of the host, or an :class:`InnerLoss`.
     :raises ValueError: for a loss that is neither a differentiable ELBO nor an :class:`InnerLoss`.
     """
     if isinstance(inner_loss, InnerLoss) and not isinstance(inner_loss, type):
@@ -129,13 +140,17 @@ def as_inner_loss(inner_loss: Any) -> Callable[[ModelAndGuide, Batch, Tensor], T
             return -pair.elbo(batch, v) / pair.num_data
         args, kwargs = batch.arguments(v.detach())
         model, guide = pair.programs(batch)
-        return host.differentiable_loss(model, guide, *args, **kwargs) / pair.num_data
+        value: Tensor = host.differentiable_loss(model, guide, *args, **kwargs)
+        return value / pair.num_data
 
     return elbo
 
 
 def check(inner_loss: Any, pair: ModelAndGuide) -> None:
-    """:raises ValueError: where the inner loss does not fit the guide's sites."""
+    """Checks that the inner loss fits the guide's sites.
+
+    :raises ValueError: where it does not.
+    """
     if isinstance(inner_loss, InnerLoss):
         inner_loss.check_guide(pair)
     elif pair.enumerated and not isinstance(inner_loss, TraceEnum_ELBO):
@@ -145,6 +160,8 @@ def check(inner_loss: Any, pair: ModelAndGuide) -> None:
         )
 
 
-def perturbed_inner_loss(loss: OuterLoss, inner_loss: Callable, pair: ModelAndGuide, batch: Batch) -> Tensor:
+def perturbed_inner_loss(
+    loss: OuterLoss, inner_loss: Callable[..., Tensor], pair: ModelAndGuide, batch: Batch
+) -> Tensor:
     """The inner loss G on freshly perturbed data, perturbed as the outer loss perturbs them."""
     return inner_loss(pair, batch, loss.perturb(batch.v, loss.draw(batch.v)))

@@ -59,6 +59,9 @@ def exact(score: Score, v: Tensor) -> Tensor:
     r""":math:`\tfrac12 \|s(v)\|^2 + \mathrm{tr}\,\nabla s(v)` (Hyvärinen 2005, Theorem 1).
 
     Costs D backward passes, batched. The score of one example must not depend on another example.
+
+    :param score: maps rows of shape (n, D) to their scores, of the same shape; or to several estimates, (L, n, D).
+    :param v: the data, shape (n, D).
     """
     v = v.detach().requires_grad_()
     s = score(v)
@@ -75,6 +78,10 @@ def sliced(score: Score, v: Tensor, projections: Tensor) -> Tensor:
 
     The variance-reduced form (Song, Garg, Shi, Ermon 2019, arXiv:1905.07088): the squared
     norm is taken exactly, since E[w wᵀ] = I for Gaussian and Rademacher projections.
+
+    :param score: maps rows of shape (n, D) to their scores, of the same shape; or to several estimates, (L, n, D).
+    :param v: the data, shape (n, D).
+    :param projections: the directions w, shape (M, n, D): M for each example.
     """
     v = v.detach().requires_grad_()
     s = score(v)
@@ -90,6 +97,11 @@ def denoising(score: Score, v: Tensor, noise: Tensor, *, sigma: float) -> Tensor
     r""":math:`\tfrac12 \|s(v + \sigma \epsilon) + \epsilon / \sigma\|^2` (Vincent 2011).
 
     Minimised by the score of the data convolved with N(0, σ² I).
+
+    :param score: maps rows of shape (n, D) to their scores, of the same shape; or to several estimates, (L, n, D).
+    :param v: the clean data, shape (n, D).
+    :param noise: ε, standard normal, in the shape of v.
+    :param sigma: σ, the standard deviation of the noise, in the units of v.
     """
     residual = score(v + sigma * noise) + noise / sigma
     return _half_square(residual)
@@ -100,13 +112,24 @@ def multiscale_denoising(score: Score, v: Tensor, noise: Tensor, sigma: Tensor, 
 
     Li, Chen, Sommer 2019 (arXiv:1910.07762), with weight 1/σ²: one energy, scored against a
     Gaussian of fixed scale σ₀ at all noise levels. With σ = σ₀ throughout it is ``denoising`` / σ₀².
+
+    :param score: maps rows of shape (n, D) to their scores, of the same shape; or to several estimates, (L, n, D).
+    :param v: the clean data, shape (n, D).
+    :param noise: ε, standard normal, in the shape of v.
+    :param sigma: σ, the noise level of every example, shape (n, 1), in the units of v.
+    :param sigma0: σ₀, the one scale that the energy is scored at, in the units of v.
     """
     residual = score(v + sigma * noise) / sigma + noise / sigma0**2
     return _half_square(residual)
 
 
 class Noise(NamedTuple):
-    """What a loss draws at random for one evaluation: Gaussian noise, noise levels, projections."""
+    """What a loss draws at random for one evaluation: Gaussian noise, noise levels, projections.
+
+    :ivar epsilon: ε, standard normal, shape (n, D); None for a loss that does not perturb v.
+    :ivar sigma: the noise level of every example, shape (n, 1), in the units of v; None where it is not drawn.
+    :ivar projections: the directions w that the score is sliced along, shape (M, n, D); None for other losses.
+    """
 
     epsilon: Tensor | None = None
     sigma: Tensor | None = None
@@ -150,25 +173,46 @@ class OuterLoss(Protocol):
     needs_uncoupled_examples: ClassVar[bool] = False
 
     def constant(self, num_dims: int) -> float:
-        """The part of the loss of an example of D dimensions that depends on no parameter; none, if not overridden."""
+        """The part of an example's expected loss that depends on no parameter; 0, if not overridden.
+
+        :param num_dims: D, how many visible values an example has.
+        """
         return 0.0
 
     def draw(self, v: Tensor) -> Noise:
-        """What one evaluation draws at random; nothing, if not overridden."""
+        """What one evaluation draws at random; nothing, if not overridden.
+
+        :param v: the clean data, shape (n, D); the noise has their type and device.
+        """
         return Noise()
 
     def perturb(self, v: Tensor, noise: Noise) -> Tensor:
-        """v as model and guide are given it; v itself, if not overridden."""
+        """The data as model and guide are given them; v itself, if not overridden.
+
+        :param v: the clean data, shape (n, D).
+        :param noise: what :meth:`draw` gave for this evaluation.
+        """
         return v
 
     @abstractmethod
     def __call__(self, score: Score, v: Tensor, noise: Noise) -> Tensor:
-        """The loss of every example, shape (n,): ``v`` is not perturbed yet, and ``score`` maps (n, D) to (n, D)."""
+        """The loss of every example, shape (n,).
+
+        :param score: maps rows of shape (n, D) to their scores, of the same shape; under ``average="unbiased"`` to
+            those of L draws of h, (L, n, D).
+        :param v: the data, not perturbed yet, shape (n, D).
+        :param noise: what :meth:`draw` gave for this evaluation.
+        """
         ...
 
 
 def require_outer_loss(loss: Any, cure: str) -> None:
-    """:raises ValueError: for what has not all that :class:`OuterLoss` names; a class has not."""
+    """Checks that a loss has all that :class:`OuterLoss` names, and is no class.
+
+    :param loss: the argument as the user gave it.
+    :param cure: a sentence that says what to pass instead, for the message about what is no loss at all.
+    :raises ValueError: where it is not an outer loss.
+    """
     if isinstance(loss, type) or not callable(loss):
         raise ValueError(f"loss={named(loss)} is not an outer loss. {cure}")
     if missing := lacking(loss, OuterLoss):
@@ -199,7 +243,7 @@ class ScoreMatching(OuterLoss):
     differentiates_score = True
     needs_uncoupled_examples = True  # its trace is wrong otherwise: checked at the first step
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_particles(self.num_particles, self.average)
 
     def __call__(self, score: Score, v: Tensor, noise: Noise) -> Tensor:
@@ -223,7 +267,7 @@ class SlicedScoreMatching(OuterLoss):
 
     differentiates_score = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_particles(self.num_particles, self.average)
         if self.num_projections < 1:
             raise ValueError(f"num_projections must be at least 1, got {self.num_projections}.")
@@ -257,12 +301,15 @@ class DenoisingScoreMatching(OuterLoss):
     num_particles: int = 1
     average: Average = "loss"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_particles(self.num_particles, self.average)
         _check_positive(sigma=self.sigma)
 
     def constant(self, num_dims: int) -> float:
-        """D/(2σ²), the part of an example's expected loss that depends on no parameter: E ½‖ε/σ‖²."""
+        """D/(2σ²), the part of an example's expected loss that depends on no parameter: E ½‖ε/σ‖².
+
+        :param num_dims: D, how many visible values an example has.
+        """
         return num_dims / (2 * self.sigma**2)
 
     def draw(self, v: Tensor) -> Noise:
@@ -300,7 +347,7 @@ class MultiscaleDenoisingScoreMatching(OuterLoss):
     num_particles: int = 1
     average: Average = "loss"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_particles(self.num_particles, self.average)
         _check_positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max, sigma0=self.sigma0)
         if self.sigma_min > self.sigma_max:
@@ -309,7 +356,10 @@ class MultiscaleDenoisingScoreMatching(OuterLoss):
             raise ValueError(f"spacing must be 'geometric' or 'linear', got {self.spacing!r}.")
 
     def constant(self, num_dims: int) -> float:
-        """D/(2σ₀⁴), the part of an example's expected loss that depends on no parameter: E ½‖ε/σ₀²‖²."""
+        """D/(2σ₀⁴), the part of an example's expected loss that depends on no parameter: E ½‖ε/σ₀²‖².
+
+        :param num_dims: D, how many visible values an example has.
+        """
         return num_dims / (2 * self.sigma0**4)
 
     def draw(self, v: Tensor) -> Noise:

@@ -112,7 +112,7 @@ class Torch(Numbers):
         with torch.no_grad(), pyro_bism.programs.records.record() as run:
             model(*args)
         batch = torch_visible.Batch(torch_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
-        return TorchEnergy.of(model, batch.sites, batch)
+        return TorchEnergy.from_model(model, batch.sites, batch)
 
     def call(self, function, trained, *args, seed=0, **options):
         pyro.set_rng_seed(seed)
@@ -169,7 +169,7 @@ class Jax(Numbers):
         with numpyro.handlers.seed(rng_seed=0), numpyro_bism.programs.records.record({}) as run:
             model(*args)
         batch = jax_visible.batch(jax_visible.find(run.sites, leaves, ["v"]), {}, leaves, spec)
-        energy, x = JaxEnergy.of(model, batch.sites, batch, {}, jax.random.key(0))
+        energy, x = JaxEnergy.from_model(model, batch.sites, batch, {}, jax.random.key(0))
         return energy, {}, x
 
     def call(self, function, trained, *args, seed=None, **options):

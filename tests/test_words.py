@@ -324,9 +324,9 @@ def test_results_print_in_words(backend):
     zeros = array((2, 3))
     chains = package.sampling.Chains({"v": array((2, 3, 4))}, zeros, zeros, ("v",), False, {}, (), "Gibbs", {}, None)
     assert "values={'v': <2 x 3 x 4 from 0 to 0>}" in repr(chains) and len(repr(chains)) < 400
-    verdict = package.reports.Verdict("guide", True, "trusted")
-    fields = {f.name: None for f in dataclasses.fields(package.reports.Diagnosis)}
-    found = package.reports.Diagnosis(**{**fields, "verdicts": (verdict,)})
+    verdict = package.evaluation.verdicts.Verdict("guide", True, "trusted")
+    fields = {f.name: None for f in dataclasses.fields(package.evaluation.report.Diagnosis)}
+    found = package.evaluation.report.Diagnosis(**{**fields, "verdicts": (verdict,)})
     assert repr(found) == str(found) == "guide  ok      trusted"
 
 
@@ -335,8 +335,8 @@ def test_a_figure_is_shown_once(backend):
     """What a notebook shows is what ``plot`` returns: pyplot must not show it again at the end of the cell."""
     from matplotlib import pyplot
 
-    fields = {f.name: None for f in dataclasses.fields(backend.package.reports.Diagnosis)}
-    found = backend.package.reports.Diagnosis(**{**fields, "verdicts": (), "visible": DATA})
+    fields = {f.name: None for f in dataclasses.fields(backend.package.evaluation.report.Diagnosis)}
+    found = backend.package.evaluation.report.Diagnosis(**{**fields, "verdicts": (), "visible": DATA})
     before = pyplot.get_fignums()
     assert found.plot().axes and pyplot.get_fignums() == before
 

@@ -83,6 +83,6 @@ def _convolution(eqn: Any, images: Array, filters: Array) -> Array:
     filters = filters.transpose(*axes.rhs_spec[2:], axes.rhs_spec[1], axes.rhs_spec[0])
     last = (0, num + 1, *middle)
     plain = jax.lax.ConvDimensionNumbers(last, (num + 1, num, *range(num)), last)
-    found = eqn.primitive.bind(images, filters, **{**eqn.params, "dimension_numbers": plain})
+    found: Array = eqn.primitive.bind(images, filters, **{**eqn.params, "dimension_numbers": plain})
     places = dict(zip(axes.out_spec, last, strict=True))
     return found.transpose([places[axis] for axis in range(num + 2)])

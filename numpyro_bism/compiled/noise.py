@@ -64,11 +64,11 @@ def split_noise(
 
 def num_prefetched(draw: Callable[[Array], list[Array]], key: Any) -> int:
     """For how many steps to come noise is drawn at once: few enough to hold it."""
-    size = sum(math.prod(x.shape) for x in jax.eval_shape(draw, key))
+    size: int = sum(math.prod(x.shape) for x in jax.eval_shape(draw, key))
     return max(1, min(MAX_STEPS, MAX_NUMBERS // max(size, 1)))
 
 
 def _grows(eqn: Any, drawn: list[Any]) -> bool:
     if any(jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key) for v in drawn):
         return False
-    return max(math.prod(v.aval.shape) for v in eqn.outvars) > max(math.prod(v.aval.shape) for v in drawn)
+    return bool(max(math.prod(v.aval.shape) for v in eqn.outvars) > max(math.prod(v.aval.shape) for v in drawn))

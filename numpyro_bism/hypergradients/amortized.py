@@ -23,7 +23,8 @@ SHRINK = 0.9
 
 
 class AmortizedState(NamedTuple):
-    """
+    """What :class:`Amortized` carries from step to step.
+
     :ivar solution: x, in the shapes of φ.
     :ivar direction: a unit vector in the shapes of φ, by power iteration that of the greatest curvature.
     :ivar moments: running sums of dᵀHd and ‖Hd‖² along the direction d, and of xᵀHx.
@@ -55,14 +56,14 @@ class Amortized(Hypergradient):
     step_size: float | None = None
     num_steps: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
             raise ValueError(f"step_size must be positive and finite, or None, got {self.step_size}.")
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
 
     def init(self, theta: Any, optim: Any, inner_state: Any) -> AmortizedState:
-        def zeros():  # two of them: the loop donates its buffers, and none can be given twice
+        def zeros() -> Any:  # two of them: the loop donates its buffers, and none can be given twice
             return jax.tree.map(jnp.zeros_like, optim.get_params(inner_state))
 
         return AmortizedState(zeros(), zeros(), jnp.zeros(3))
@@ -72,6 +73,7 @@ class Amortized(Hypergradient):
         norm, (along, square, bent) = jnp.linalg.norm(system.rhs), state.moments
         x, unravel = ravel_pytree(state.solution)
         d, _ = ravel_pytree(state.direction)
+        curvature: Array | float
         if self.step_size is None:
             # until there is a direction: that of the right-hand side
             d = jnp.where((d == 0).all(), ratio(system.rhs, norm), d)
@@ -82,9 +84,9 @@ class Amortized(Hypergradient):
             d = ratio(image, jnp.linalg.norm(image)) + RHS_SHARE * ratio(system.rhs, norm)
             d = ratio(d, jnp.linalg.norm(d))
         else:
-            rate, curvature = jnp.asarray(self.step_size, x.dtype), jnp.inf  # type: ignore[assignment]
+            rate, curvature = jnp.asarray(self.step_size, x.dtype), jnp.inf
 
-        def improved(x, image):
+        def improved(x: Array, image: Array) -> Array:
             return (x - rate * (image - system.rhs)).astype(x.dtype)
 
         if self.num_steps > 1:

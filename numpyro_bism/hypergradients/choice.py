@@ -14,6 +14,8 @@ __all__ = ["chosen"]
 def chosen(loss: Any, pair: Any, require_fit: Callable[[Hypergradient], None]) -> Hypergradient:
     """``Exact()`` for losses that differentiate the score, ``Functional()`` for the others, or else ``Amortized()``.
 
+    :param loss: the outer loss.
+    :param pair: model and guide.
     :param require_fit: raises ValueError where a strategy does not fit the programs.
     """
     first: Hypergradient = Exact() if loss.differentiates_score else Functional()

@@ -73,7 +73,7 @@ class Functional(Hypergradient):
     differentiates_inner = False
     shifts_guide = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_particles", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -99,10 +99,11 @@ class Functional(Hypergradient):
         loss, (direct, rhs) = jax.value_and_grad(shifted.outer, argnums=(0, 1))(theta, shifted.zeros)
         keys = jax.random.split(key_inner, self.num_particles if shifted.is_random else 1)
 
-        def inner(theta, shifts):
+        def inner(theta: Any, shifts: Any) -> Array:
             if len(keys) == 1:  # no vmap: it would only cost compilation
                 return shifted.inner(keys[0], theta, shifts)
-            return jax.vmap(lambda key: shifted.inner(key, theta, shifts))(keys).mean()
+            draws: Array = jax.vmap(lambda key: shifted.inner(key, theta, shifts))(keys)
+            return draws.mean()
 
         # G and its gradient are evaluated once; every product is a pullback through them
         _, pullback = jax.vjp(jax.grad(inner, argnums=1), theta, shifted.zeros)
@@ -146,11 +147,12 @@ def _solved(shifted: Shifted, product: Any, rhs: Any, num_steps: int) -> tuple[A
     z = shifted.natural(r)
     start = shifted.dot(r, z)
 
-    def is_unsolved(carry: tuple) -> Array:
+    def is_unsolved(carry: tuple[Any, ...]) -> Array:
         i, goes_on, *_ = carry
-        return (i < num_steps) & goes_on.any()
+        unsolved: Array = (i < num_steps) & goes_on.any()
+        return unsolved
 
-    def step(carry: tuple) -> tuple:
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, goes_on, curvature, y, r, p, p_in_f, square = carry  # p_in_f is F p
         image = kept(product(p), False)
         bend = shifted.dot(p, image)

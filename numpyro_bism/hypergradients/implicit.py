@@ -38,7 +38,7 @@ class Implicit(Hypergradient):
     num_steps: int = 10
     damping: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.solver not in ("cg", "neumann", "nystrom"):
             raise ValueError(f"solver must be 'cg', 'neumann' or 'nystrom', got {self.solver!r}.")
         if self.num_steps < 1:
@@ -50,10 +50,10 @@ class Implicit(Hypergradient):
         key_linear, key_sketch = jax.random.split(rng_key)
         system = linearized(key_linear, problem, theta, inner_state)
 
-        def hessian(x):
+        def hessian(x: Array) -> Array:
             return system.products(x)[1]
 
-        def damped(x):
+        def damped(x: Array) -> Array:
             return hessian(x) + self.damping * x
 
         if self.solver == "nystrom":

@@ -29,6 +29,7 @@ class LinearSystem(NamedTuple):
 
 
 def linearized(rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any) -> LinearSystem:
+    """The system at these parameters: J, G and their gradients evaluated once, with the noise of this key."""
     key_outer, key_inner = jax.random.split(rng_key)
     phi = problem.optim.get_params(inner_state)
     loss, (direct, right) = jax.value_and_grad(problem.outer, argnums=(1, 2))(key_outer, theta, phi)
@@ -36,7 +37,7 @@ def linearized(rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any) -
     # G and its gradient are evaluated once; every product is a pullback through them
     _, pullback = jax.vjp(lambda t, p: jax.grad(problem.inner, argnums=2)(key_inner, t, p), theta, phi)
 
-    def products(x):
+    def products(x: Array) -> tuple[Any, Array]:
         cross, product = pullback(unravel(x))
         return cross, ravel_pytree(product)[0]
 
@@ -60,11 +61,12 @@ def descended(product: Product, rhs: Array, num_steps: int, conjugate: bool) -> 
     """
     tiny = jnp.square(jnp.finfo(rhs.dtype).eps) * rhs.dot(rhs)
 
-    def goes_on(carry):
+    def goes_on(carry: tuple[Any, ...]) -> Array:
         i, _, r, _, _, least = carry
-        return (i < num_steps) & (r.dot(r) > tiny) & (least > 0)
+        still: Array = (i < num_steps) & (r.dot(r) > tiny) & (least > 0)
+        return still
 
-    def step(carry):
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, x, r, p, largest, least = carry
         image = product(p)
         curvature = p.dot(image) / p.dot(p)

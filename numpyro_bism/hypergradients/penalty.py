@@ -16,9 +16,10 @@ __all__ = ["Penalty"]
 
 
 class PenaltyState(NamedTuple):
-    """
+    """What :class:`Penalty` carries from step to step: a second guide, ψ.
+
     :ivar inner_state: the second guide's parameters and the state of their optimiser.
-    :ivar num_steps: taken so far.
+    :ivar num_steps: steps of BiSM so far.
     """
 
     inner_state: Any
@@ -43,7 +44,7 @@ class Penalty(Hypergradient):
 
     differentiates_inner = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
             raise ValueError(f"strength must be positive and finite, or a function of the step, got {self.strength}.")
 
@@ -57,11 +58,11 @@ class Penalty(Hypergradient):
         key_fit, key_outer, key_inner = jax.random.split(rng_key, 3)
         phi = problem.optim.get_params(inner_state)
 
-        def penalized(psi, keys):
+        def penalized(psi: Any, keys: tuple[Array, Array]) -> Array:
             key_inner, key_outer = keys
             return problem.inner(key_inner, theta, psi) + problem.outer(key_outer, theta, psi) / strength
 
-        def fit(second, keys):
+        def fit(second: Any, keys: tuple[Array, Array]) -> tuple[Any, None]:
             loss, gradient = jax.value_and_grad(penalized)(problem.optim.get_params(second), keys)
             return problem.optim.update(gradient, second, value=loss), None
 

@@ -67,15 +67,29 @@ class Bilevel:
     prefetched: Prefetched | None = None
 
     def params(self, theta: Any, phi: Any) -> dict[str, Any]:
-        """What the programs are given: constrained, by name."""
+        """What the programs are given: constrained, by name.
+
+        :param theta: the model's parameters, unconstrained, by name.
+        :param phi: the guide's parameters, unconstrained, by name.
+        """
         return self.pair.params(theta, phi, self.mutable)
 
     def outer(self, rng_key: Array, theta: Any, phi: Any) -> Array:
-        """J: the outer loss with fresh noise and fresh draws of h."""
+        """J: the outer loss with fresh noise and fresh draws of h.
+
+        :param rng_key: a JAX random key: J with the same key has the same noise and draws.
+        :param theta: the model's parameters, unconstrained, by name.
+        :param phi: the guide's parameters, unconstrained, by name.
+        """
         return self.pair.outer_loss(rng_key, self.params(theta, phi), self.batch, self.loss)
 
     def inner(self, rng_key: Array, theta: Any, phi: Any) -> Array:
-        """G: the inner loss at v as the outer loss perturbs it, a mean over the batch."""
+        """G: the inner loss at v as the outer loss perturbs it, a mean over the batch.
+
+        :param rng_key: a JAX random key: G with the same key has the same noise and draws.
+        :param theta: the model's parameters, unconstrained, by name.
+        :param phi: the guide's parameters, unconstrained, by name.
+        """
         params = self.params(theta, phi)
         return perturbed_inner_loss(rng_key, self.loss, self.inner_loss, self.pair, params, self.batch)
 
@@ -114,23 +128,49 @@ class Hypergradient(Protocol):
     cure: ClassVar[str] = "use Detached()"
 
     def check(self, loss: Any, pair: Any) -> None:
-        """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
+        """Checks that the strategy fits the outer loss, the model and its guide; it does, if not overridden.
+
+        :param loss: the outer loss.
+        :param pair: model and guide, as their first run showed them.
+        :raises ValueError: where it does not fit.
+        """
         return
 
     def init(self, theta: Any, optim: Any, inner_state: Any) -> Any:
-        """The state before the first step, from θ, the inner optimiser and its state; None if there is none."""
+        """The state before the first step; None if there is none.
+
+        :param theta: the model's parameters, unconstrained, by name.
+        :param optim: the inner optimiser, in NumPyro's form.
+        :param inner_state: its state, φ among it: ``optim.get_params(inner_state)``.
+        """
         return None
 
     def noise_keys(self, rng_key: Array) -> Array:
-        """The keys of inner steps that it will take, called with this one: their noise is drawn beforehand."""
+        """The keys of the inner steps that it takes by itself, their noise to be drawn beforehand; none by default.
+
+        :param rng_key: the key that the strategy will be called with.
+        :returns: keys along the leading axis, in the order of the steps.
+        """
         return rng_key[None][:0]
 
     @abstractmethod
-    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result: ...
+    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
+        """The hypergradient at the fitted guide: J, dJ/dθ, and what is carried to the next step.
+
+        :param rng_key: a JAX random key.
+        :param problem: the two losses on one batch.
+        :param theta: the model's parameters, unconstrained, by name.
+        :param inner_state: the inner optimiser's state after the inner steps, the fitted φ among it.
+        :param state: what :meth:`init` made before the first step, and the last result's ``state`` from then on.
+        """
+        ...
 
 
 def require_hypergradient(strategy: Any) -> None:
-    """:raises ValueError: for what is no strategy; a class is none."""
+    """Checks that a hypergradient has all that :class:`Hypergradient` names, and is no class.
+
+    :raises ValueError: where it is no strategy.
+    """
     missing = lacking(strategy, Hypergradient)
     if isinstance(strategy, type) or not callable(strategy) or missing:
         why = f"It lacks {', '.join(missing)}: one" if missing and not isinstance(strategy, type) else "One"

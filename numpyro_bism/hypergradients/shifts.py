@@ -50,7 +50,7 @@ Shifts = Mapping[tuple[str, str], Array]  # by site and parameter
 
 
 def require_shiftable(
-    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, inner_loss: Callable
+    rng_key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch, inner_loss: Callable[..., Array]
 ) -> frozenset[tuple[str, str]]:
     """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
 
@@ -79,7 +79,7 @@ def require_shiftable(
     return frozenset(key for key, x in at.items() if _is_reached(key, (x != moved[key]).any(axes[key[0]])))
 
 
-def _require_kind(pair: ModelAndGuide, inner_loss: Callable) -> None:
+def _require_kind(pair: ModelAndGuide, inner_loss: Callable[..., Any]) -> None:
     if pair.change is not None:
         raise ValueError(
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
@@ -106,7 +106,10 @@ def _require_sites(sites: Mapping[str, SiteRecord], pair: ModelAndGuide, n: int)
 
 
 def _require_same(at: Mapping[Any, np.ndarray], again: Mapping[Any, np.ndarray]) -> None:
-    """:raises ValueError: where a distribution is another at other draws."""
+    """Checks that the distributions are the same at other draws.
+
+    :raises ValueError: where one is another.
+    """
     for key in sorted({*at, *again}):
         x, y = at.get(key), again.get(key)
         if x is not None and y is not None and x.shape == y.shape and not bool(_differ(x, y).any()):
@@ -145,7 +148,8 @@ def _learnt(sites: Mapping[str, SiteRecord]) -> dict[tuple[str, str], Array]:
 def _differ(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Entry by entry, beyond rounding."""
     tolerance = float(jnp.finfo(x.dtype).eps) ** 0.75
-    return ~np.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+    near: np.ndarray = np.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return ~near
 
 
 def shifted_losses(
@@ -154,7 +158,7 @@ def shifted_losses(
     params: Callable[[Any], Mapping[str, Any]],
     batch: Batch,
     loss: OuterLoss,
-    inner_loss: Callable,
+    inner_loss: Callable[..., Array],
     theta: Any,
 ) -> Shifted:
     """J and G on one perturbed batch as functions of (θ, δ), of a pair that :func:`require_shiftable` has seen.
@@ -173,7 +177,8 @@ def shifted_losses(
 
     def dot(x: Shifts, y: Shifts) -> Array:
         parts = [jnp.moveaxis(x[key] * y[key], axes[key[0]], 0).reshape(len(v), -1).sum(-1) for key in x]
-        return sum(parts[1:], parts[0])
+        total: Array = sum(parts[1:], parts[0])
+        return total
 
     def scaled(weights: Array, x: Shifts) -> Shifts:
         return {key: value * weights.reshape(-1, *[1] * (value.ndim - axes[key[0]] - 1)) for key, value in x.items()}
@@ -226,7 +231,7 @@ class _Shift(Messenger):
             msg["fn"] = _moved(msg["name"], msg["fn"], self.sites[msg["name"]])
 
 
-def _shifting(guide: Callable, shifts: Shifts) -> Callable:
+def _shifting(guide: Callable[..., Any], shifts: Shifts) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with _Shift(shifts):
             return guide(*args, **kwargs)
@@ -235,7 +240,10 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
 
 
 def _require_plain(site: SiteRecord) -> None:
-    """:raises ValueError: where a scale or a mask of the user's lies over a site: G's curvature is not F then."""
+    """Checks that no scale and no mask of the user's lies over a site: G's curvature is not F then.
+
+    :raises ValueError: where one does.
+    """
     scale: Any = 1.0 if site.scale is None else site.scale
     for frame in site.frames:
         full_size, size = site.plates[frame.name]
@@ -357,7 +365,8 @@ def _natural_factor(factor: Array, x: Array) -> Array:
 
 
 def _diagonal(matrix: Array) -> Array:
-    return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    found: Array = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    return found
 
 
 _BITS = ConcreteBernoulli, AveragedBernoulli, dist.BernoulliLogits, BernoulliProbs

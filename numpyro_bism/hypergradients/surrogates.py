@@ -1,6 +1,6 @@
 """Exact and Covariance: the gradient from a property of the posterior, no inner problem differentiated."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Exact(Hypergradient):
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
         phi = problem.optim.get_params(inner_state)
 
-        def loss(theta):
+        def loss(theta: Any) -> Array:
             params, fixed = problem.params(theta, phi), problem.params(jax.lax.stop_gradient(theta), phi)
             return posterior_loss(rng_key, problem.pair, params, fixed, problem.batch, problem.loss)
 
@@ -63,7 +63,7 @@ class Covariance(Hypergradient):
     differentiates_inner = False
     reparameterises = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_particles < 2:
             raise ValueError(f"num_particles must be at least 2 for a covariance, got {self.num_particles}.")
 
@@ -82,7 +82,7 @@ class Covariance(Hypergradient):
     def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
         phi = problem.optim.get_params(inner_state)
 
-        def loss(theta):
+        def loss(theta: Any) -> Array:
             params, fixed = problem.params(theta, phi), problem.params(jax.lax.stop_gradient(theta), phi)
             return covariance_loss(
                 rng_key, problem.pair, params, fixed, problem.batch, problem.loss, self.num_particles
@@ -113,14 +113,14 @@ def posterior_loss(
     draws = jax.vmap(lambda key: pair.draw(key, fixed, batch, loss.perturb(batch.v, noise))[0])(keys)
     value = pair.score(key_score, fixed, batch, draws, loss, num)
 
-    def slope(given):
-        def log_joint(u, key):
+    def slope(given: Mapping[str, Any]) -> Callable[[Array], Array]:
+        def log_joint(u: Array, key: Array) -> Array:
             draw, _ = pair.draw(key, fixed, batch, u)  # at u: h moves with it
             return pair.log_weight(key_score, given, batch, u, draw, guide=False)
 
         return mean_slope(log_joint, keys, loss)
 
-    def score(u):
+    def score(u: Array) -> Array:
         # the difference is 0; its derivative in θ is the score's
         return value(u) + slope(params)(u) - slope(fixed)(u)
 
@@ -145,16 +145,17 @@ def covariance_loss(
     noise = loss.draw(key_noise, batch.v)
     v = loss.perturb(batch.v, noise)
 
-    def log_guide(u, values, keys):
+    def log_guide(u: Array, values: Mapping[str, Array], keys: Sequence[Array]) -> Any:
         values = pair.fixed_latents(key_guide, fixed, batch, u, values, keys)
         sites = pair.guide_at(key_guide, fixed, batch, u, values, keys, discretize=True)
         return sum(site.log_prob().sum() for site in sites.values())
 
-    def one(drawn):
+    def one(drawn: tuple[Mapping[str, Array], Sequence[Array]]) -> tuple[Array, Array, Array]:
         values, keys = drawn
 
-        def model_score(u):
-            return jax.grad(lambda u: pair.log_joint(key_model, params, batch, u, values).sum())(u)
+        def model_score(u: Array) -> Array:
+            slope: Array = jax.grad(lambda u: pair.log_joint(key_model, params, batch, u, values).sum())(u)
+            return slope
 
         log_joint = pair.log_joint(key_model, params, batch, v, values)
         return model_score(v), log_joint, jax.grad(log_guide)(v, values, keys)
@@ -164,7 +165,7 @@ def covariance_loss(
     fixed_scores = jax.lax.stop_gradient(model_scores)
     centred = fixed_scores - fixed_scores.mean(0)
 
-    def score(u):
+    def score(u: Array) -> Array:
         # ... of which only the derivative in θ is at stake: the values of the other two add up to 0
         value = (fixed_scores - jax.lax.stop_gradient(guide_scores)).mean(0)
         varying = log_joints - jax.lax.stop_gradient(log_joints)

@@ -15,12 +15,13 @@ MOMENTS = 0.999  # of the sums that the rate is found from: of fewer steps their
 
 
 class Tracked(NamedTuple):
-    """
+    """A running mean that follows a noisy gradient x, and what its rate is found from.
+
     :ivar mean: the running mean m of x, in the shapes of θ.
     :ivar last: the last x.
     :ivar noise: decaying sums of ½‖x_t - x_{t-1}‖², parameter by parameter: the variance of x, drift left out.
     :ivar surprise: those of ‖x_t - m_{t-1}‖²: the same, and what m is behind.
-    :ivar num_steps: taken so far.
+    :ivar num_steps: how many x there have been.
     """
 
     mean: Any
@@ -37,7 +38,8 @@ class Tracked(NamedTuple):
         the gain of a Kalman filter (1960) whose innovations have that variance, and at least 1 - ``LONGEST``, for each
         parameter of the model. The first steps take the plain mean at the least.
 
-        :param memory: 1 - ρ, where it is fixed.
+        :param x: the gradient at this step, in the shapes of θ.
+        :param memory: 1 - ρ, where it is fixed; None finds it.
         """
         noise = self._summed(self.noise, jax.tree.map(lambda x, y: 0.5 * jnp.square(x - y).sum(), x, self.last))
         surprise = self._summed(self.surprise, jax.tree.map(lambda x, y: jnp.square(x - y).sum(), x, self.mean))
@@ -57,10 +59,10 @@ class Tracked(NamedTuple):
 def untracked(theta: Any) -> Tracked:
     """Before the first step."""
 
-    def zeros():  # two of them, and two of the sums: the loop donates its buffers, and none can be given twice
+    def zeros() -> Any:  # two of them, and two of the sums: the loop donates its buffers, and none can be given twice
         return jax.tree.map(jnp.zeros_like, theta)
 
-    def sums():
+    def sums() -> Any:
         return jax.tree.map(lambda x: jnp.zeros((), x.dtype), theta)
 
     return Tracked(zeros(), zeros(), sums(), sums(), jnp.zeros((), int))

@@ -40,7 +40,7 @@ class Unrolled(Hypergradient):
     num_steps: int = 5
     memory: Literal["store", "recompute"] = "store"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {self.num_steps}.")
         if self.memory not in ("store", "recompute"):
@@ -67,18 +67,18 @@ class Unrolled(Hypergradient):
         stores = self.memory == "store"
         inner, noise = problem.prefetched if stores and problem.prefetched else (problem.inner, keys)
 
-        def step(theta, fast, noise):
+        def step(theta: Any, fast: Any, noise: Any) -> Any:
             phi = problem.optim.get_params(fast)
             loss, gradient = jax.value_and_grad(inner, argnums=2)(noise, theta, phi)
             return differentiable_update(problem.optim, gradient, fast, loss)
 
-        def last(theta, fast):
+        def last(theta: Any, fast: Any) -> Array:
             return problem.outer(key_outer, theta, problem.optim.get_params(fast))
 
         if self.num_steps and not stores:
             return _recomputed(step, last, theta, inner_state, keys)
 
-        def whole(theta):
+        def whole(theta: Any) -> Array:
             fast = inner_state
             if self.num_steps:
                 fast, _ = jax.lax.scan(
@@ -93,15 +93,15 @@ class Unrolled(Hypergradient):
         return Result(*jax.value_and_grad(whole)(theta))
 
 
-def _recomputed(step: Callable, last: Callable, theta: Any, start: Any, keys: Array) -> Result:
+def _recomputed(step: Callable[..., Any], last: Callable[..., Array], theta: Any, start: Any, keys: Array) -> Result:
     """J = last(θ, sᴺ) and its gradient, with sⁿ⁺¹ = step(θ, sⁿ, keyⁿ), by :func:`_reversal`."""
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, start))
     moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]  # a count of steps has no derivative
 
-    def parted(leaves):
+    def parted(leaves: list[Array]) -> list[list[Array]]:
         return [[x for x, yes in zip(leaves, moves, strict=True) if yes == kind] for kind in (True, False)]
 
-    def joined(moving, still):
+    def joined(moving: list[Array], still: list[Array]) -> Any:
         parts = {True: iter(moving), False: iter(still)}
         return jax.tree.unflatten(tree, [next(parts[yes]) for yes in moves])
 
@@ -111,28 +111,29 @@ def _recomputed(step: Callable, last: Callable, theta: Any, start: Any, keys: Ar
     ends = np.cumsum([len(each) for each, _ in plan])
     kept = [jnp.broadcast_to(x, (NUM_KEPT + 1, *x.shape)) for x in leaves]
 
-    def reached(kept, first, end):
+    def reached(kept: list[Array], first: Any, end: Any) -> list[Array]:
         """The legs from one to another."""
 
-        def leg(i, kept):
+        def leg(i: Any, kept: list[Array]) -> list[Array]:
             source, target, start, stop = legs[i]
             state = jax.tree.unflatten(tree, [x[source] for x in kept])
             state = jax.lax.fori_loop(start, stop, lambda n, state: step(theta, state, keys[n]), state)
             return [x.at[target].set(y) for x, y in zip(kept, jax.tree.leaves(state), strict=True)]
 
-        return jax.lax.fori_loop(first, end, leg, kept)
+        found: list[Array] = jax.lax.fori_loop(first, end, leg, kept)
+        return found
 
     kept = reached(kept, 0, ends[0])
     moving, still = parted([x[plan[0][1]] for x in kept])
     loss, found = jax.value_and_grad(lambda t, m: last(t, joined(m, still)), argnums=(0, 1))(theta, moving)
 
-    def back(carry, now):
+    def back(carry: tuple[Any, ...], now: tuple[Any, ...]) -> tuple[tuple[Any, ...], None]:
         kept, total, behind = carry
         n, first, end, place = now
         kept = reached(kept, first, end)
         moving, still = parted([x[place] for x in kept])
 
-        def moved(theta, moving):
+        def moved(theta: Any, moving: list[Array]) -> list[Array]:
             return parted(jax.tree.leaves(step(theta, joined(moving, still), keys[n])))[0]
 
         in_theta, behind = jax.vjp(moved, theta, moving)[1](behind)

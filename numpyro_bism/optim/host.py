@@ -54,7 +54,7 @@ def inner_copy(optim: _NumPyroOptim, num_inner_steps: int, name: str) -> _NumPyr
             stacklevel=4,
         )
 
-    def update(step, gradient, state, *args, **kwargs):
+    def update(step: Any, gradient: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         counts = _counts(state)
         outer = [count // num_inner_steps for count in counts]
         state = optim.update_fn(step, gradient, _with_counts(state, iter(outer)), *args, **kwargs)
@@ -106,7 +106,10 @@ def _has_schedule(update: Any) -> bool:
 
 
 def require_single_steps(optim: _NumPyroOptim, params: Any, name: str) -> None:
-    """:raises ValueError: for an optimiser that wants more than gradients and the loss (line searches, L-BFGS)."""
+    """Checks that an optimiser takes single steps, by gradients and the loss; line searches and L-BFGS want more.
+
+    :raises ValueError: where it does not.
+    """
     try:
         jax.eval_shape(lambda p: optim.update(p, optim.init(p), value=jnp.zeros(())), params)
     except TypeError as error:

@@ -19,7 +19,7 @@ def differentiable_update(optim: Any, gradient: Any, state: Any, value: Array) -
     """
     flat, tree = jax.tree.flatten((gradient, state, value))
 
-    def update(*leaves):
+    def update(*leaves: Any) -> Any:
         gradient, state, value = jax.tree.unflatten(tree, leaves)
         return optim.update(gradient, state, value=value)
 
@@ -61,7 +61,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     values: dict[Any, Any] = {}
     roots, positive = set(), set()  # a root and a positive number: what Adam divides by needs no guard
 
-    def read(var):
+    def read(var: Any) -> Any:
         return var.val if isinstance(var, core.Literal) else values[var]
 
     values.update(zip(jaxpr.constvars, consts, strict=True))

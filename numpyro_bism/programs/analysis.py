@@ -32,8 +32,8 @@ from .records import SiteRecord, is_enumerated, leading_plates, record
 
 
 def analyse(
-    model: Callable,
-    guide: Callable | None,
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
     leaves: Sequence[Any],
     spec: Any,
     rng_key: Array,
@@ -218,7 +218,12 @@ def resized(pair: ModelAndGuide, leaves: Sequence[Any], spec: Any) -> ModelAndGu
 
 
 def _first_run(
-    model: Callable, guide: Callable, rng_key: Array, given: Mapping[str, Any], leaves: Sequence[Any], spec: Any
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    rng_key: Array,
+    given: Mapping[str, Any],
+    leaves: Sequence[Any],
+    spec: Any,
 ) -> tuple[record, record, frozenset[str]]:
     """What model and guide recorded, the model at the guide's draws; and the guide's relaxed sites."""
     args, kwargs = jax.tree.unflatten(spec, leaves)

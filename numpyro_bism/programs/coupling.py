@@ -31,7 +31,7 @@ def check_rows(
     params: Mapping[str, Any],
     batch: Batch,
     *,
-    model: Callable | None = None,
+    model: Callable[..., Any] | None = None,
     normalises_batch: bool = False,
 ) -> None:
     """Move half of the examples, visible values and latents, and look whether the others' log densities stay.
@@ -92,7 +92,7 @@ class _Start(NamedTuple):
     """Programs, parameters and data, as the check was given them."""
 
     pair: ModelAndGuide
-    model: Callable
+    model: Callable[..., Any]
     params: Mapping[str, Any]
     batch: Batch
 
@@ -151,7 +151,8 @@ def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     scale = np.abs(b[np.isfinite(b)]).max(initial=0.0)
     with np.errstate(invalid="ignore"):
         near = np.abs(a - b) <= ROUNDING * np.finfo(a.dtype).eps * scale
-    return near | (a == b) | (np.isnan(a) & np.isnan(b))
+    same: np.ndarray = near | (a == b) | (np.isnan(a) & np.isnan(b))
+    return same
 
 
 def _one_number(name: str, why: str) -> str:
@@ -266,14 +267,16 @@ def _elsewhere(rng_key: Array, site: SiteRecord, value: Array, is_soft: bool = F
         x = transform.inv(value)
         spread = x.std()
         step = jnp.where(spread > 0, 2 * spread, 1.0) * jax.random.normal(rng_key, x.shape, x.dtype)
-        return transform(x + step).astype(value.dtype)
+        elsewhere: Array = transform(x + step).astype(value.dtype)
+        return elsewhere
     try:
         support = base.enumerate_support(expand=False)
     except NotImplementedError:  # counts, of any size
         return value + jax.random.randint(rng_key, value.shape, 0, 3).astype(value.dtype)
     support = support.reshape(len(support), *base.event_shape)
     units = value.shape[: value.ndim - len(base.event_shape)]
-    return support[jax.random.randint(rng_key, units, 0, len(support))].astype(value.dtype)
+    drawn: Array = support[jax.random.randint(rng_key, units, 0, len(support))]
+    return drawn.astype(value.dtype)
 
 
 def _densities(rng_key: Array, start: _Start, v: Array, values: Mapping[str, Array], own: _Own) -> _Described:

@@ -31,7 +31,7 @@ class CD(Rival):
 
     :param model: a NumPyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it; v may be discrete.
     :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
-    :param kernel: of :mod:`numpyro_bism.kernels`: ``Gibbs()`` finds block Gibbs sampling for a restricted Boltzmann
+    :param kernel: of :mod:`numpyro_bism.sampling.kernels`: ``Gibbs()`` finds block Gibbs sampling for a restricted Boltzmann
         machine; ``Langevin(step_size)`` needs no structure.
     :param num_steps: k, steps of the kernel.
     :param persistent: whether the chains go on.
@@ -50,7 +50,7 @@ class CD(Rival):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         optim: Any,
         kernel: Kernel,
         num_steps: int = 1,
@@ -123,7 +123,7 @@ def advance(
 ) -> tuple[Point, Any]:
     """So many steps of a kernel."""
 
-    def step(key, carry):
+    def step(key: Array, carry: tuple[Point, Any]) -> tuple[Point, Any]:
         return kernel(key, density, *carry)[:2]
 
     if num_steps == 1:
@@ -132,9 +132,10 @@ def advance(
     noise: Any = jax.random.split(rng_key, num_steps)
     if num_steps <= num_prefetched(draw, rng_key):
         noise, step = jax.vmap(draw)(noise), rest
-    return jax.lax.scan(
+    found: tuple[Point, Any] = jax.lax.scan(
         lambda carry, now: (step(now, carry), None), (x, state), noise, unroll=unroll_factor(num_steps)
     )[0]
+    return found
 
 
 def draw_hidden(

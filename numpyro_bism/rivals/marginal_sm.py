@@ -35,7 +35,7 @@ class MarginalSM(Rival):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         optim: Any,
         loss: OuterLoss,
         *,

@@ -49,7 +49,7 @@ class PersistentVI(Rival):
     :param guide: a NumPyro program, or autoguide, of q(θ; φ): of the global sites alone.
     :param optim: an optimiser for φ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax; ``param``
         sites of the model are fitted with it.
-    :param kernel: of :mod:`numpyro_bism.kernels`.
+    :param kernel: of :mod:`numpyro_bism.sampling.kernels`.
     :param num_chains: how many chains.
     :param num_sweeps: steps of the kernel for each of φ.
     :param visible: names of the visible sites; None takes all observed sample sites.
@@ -66,8 +66,8 @@ class PersistentVI(Rival):
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: Any,
         kernel: Kernel,
         num_chains: int = 100,
@@ -89,26 +89,34 @@ class PersistentVI(Rival):
     ) -> dict[str, Array]:
         """Draws of θ from the guide, by site, the draws first.
 
-        :param args: arguments of the model.
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
+        :param args: arguments of the model, the data among them.
+        :param rng_key: a JAX random key, for the draws and for a subsampling plate's rows.
+        :param num_draws: how many.
+        :param kwargs: its keyword arguments.
         """
         leaves, spec = self._checked(args, kwargs)
         pair = self.pair(leaves, spec)
         params = pair.params(*self._split(pair, self._theta(pair, state)), state.mutable_state)
         batch = pair.batch(rng_key, leaves, spec)
 
-        def one(key):
+        def one(key: Array) -> dict[str, Array]:
             values, _ = _drawn(key, pair, params, batch)
             return values
 
-        return jax.vmap(one)(jax.random.split(rng_key, num_draws))
+        draws: dict[str, Array] = jax.vmap(one)(jax.random.split(rng_key, num_draws))
+        return draws
 
     def deterministics(
         self, state: Any, theta: Mapping[str, Any], *args: Any, rng_key: Array, **kwargs: Any
     ) -> dict[str, Array]:
         """The model's ``deterministic`` sites outside the data plate at draws of θ, by site, the draws first.
 
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
         :param theta: draws by site, as :meth:`posterior` gives them.
-        :param args: arguments of the model.
+        :param args: arguments of the model, the data among them.
+        :param rng_key: a JAX random key, for what model and guide draw, and for a subsampling plate's rows.
+        :param kwargs: its keyword arguments.
         :raises ValueError: if θ lacks one of the guide's sites.
         """
         leaves, spec = self._checked(args, kwargs)
@@ -121,7 +129,7 @@ class PersistentVI(Rival):
             raise ValueError(f"theta has no draws of the guide's sites {missing}.")
         args, kwargs = batch.arguments(batch.v)
 
-        def one(values):
+        def one(values: Mapping[str, Array]) -> dict[str, Array]:
             with seed(rng_seed=rng_key), trace() as sites, record(params, {**batch.indices, **values}):
                 pair.model(*args, **kwargs)
             rows = {frame.name for site in pair.sites for frame in sites[site.name]["cond_indep_stack"]}
@@ -132,7 +140,9 @@ class PersistentVI(Rival):
             }
 
         # compiled, so that an energy which no deterministic site reads is left out
-        return jax.jit(lambda draws: jax.lax.map(one, draws))({name: jnp.asarray(theta[name]) for name in wanted})
+        draws = {name: jnp.asarray(theta[name]) for name in wanted}
+        found: dict[str, Array] = jax.jit(lambda draws: jax.lax.map(one, draws))(draws)
+        return found
 
     def at(self, theta: Mapping[str, Any]) -> "AtTheta":
         """The model at one θ, which ``run_chains``, ``ais``, ``free_energy`` and the like take for a trained one.
@@ -143,8 +153,13 @@ class PersistentVI(Rival):
 
     @in_own_modes
     def energy(self, state: Any, *args: Any, rng_key: Any = None, **kwargs: Any) -> Any:
-        """
-        :raises ValueError: there is one energy for each θ: see :meth:`at`.
+        """Refuses, as there is one energy for each θ: take that of :meth:`at`.
+
+        :param state: not looked at.
+        :param args: not looked at.
+        :param rng_key: not looked at.
+        :param kwargs: not looked at.
+        :raises ValueError: always.
         """
         raise ValueError("A PersistentVI has a posterior of θ and no one θ: pass persistent_vi.at(theta).")
 
@@ -226,7 +241,11 @@ class PersistentVI(Rival):
 
 @dataclass(frozen=True)
 class AtTheta:
-    """The model of a :class:`PersistentVI` at one θ."""
+    """The model of a :class:`PersistentVI` at one θ.
+
+    :ivar trained: the method that learnt the posterior.
+    :ivar theta: a value for each of the guide's sites, by name.
+    """
 
     trained: PersistentVI
     theta: Mapping[str, Array]
@@ -240,10 +259,14 @@ class AtTheta:
     def energy(self, state: Any, *args: Any, rng_key: Array, **kwargs: Any) -> tuple[Energy, dict[str, Any], Point]:
         """log p̃(v, h) on these arguments, its parameters, and a point: the data and a draw of h.
 
+        :param state: a state of the method's :meth:`init`, :meth:`update` or :meth:`run`.
+        :param args: arguments of the model, the data among them; a plate that subsamples these takes all rows here.
+        :param rng_key: a JAX random key, for that draw and for the rows of other subsampling plates than the data's.
+        :param kwargs: its keyword arguments.
         :raises ValueError: if θ has other sites or shapes than the guide.
         """
 
-        def program(key, pair, params, batch):
+        def program(key: Array, pair: ModelAndGuide, params: Mapping[str, Any], batch: Batch) -> Callable[..., Any]:
             wanted = {name: jnp.shape(value) for name, value in _drawn(key, pair, params, batch)[0].items()}
             found = {name: jnp.shape(value) for name, value in self.theta.items()}
             if wanted != found:
@@ -253,9 +276,10 @@ class AtTheta:
         return self.trained._energy(state, args, kwargs, rng_key, program)
 
 
-def given(model: Callable, values: Mapping[str, Array]) -> Callable:
+def given(model: Callable[..., Any], values: Mapping[str, Array]) -> Callable[..., Any]:
     """The model at these values of its global sites, which are then no sites of it."""
-    return block(substitute(model, data=dict(values)), hide=list(values))
+    program: Callable[..., Any] = block(substitute(model, data=dict(values)), hide=list(values))
+    return program
 
 
 def _at(target: MarginalTarget, values: Mapping[str, Array]) -> MarginalTarget:

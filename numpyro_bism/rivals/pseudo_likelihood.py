@@ -44,7 +44,9 @@ class PseudoLikelihood(Rival):
     scale = 1.0  # of a classifier that knows nothing, log 2 a decision
     words = Words.of_rival("or with weight decay, a prior: a unit that the others foretell has no finite couplings")
 
-    def __init__(self, model: Callable, optim: Any, *, visible: Sequence[str] | None = None, **static_kwargs: Any):
+    def __init__(
+        self, model: Callable[..., Any], optim: Any, *, visible: Sequence[str] | None = None, **static_kwargs: Any
+    ):
         super().__init__(model, optim, visible, static_kwargs)
 
     def _check(self, target: MarginalTarget, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> MarginalTarget:
@@ -81,7 +83,7 @@ class PseudoLikelihood(Rival):
 def _by_gradient(log_prob: Callable[[Point], Array], seen: Point, name: str, latent: Latent) -> Array:
     """Σ_i log p(v_i | v_-i) over a site's units, shape (n,), the log odds of all values in one gradient."""
     value = seen[name]
-    logits = jax.grad(lambda value: log_prob({**seen, name: value}).sum())(value)
+    logits: Array = jax.grad(lambda value: log_prob({**seen, name: value}).sum())(value)
     if latent.kind == "bits":
         each = value * logits - softplus(logits)
     else:
@@ -96,7 +98,7 @@ def _by_changes(log_prob: Callable[[Point], Array], seen: Point, name: str, late
     support = latent.support(value.dtype)
 
     @jax.checkpoint  # what a change computes is computed again on the way back: there are thousands of them
-    def changed(which):
+    def changed(which: Array) -> Array:
         unit, state = which // len(support), which % len(support)
         return log_prob({**seen, name: replaced(value, latent, unit, support[state])})
 

@@ -57,6 +57,8 @@ class RivalState(NamedTuple):
     :ivar optim_state: θ and the state of its optimiser; parameters of the method's own among them.
     :ivar mutable_state: mutable sites of the model, or None.
     :ivar carried: what the method carries from step to step (noise, chains, a guide), or None.
+    :ivar rng_key: the random key of the step to come.
+    :ivar info: what the last step saw.
     :ivar watch: what the verdict rests on.
     """
 
@@ -83,6 +85,7 @@ class Rival(Trainer):
     :cvar is_contrast: whether the loss is a difference that crosses zero.
     :cvar scale: of the loss, in nats; infinite if it has none.
     :cvar words: how it is said that training has run away.
+    :cvar info_type: the type of what the last step saw.
     """
 
     takes_discrete = False
@@ -96,11 +99,11 @@ class Rival(Trainer):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         optim: Any,
         visible: Sequence[str] | None,
         static_kwargs: Mapping[str, Any],
-        guide: Callable | None = None,
+        guide: Callable[..., Any] | None = None,
     ):
         super().__init__()
         if isinstance(visible, str):
@@ -176,8 +179,9 @@ class Rival(Trainer):
         return "Lower the learning rate, or clip the gradient"
 
     def get_params(self, state: RivalState) -> dict[str, Any]:
-        """Constrained values of all parameters, by site name.
+        """Constrained values of all parameters, by site name; of the method's own (a log normaliser) too.
 
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
         :raises ValueError: if the model has not run yet: its constraints are unknown then.
         """
         pair = self._last_pair()
@@ -188,7 +192,13 @@ class Rival(Trainer):
 
     @in_own_modes
     def evaluate(self, state: RivalState, *args: Any, **kwargs: Any) -> Array:
-        """The loss at the state's parameters, with fresh noise; nothing is updated."""
+        """The loss at the state's parameters, with fresh noise; nothing is updated.
+
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`; its random key gives the noise.
+        :param args: arguments of model and guide, the data among them.
+        :param kwargs: their keyword arguments.
+        :returns: a mean over the batch.
+        """
         leaves, spec = self._checked(args, kwargs)
         target = self.target(leaves, spec)
         # split as in update, so that the same state sees the same batch
@@ -206,12 +216,16 @@ class Rival(Trainer):
 
         The guide draws it; without one, the model itself.
 
-        :param rng_key: a JAX random key, for that draw and for a subsampling plate's rows.
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
+        :param args: arguments of model and guide, the data among them; a plate that subsamples these takes all rows
+            here.
+        :param rng_key: a JAX random key, for that draw and for the rows of other subsampling plates than the data's.
+        :param kwargs: their keyword arguments.
         """
         return self._energy(state, args, kwargs, rng_key, self._program)
 
     def _energy(
-        self, state: Any, args: Any, kwargs: Any, rng_key: Array, program_of: Callable
+        self, state: Any, args: Any, kwargs: Any, rng_key: Array, program_of: Callable[..., Any]
     ) -> tuple[Energy, dict[str, Any], Point]:
         leaves, spec = self._checked(args, kwargs)
         pair = self.evaluated_pair(leaves, spec)
@@ -226,7 +240,11 @@ class Rival(Trainer):
         return energy, params, x
 
     def target(self, leaves: Sequence[Any], spec: Any) -> MarginalTarget:
-        """The model as it runs on arguments of this structure, and how its latents are summed out."""
+        """The model as it runs on arguments of this structure, and how its latents are summed out.
+
+        :param leaves: the programs' arguments, flattened as a pytree.
+        :param spec: how they are nested.
+        """
         pair = self.pair(leaves, spec)
         return replace(self._targets[ranks(structure(leaves, spec))], pair=pair)
 
@@ -268,7 +286,7 @@ class Rival(Trainer):
         return runaways.warn(before.watch, after.watch, self.words)
 
     def _theta(self, pair: ModelAndGuide, state: RivalState) -> dict[str, Any]:
-        theta = self.optim.get_params(state.optim_state)
+        theta: dict[str, Any] = self.optim.get_params(state.optim_state)
         if not set(pair.theta) <= set(theta):
             raise ValueError(
                 f"The state has parameters {sorted(theta)}, but the model has {sorted(pair.theta)}. Was the state "
@@ -277,7 +295,7 @@ class Rival(Trainer):
         return theta
 
     def _analyse(self, leaves: Sequence[Any], spec: Any, rng_key: Array, init_params: Any) -> Analysis:
-        def look(start, batch, rng_key):
+        def look(start: Analysis, batch: visible.Batch, rng_key: Array) -> None:
             self._targets[ranks(structure(leaves, spec))] = self._find(start, batch, rng_key)
 
         return analyse(

@@ -47,7 +47,7 @@ class MarginalTarget:
         hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
         energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
 
-        def log_prob(seen):
+        def log_prob(seen: Point) -> Array:
             x = self.point(seen)
             if self.integral is None:
                 return energy.log_joint(params, x)
@@ -57,10 +57,13 @@ class MarginalTarget:
 
 
 def check_reads(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Array) -> None:
-    """:raises ValueError: for a visible site that the energy never reads."""
+    """Checks that the energy reads every visible site.
+
+    :raises ValueError: for one that it never reads.
+    """
 
     @jax.jit  # one compilation instead of one for every operation
-    def moves():
+    def moves() -> list[Array]:
         """log p̃ as it is, and with each site in turn at other values."""
         moved = energies.random_points(rng_key, x, energy.latents, jnp.ones(()))
         found, start = [x], 0

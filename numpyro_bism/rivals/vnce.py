@@ -87,8 +87,8 @@ class VNCE(Rival):
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: Any,
         noise: Any = None,
         num_noise: int = 1,
@@ -127,7 +127,8 @@ class VNCE(Rival):
         return target
 
     def _phi(self, pair: ModelAndGuide, theta: Mapping[str, Any], carried: Any) -> dict[str, Any]:
-        return self.inner_optim.get_params(carried[0])
+        phi: dict[str, Any] = self.inner_optim.get_params(carried[0])
+        return phi
 
     def _begin(
         self, rng_key: Array, target: MarginalTarget, start: Analysis, batch: Batch
@@ -150,7 +151,7 @@ class VNCE(Rival):
     ) -> tuple[Any, tuple[Array, ...]]:
         inner_state, fitted = carried
 
-        def loss(key, theta, phi):
+        def loss(key: Array, theta: Mapping[str, Any], phi: Mapping[str, Any]) -> Array:
             params = target.params(theta, mutable, phi)
             if self._inner is not None:
                 return self._inner(key, target.pair, params, batch, batch.v)
@@ -170,7 +171,7 @@ class VNCE(Rival):
         noise = self.noise if fitted is None else fitted.distribution()
         y = noise.sample(key_noise, (self.num_noise, len(batch.v))).astype(batch.v.dtype)
 
-        def noise_term(y, key):
+        def noise_term(y: Array, key: Array) -> Array:
             ratio = _log_mean(*self._log_ratios(key, target.pair, params, batch, y)) - theta[LOG_NORMALIZER]
             return softplus(ratio - noise.log_prob(y) - math.log(self.num_noise))
 
@@ -202,7 +203,7 @@ class VNCE(Rival):
         args, kwargs = batch.arguments(v)
         n = len(v)
 
-        def one(key, given=None):
+        def one(key: Array, given: Mapping[str, Array] | None = None) -> tuple[Array, Array]:
             key_draw, key_model = jax.random.split(key)
             draw, sites = pair.draw(key_draw, params, batch, v, given)
             with seed(rng_seed=key_model), record(params, draw.values, pair.relaxed_sites) as run:
@@ -214,12 +215,13 @@ class VNCE(Rival):
             shares = (sites[name].log_q().reshape(n, -1).sum(-1) for name in given or ())
             return log_p - log_q, sum(shares, zero)
 
-        def particle(key):
+        def particle(key: Array) -> Any:
             if not pair.enumerated:
                 return jax.tree.map(lambda a: a[None], one(key))
             return jax.vmap(lambda given: one(key, given))(pair.configurations(key, params, batch, v))
 
-        return jax.vmap(particle)(jax.random.split(rng_key, self.num_particles))
+        found: tuple[Array, Array] = jax.vmap(particle)(jax.random.split(rng_key, self.num_particles))
+        return found
 
 
 def _log_mean(ratios: Array, log_weights: Array) -> Array:

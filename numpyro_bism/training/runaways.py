@@ -43,7 +43,10 @@ class Words(NamedTuple):
 
     @classmethod
     def of_rival(cls, cure: str) -> "Words":
-        """Of a method with a loss of the model alone."""
+        """How it is said of a method with a loss of the model alone.
+
+        :param cure: what else may help, after "Start again with a lower rate in optim, ".
+        """
         return cls("the loss", "the gradient", f"Start again with a lower rate in optim, {cure}")
 
 
@@ -76,7 +79,7 @@ class Watch(NamedTuple):
 
 
 def begin() -> Watch:
-    """Before the first step."""
+    """The watch before the first step."""
     return Watch(jnp.zeros((), int), jnp.zeros(3), jnp.zeros(3), jnp.zeros(3), jnp.zeros(()), jnp.zeros((), int))
 
 
@@ -92,7 +95,10 @@ def watched(
 ) -> Watch:
     """The watch after one more step.
 
-    :param curvature: infinite if there is none to look at.
+    :param watch: the watch before it.
+    :param loss: J at this step.
+    :param gradient: ‖dJ/dθ‖ at this step.
+    :param curvature: the least curvature of G at this step; infinite if there is none to look at.
     :param warm_up: steps before anything is compared with what it was.
     :param is_contrast: whether the loss crosses zero as it likes.
     :param scale: of the loss, in nats: no model that fits has it at ten times that; infinite where this isn't known.
@@ -148,9 +154,10 @@ def shown(info: Any, words: Words = BISM) -> str:
 
 
 def warn(before: Any, after: Any, words: Words = BISM) -> bool:
-    """Say it where it is new; inside a compiled function nobody knows yet.
+    """Says it where it is new; inside a compiled function nobody knows yet.
 
     :param before: the watch at the start.
+    :param after: the watch now.
     :param words: how the method says it.
     :returns: whether there was something to say.
     """

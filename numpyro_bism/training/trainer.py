@@ -21,7 +21,12 @@ from ..programs.pair import ModelAndGuide
 
 
 class BiSMRunResult(NamedTuple):
-    """What ``run`` returns: constrained parameters, the last state, the (outer) loss of every step."""
+    """What ``run`` returns.
+
+    :ivar params: constrained values of all parameters, by site name, after the last step.
+    :ivar state: the last state: ``init_state`` of a run that is to go on.
+    :ivar losses: the (outer) loss of every step, shape (num_steps,).
+    """
 
     params: dict[str, Any]
     state: Any
@@ -37,11 +42,14 @@ class Trainer(ABC):
     def __init__(self) -> None:
         # Both are caches of what the programs are; nothing that training changes is kept here.
         self._pairs: dict[Any, ModelAndGuide] = {}
-        self._loops: dict[Any, Callable] = {}
+        self._loops: dict[Any, Callable[..., Any]] = {}
 
     @abstractmethod
     def get_params(self, state: Any) -> dict[str, Any]:
-        """Constrained values of all parameters by site name."""
+        """Constrained values of all parameters by site name.
+
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
+        """
 
     @abstractmethod
     def _init(self, rng_key: Array, leaves: Sequence[Any], spec: Any, init_params: Any) -> Any:
@@ -70,7 +78,8 @@ class Trainer(ABC):
 
         :param rng_key: a JAX random key.
         :param args: arguments of the programs, the data among them.
-        :param init_params: values for ``param`` sites by name, instead of the programs' own.
+        :param init_params: constrained values for ``param`` sites by name, instead of the programs' own.
+        :param kwargs: keyword arguments of the programs.
         :raises ValueError: on misuse, naming the site and the cure, or on NaN or infinity in the data.
         """
         return self._init(_plain(rng_key), *self._checked(args, kwargs), init_params)
@@ -79,6 +88,9 @@ class Trainer(ABC):
     def update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """One (outer) update, to be compiled with ``jax.jit`` by the caller, as SVI's.
 
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
+        :param args: arguments of the programs, the data among them.
+        :param kwargs: keyword arguments of the programs.
         :returns: the new state and the loss, a mean over the batch.
         :raises ValueError: on misuse, and on NaN or infinity in the data where it is not compiled.
         """
@@ -91,6 +103,11 @@ class Trainer(ABC):
         """:meth:`update`, but if the data, a loss or a gradient is not finite, nothing changes but the random key.
 
         The loss returned is NaN then.
+
+        :param state: a state of :meth:`init`, :meth:`update` or :meth:`run`.
+        :param args: arguments of the programs, the data among them.
+        :param kwargs: keyword arguments of the programs.
+        :returns: the new state and the loss, a mean over the batch.
         """
         leaves, spec = visibles.flatten(args, kwargs)
         new, loss = self._stable_update(state, leaves, spec)
@@ -123,10 +140,13 @@ class Trainer(ABC):
         """``num_steps`` updates in one compiled program.
 
         :param rng_key: a JAX random key; not used with ``init_state``, which has its own.
+        :param num_steps: how many updates, at least 1.
+        :param args: arguments of the programs, the data among them.
         :param progress_bar: show steps and losses; costs a few returns from the compiled loop a second.
         :param stable_update: use :meth:`stable_update`.
         :param init_state: continue from this state.
-        :param init_params: as in :meth:`init`.
+        :param init_params: as in :meth:`init`; not used with ``init_state``.
+        :param kwargs: keyword arguments of the programs.
         :raises ValueError: on misuse, or on NaN or infinity in the data.
         :raises FloatingPointError: if a loss is not finite, unless ``stable_update``.
         """
@@ -162,14 +182,16 @@ class Trainer(ABC):
                 done = stop
         return BiSMRunResult(self.get_params(state), state, losses)
 
-    def _loop(self, leaves: Sequence[Any], spec: Any, stable: bool) -> tuple[Callable, list[Array]]:
+    def _loop(self, leaves: Sequence[Any], spec: Any, stable: bool) -> tuple[Callable[..., Any], list[Array]]:
         """The compiled loop for arguments of this structure, kept between calls of ``run``; and its arrays."""
         is_array = [isinstance(leaf, Array) for leaf in leaves]
         static = tuple(None if yes else leaf for yes, leaf in zip(is_array, leaves, strict=True))
         key = (*structure(leaves, spec), *(id(x) if x.__hash__ is None else x for x in static), stable)
         if key not in self._loops:
 
-            def loop(state, losses, start, stop, arrays):
+            def loop(
+                state: Any, losses: Array, start: Any, stop: Any, arrays: list[Array]
+            ) -> tuple[Any, Array, tuple[Array, Array]]:
                 """The steps, and what is seen of them: looked at here, as every slice would be compiled anew."""
                 state, losses = steps(state, losses, start, stop, arrays)
                 place, finite = jnp.arange(len(losses)), jnp.isfinite(losses)
@@ -177,34 +199,36 @@ class Trainer(ABC):
                 mean = jnp.where(recent & finite, losses, 0.0).sum() / (recent & finite).sum()
                 return state, losses, (mean, jnp.where(recent & ~finite, place, len(losses)).min())
 
-            def steps(state, losses, start, stop, arrays):
+            def steps(state: Any, losses: Array, start: Any, stop: Any, arrays: list[Array]) -> tuple[Any, Array]:
                 rest = iter(arrays)
                 filled = [next(rest) if yes else leaf for yes, leaf in zip(is_array, static, strict=True)]
 
-                def update(rng_key, state):
+                def update(rng_key: Array, state: Any) -> tuple[Any, Array]:
                     state = state._replace(rng_key=rng_key)
-                    return (self._stable_update if stable else self._update)(state, filled, spec)[:2]
+                    state, loss, *_ = (self._stable_update if stable else self._update)(state, filled, spec)
+                    return state, loss
 
                 if self._next_key(state.rng_key) is None:
 
-                    def body(i, carry):
+                    def body(i: Any, carry: tuple[Any, Array]) -> tuple[Any, Array]:
                         state, losses = carry
                         state, loss = update(state.rng_key, state)
                         return state, losses.at[i].set(loss)
 
-                    return jax.lax.fori_loop(start, stop, body, (state, losses))
+                    found: tuple[Any, Array] = jax.lax.fori_loop(start, stop, body, (state, losses))
+                    return found
 
                 draw, rest_of = split_noise(update, state.rng_key, state)
                 num = num_prefetched(draw, state.rng_key)
 
-                def some(carry):
+                def some(carry: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
                     """``num`` steps, or as many as are left."""
                     start, state, losses = carry
                     end = jnp.minimum(start + num, stop)
                     _, keys = jax.lax.scan(lambda key, _: (self._next_key(key), key), state.rng_key, length=num)
                     noise = jax.vmap(draw)(keys)
 
-                    def one(i, carry):
+                    def one(i: Any, carry: tuple[Any, Array]) -> tuple[Any, Array]:
                         state, losses = carry
                         state, loss = rest_of([x[i - start] for x in noise], state)
                         return state, losses.at[i].set(loss)
@@ -216,7 +240,7 @@ class Trainer(ABC):
             self._loops[key] = compiled(loop, donate_argnums=(0, 1))
         return self._loops[key], [leaf for yes, leaf in zip(is_array, leaves, strict=True) if yes]
 
-    def _checked(self, args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
+    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
         leaves, spec = visibles.flatten(args, kwargs)
         known = self._pairs.get(structure(leaves, spec))
         if known is not None:  # else they are looked at with the programs
@@ -237,7 +261,11 @@ class Trainer(ABC):
         return start
 
     def pair(self, leaves: Sequence[Any], spec: Any) -> ModelAndGuide:
-        """Model and guide as they run on arguments of this structure; analysed once for each structure."""
+        """Model and guide as they run on arguments of this structure; analysed once for each structure.
+
+        :param leaves: the programs' arguments, flattened as a pytree.
+        :param spec: how they are nested.
+        """
         key = structure(leaves, spec)
         if key not in self._pairs:
             # one row does not show whether rows read each other
@@ -251,7 +279,11 @@ class Trainer(ABC):
         return self._pairs[key]
 
     def evaluated_pair(self, leaves: Sequence[Any], spec: Any) -> ModelAndGuide:
-        """The same for an evaluation, which takes all rows given: plates draw none."""
+        """The same for an evaluation, which takes all rows given: plates draw none.
+
+        :param leaves: the programs' arguments, flattened as a pytree.
+        :param spec: how they are nested.
+        """
         key = structure(leaves, spec)
         like = next((pair for known, pair in self._pairs.items() if ranks(known) == ranks(key)), None)
         if like is None or not drawn(like):
@@ -277,7 +309,8 @@ def _plain(rng_key: Array) -> Array:
     return jax.random.key_data(rng_key) if is_default else rng_key
 
 
-def structure(leaves: Sequence[Any], spec: Any) -> tuple:
+def structure(leaves: Sequence[Any], spec: Any) -> tuple[Any, ...]:
+    """What arguments are told apart by: how they are nested, shapes, types, and static values other than floats."""
     return spec, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Array) else _static(leaf) for leaf in leaves)
 
 
@@ -286,7 +319,7 @@ def _static(leaf: Any) -> Any:
     return type(leaf) if isinstance(leaf, float) or leaf.__hash__ is None else leaf
 
 
-def ranks(key: tuple) -> tuple:
+def ranks(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """A structure without the sizes of its arrays."""
     spec, leaves = key
     return spec, tuple((len(x[0]), x[1]) if isinstance(x, tuple) else x for x in leaves)

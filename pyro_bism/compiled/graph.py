@@ -51,7 +51,7 @@ class Graph:
     :raises RuntimeError: where what it does depends on the values of tensors, or is not what the original does.
     """
 
-    def __init__(self, function: Callable, inputs: list[Tensor], original: Original):
+    def __init__(self, function: Callable[..., Any], inputs: list[Tensor], original: Original):
         def flat(*values: Tensor) -> list[Tensor]:
             leaves, self._spec = pytree.tree_flatten(function(values))
             self._is_list = self._spec.type is list and all(child.is_leaf() for child in self._spec.children())
@@ -199,7 +199,7 @@ def _lift(recorded: torch.fx.GraphModule) -> list[Tensor]:
 class _last_site(Messenger):
     """Keeps the name of the statement that ran last, for programs that a host ELBO runs."""
 
-    def _process_message(self, msg):
+    def _process_message(self, msg: Any) -> None:
         if msg["type"] == "sample":
             record.last = msg["name"]
 

@@ -124,10 +124,10 @@ def _compiled(
     return None, None
 
 
-def _sums(other: Callable | None) -> Callable:
+def _sums(other: Callable[..., Any] | None) -> Callable[..., Any]:
     """Small matrix products as sums, which fuse: a call of the library's takes longer than its few multiplications."""
 
-    def product(*args, beta=1, alpha=1):
+    def product(*args: Any, beta: Any = 1, alpha: Any = 1) -> Any:
         a, b = args[-2:]
         if a.shape[0] * a.shape[1] * b.shape[1] > MAX_SUMS:
             scale = {"beta": beta, "alpha": alpha} if len(args) == 3 else {}
@@ -148,7 +148,7 @@ def _normal(mean: Tensor, std: Tensor, generator: Any = None) -> Any:
     return torch.randn(shape, dtype=torch.result_type(mean, std), device=mean.device) * std + mean
 
 
-def _unpacked(compiled: Callable) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+def _unpacked(compiled: Callable[..., Any]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     return torch.no_grad()(lambda values: compiled(*values))
 
 
@@ -181,7 +181,7 @@ def _store_scalars(graph: torch.fx.Graph) -> None:
     Adam's corrections, 1 - βᵗ, are powers: two of them for every sixteen entries take longer than all the rest.
     """
 
-    def size(node):
+    def size(node: torch.fx.Node) -> int:
         value = node.meta.get("val")
         return value.numel() if isinstance(value, Tensor) else 0
 
@@ -190,15 +190,16 @@ def _store_scalars(graph: torch.fx.Graph) -> None:
             node.meta["inductor_realize_to_strides"] = True
 
 
-def _bare(recorded: torch.fx.Graph, found: Sequence[tuple[torch.fx.Graph, Any]]) -> Callable | None:
+def _bare(recorded: torch.fx.Graph, found: Sequence[tuple[torch.fx.Graph, Any]]) -> Callable[..., Any] | None:
     """The program that the compiler made, without the layers that torch calls it through: they take as long as it.
 
     They have nothing to do where it has the recording's own inputs and outputs: no alias to be made, nothing to be
     written back. None if that is not so.
     """
 
-    def face(graph):
-        return sum(node.op == "placeholder" for node in graph.nodes), len(graph.output_node().args[0])
+    def face(graph: torch.fx.Graph) -> tuple[int, int]:
+        outputs: Any = graph.output_node().args[0]
+        return sum(node.op == "placeholder" for node in graph.nodes), len(outputs)
 
     if len(found) == 1 and face(found[0][0]) == face(recorded):
         return getattr(found[0][1], "current_callable", None)
@@ -207,7 +208,10 @@ def _bare(recorded: torch.fx.Graph, found: Sequence[tuple[torch.fx.Graph, Any]])
 
 @cache
 def _warn_once(why: str | None) -> None:
-    """:param why: the graph is not compiled; None where there is no C++ compiler."""
+    """Says that a graph is not compiled.
+
+    :param why: in words; None where there is no C++ compiler.
+    """
     reason = "there is no C++ compiler that works here" if why is None else why
     cure = "Install g++ or clang." if why is None else "Install a torch that pyproject.toml names."
     warnings.warn(

@@ -22,7 +22,8 @@ SHRINK = 0.9
 
 
 class AmortizedState(NamedTuple):
-    """
+    """What :class:`Amortized` carries from step to step.
+
     :ivar solution: x, in the shapes of φ.
     :ivar direction: a unit vector in the shapes of φ, by power iteration that of the greatest curvature.
     :ivar moments: running sums of dᵀHd and ‖Hd‖² along the direction d, and of xᵀHx.
@@ -54,7 +55,7 @@ class Amortized(Hypergradient):
     step_size: float | None = None
     num_steps: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
             raise ValueError(f"step_size must be positive and finite, or None, got {self.step_size}.")
         if self.num_steps < 1:

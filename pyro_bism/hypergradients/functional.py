@@ -75,7 +75,7 @@ class Functional(Hypergradient):
     differentiates_inner = False
     shifts_guide = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_particles", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -34,7 +34,7 @@ class Implicit(Hypergradient):
     num_steps: int = 10
     damping: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.solver not in ("cg", "neumann", "nystrom"):
             raise ValueError(f"solver must be 'cg', 'neumann' or 'nystrom', got {self.solver!r}.")
         if self.num_steps < 1:

@@ -59,12 +59,14 @@ def pulled_back(slopes: Gradient, weights: Sequence[Tensor], inputs: Sequence[Te
 
 
 def flat(values: Gradient, like: Sequence[Tensor]) -> Tensor:
+    """The values side by side in one vector; None is 0, in the shape of ``like``."""
     if not like:
         return torch.zeros(0)
     return torch.cat([(torch.zeros_like(p) if x is None else x).reshape(-1) for x, p in zip(values, like, strict=True)])
 
 
 def unflat(x: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What :func:`flat` put side by side, in the shapes of ``like`` again."""
     parts = x.split([p.numel() for p in like]) if like else ()
     return [part.view_as(p) for part, p in zip(parts, like, strict=True)]
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,14 +14,15 @@ __all__ = ["Penalty"]
 
 
 class PenaltyState(NamedTuple):
-    """
+    """What :class:`Penalty` carries from step to step: a second guide, ψ.
+
     :ivar psi: the second guide's parameters.
     :ivar optim: the state that the inner optimiser keeps for each.
-    :ivar num_steps: taken so far.
+    :ivar num_steps: steps of BiSM so far.
     """
 
     psi: Sequence[Tensor]
-    optim: Sequence[dict]
+    optim: Sequence[dict[str, Any]]
     num_steps: int
 
 
@@ -45,7 +46,7 @@ class Penalty(Hypergradient):
     repeats_noise = True
     resets_noise = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.strength) and not (self.strength > 0 and math.isfinite(self.strength)):
             raise ValueError(f"strength must be positive and finite, or a function of the step, got {self.strength}.")
 

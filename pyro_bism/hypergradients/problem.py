@@ -100,10 +100,14 @@ class Bilevel:
 
     def solve(self, state: Any) -> "Result":
         """What the strategy finds; ``state`` is what it carried from the last step."""
-        return self.strategy(self, state)
+        found: Result = self.strategy(self, state)
+        return found
 
-    def at(self, phi: Sequence[Tensor]) -> AbstractContextManager:
-        """The context that puts these tensors in φ's place."""
+    def at(self, phi: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """The context that puts these tensors in φ's place.
+
+        :param phi: tensors in the order and the shapes of φ, with a path to whatever they are to be differentiated by.
+        """
         return self.pair.at(phi)
 
     @property
@@ -117,7 +121,11 @@ class Bilevel:
         return self.pair.buffers
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(problem, *args)``: what a captured step replaces by its graph."""
+        """Calls ``function(problem, *args)``: what a captured step replaces by its graph.
+
+        :param function: a function of the problem.
+        :param args: its other arguments.
+        """
         return function(self, *args)
 
     def begin_inner_step(self) -> None:
@@ -130,7 +138,10 @@ class Bilevel:
         return random_state(), [buffer.clone() for buffer in self.buffers]
 
     def restore(self, snapshot: Any) -> None:
-        """Take up a :meth:`snapshot`."""
+        """Takes up a :meth:`snapshot`: what runs next has the same random numbers, and the same buffers.
+
+        :param snapshot: what :meth:`snapshot` gave.
+        """
         noise, values = snapshot
         set_random_state(noise)
         with torch.no_grad():
@@ -194,19 +205,34 @@ class Hypergradient(Protocol):
     cure: ClassVar[str] = "use Detached()"
 
     def check(self, loss: Any, pair: Any) -> None:
-        """:raises ValueError: where the strategy does not fit the outer loss, or the model and its guide."""
+        """Checks that the strategy fits the outer loss, the model and its guide; it does, if not overridden.
+
+        :param loss: the outer loss.
+        :param pair: model and guide, as their first run showed them.
+        :raises ValueError: where it does not fit.
+        """
         return
 
     def init(self, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Any:
-        """The state before the first step; None if there is none."""
+        """The state before the first step; None if there is none.
+
+        :param theta: the model's parameters, unconstrained.
+        :param phi: the guide's parameters, unconstrained.
+        """
         return None
 
     @abstractmethod
-    def __call__(self, problem: Bilevel, state: Any) -> Result: ...
+    def __call__(self, problem: Bilevel, state: Any) -> Result:
+        """The hypergradient at the fitted guide: J, dJ/dθ, and what is carried to the next step.
+
+        :param problem: the two losses on one batch, and the parameters.
+        :param state: what :meth:`init` made before the first step, and the last result's ``state`` from then on.
+        """
+        ...
 
 
 def value_and_grad(loss: Callable[..., Tensor], leaves: Sequence[Tensor], *args: Any) -> tuple[Tensor, Gradient]:
-    """A loss and its gradient in these leaves."""
+    """A loss and its gradient in these leaves; None for a leaf that it does not depend on."""
     value = loss(*args)
     return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True) if leaves else []
 
@@ -218,17 +244,22 @@ def norm(gradient: Gradient) -> Tensor:
 
 
 def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is 0; None if both are."""
     if a is None or b is None:
         return a if b is None else b
     return a + b
 
 
 def in_theta(loss: Tensor, theta: Sequence[Tensor]) -> Result:
+    """A loss and its gradient in θ as the whole result."""
     return Result(loss.detach(), torch.autograd.grad(loss, theta, allow_unused=True))
 
 
 def require_hypergradient(strategy: Any) -> None:
-    """:raises ValueError: for what is no strategy; a class is none."""
+    """Checks that a hypergradient has all that :class:`Hypergradient` names, and is no class.
+
+    :raises ValueError: where it is no strategy.
+    """
     missing = lacking(strategy, Hypergradient)
     if isinstance(strategy, type) or not callable(strategy) or missing:
         why = f"It lacks {', '.join(missing)}: one" if missing and not isinstance(strategy, type) else "One"

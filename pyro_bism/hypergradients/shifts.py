@@ -46,7 +46,9 @@ NEAR = 0.01  # of the data: a guide that takes a logarithm of v must not be sent
 Shifts = Mapping[tuple[str, str], Tensor]  # by site and parameter
 
 
-def require_shiftable(pair: ModelAndGuide, batch: Batch, inner_loss: Callable) -> frozenset[tuple[str, str]]:
+def require_shiftable(
+    pair: ModelAndGuide, batch: Batch, inner_loss: Callable[..., Tensor]
+) -> frozenset[tuple[str, str]]:
     """The parameters of the guide's distributions that δ shifts, by site and name: those that φ reaches.
 
     The guide runs three times, and leaves no trace. To be called inside of :func:`params.jittered`: what weights of
@@ -74,7 +76,7 @@ def require_shiftable(pair: ModelAndGuide, batch: Batch, inner_loss: Callable) -
     return frozenset(key for key, x in at.items() if _is_reached(key, (x != moved[key]).any(axes[key[0]])))
 
 
-def _require_kind(pair: ModelAndGuide, inner_loss: Callable) -> None:
+def _require_kind(pair: ModelAndGuide, inner_loss: Callable[..., Any]) -> None:
     if pair.change is not None:
         raise ValueError(
             f"Functional() shifts the distributions that the guide samples from; {sorted(pair.change.computed)} are "
@@ -101,7 +103,10 @@ def _require_sites(sites: Mapping[str, SiteRecord], pair: ModelAndGuide, n: int)
 
 
 def _require_same(at: Shifts, again: Shifts) -> None:
-    """:raises ValueError: where a distribution is another at other draws."""
+    """Checks that the distributions are the same at other draws.
+
+    :raises ValueError: where one is another.
+    """
     for key in sorted({*at, *again}):
         x, y = at.get(key), again.get(key)
         if x is not None and y is not None and x.shape == y.shape and not bool(_differ(x, y).any()):
@@ -146,7 +151,7 @@ def _differ(x: Tensor, y: Tensor) -> Tensor:
     return ~torch.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def shifted_losses(pair: ModelAndGuide, batch: Batch, loss: OuterLoss, inner_loss: Callable) -> Shifted:
+def shifted_losses(pair: ModelAndGuide, batch: Batch, loss: OuterLoss, inner_loss: Callable[..., Tensor]) -> Shifted:
     """J and G on one perturbed batch as functions of δ, of a pair that :func:`require_shiftable` has seen."""
     noise = loss.draw(batch.v)
     v = loss.perturb(batch.v, noise)
@@ -160,7 +165,8 @@ def shifted_losses(pair: ModelAndGuide, batch: Batch, loss: OuterLoss, inner_los
 
     def dot(x: Shifts, y: Shifts) -> Tensor:
         parts = [torch.moveaxis(x[key] * y[key], axes[key[0]], 0).reshape(len(v), -1).sum(-1) for key in x]
-        return sum(parts[1:], parts[0])
+        total: Tensor = sum(parts[1:], parts[0])
+        return total
 
     def scaled(weights: Tensor, x: Shifts) -> Shifts:
         return {key: value * weights.reshape(-1, *[1] * (value.ndim - axes[key[0]] - 1)) for key, value in x.items()}
@@ -211,7 +217,7 @@ class _Shift(Messenger):
             msg["fn"] = _moved(msg["name"], msg["fn"], self.sites[msg["name"]])
 
 
-def _shifting(guide: Callable, shifts: Shifts) -> Callable:
+def _shifting(guide: Callable[..., Any], shifts: Shifts) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with _Shift(shifts):
             return guide(*args, **kwargs)
@@ -220,7 +226,10 @@ def _shifting(guide: Callable, shifts: Shifts) -> Callable:
 
 
 def _require_plain(site: SiteRecord) -> None:
-    """:raises ValueError: where a scale or a mask of the user's lies over a site: G's curvature is not F then."""
+    """Checks that no scale and no mask of the user's lies over a site: G's curvature is not F then.
+
+    :raises ValueError: where one does.
+    """
     scale: Any = site.scale
     for frame in site.frames:
         scale = scale * (frame.size / frame.full_size)

@@ -58,7 +58,7 @@ class Covariance(Hypergradient):
     differentiates_inner = False
     reparameterises = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_particles < 2:
             raise ValueError(f"num_particles must be at least 2 for a covariance, got {self.num_particles}.")
 

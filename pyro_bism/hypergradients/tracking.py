@@ -15,12 +15,13 @@ MOMENTS = 0.999  # of the sums that the rate is found from: of fewer steps their
 
 
 class Tracked(NamedTuple):
-    """
+    """A running mean that follows a noisy gradient x, and what its rate is found from.
+
     :ivar mean: the running mean m of x, in the shapes of θ.
     :ivar last: the last x.
     :ivar noise: decaying sums of ½‖x_t - x_{t-1}‖², parameter by parameter: the variance of x, drift left out.
     :ivar surprise: those of ‖x_t - m_{t-1}‖²: the same, and what m is behind.
-    :ivar num_steps: taken so far.
+    :ivar num_steps: how many x there have been.
     """
 
     mean: Sequence[Tensor]
@@ -37,7 +38,8 @@ class Tracked(NamedTuple):
         the gain of a Kalman filter (1960) whose innovations have that variance, and at least 1 - ``LONGEST``, for each
         parameter of the model. The first steps take the plain mean at the least.
 
-        :param memory: 1 - ρ, where it is fixed.
+        :param x: the gradient at this step, in the shapes of θ.
+        :param memory: 1 - ρ, where it is fixed; None finds it.
         """
         is_later = self.num_steps > 0  # before that there is neither a last x nor a mean
         first = 1 / (self.num_steps + 1)

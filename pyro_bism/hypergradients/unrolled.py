@@ -37,7 +37,7 @@ class Unrolled(Hypergradient):
     num_steps: int = 5
     memory: Literal["store", "recompute"] = "store"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {self.num_steps}.")
         if self.memory not in ("store", "recompute"):
@@ -118,6 +118,7 @@ def _reversal(num_steps: int, num_kept: int) -> list[tuple[list[tuple[int, int, 
 
 
 def _step(problem: Bilevel, optim: DifferentiableOptim, phi: Sequence[Tensor]) -> list[Tensor]:
+    """φ after one more step of the inner optimiser, with a graph back to ``phi`` and to θ."""
     with problem.at(phi):
         loss = problem.inner()
     gradients = torch.autograd.grad(loss, phi, create_graph=True, allow_unused=True)

@@ -15,7 +15,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 def torch_optimizer(optim: PyroOptim, leaf: Tensor) -> torch.optim.Optimizer:
     """The torch optimiser that ``optim`` keeps for a parameter, a scheduler's wrapping taken off."""
     kept = optim.optim_objs[leaf]
-    return getattr(kept, "optimizer", kept)
+    found: torch.optim.Optimizer = getattr(kept, "optimizer", kept)
+    return found
 
 
 class Leading:
@@ -51,7 +52,10 @@ def create_optimizers(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
 
 
 def require_unrollable(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
-    """:raises ValueError: if the optimiser's step can't be differentiated."""
+    """Checks that the optimiser's step can be differentiated.
+
+    :raises ValueError: where it can't.
+    """
     for leaf in leaves:
         kept = torch_optimizer(optim, leaf)
         if not isinstance(kept, ClippedAdam) and "differentiable" not in kept.param_groups[0]:
@@ -149,11 +153,12 @@ def with_second_guide(
 
 
 def group_settings(kept: torch.optim.Optimizer) -> dict[str, Any]:
+    """The settings of an optimiser of one parameter: its rate, its decays, its switches."""
     return {k: v for k, v in kept.param_groups[0].items() if k != "params"}
 
 
 def is_adam(kept: torch.optim.Optimizer) -> bool:
-    """Whether :class:`_AdamStep` is its step."""
+    """Whether :class:`~.steps._AdamStep` is its step."""
     if isinstance(kept, ClippedAdam):
         return True
     group = kept.param_groups[0]

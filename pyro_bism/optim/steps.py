@@ -27,7 +27,9 @@ class _ZeroSafeRoot(TorchFunctionMode):
 
     _roots = frozenset({torch.sqrt, Tensor.sqrt})
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in self._roots or func is Tensor.sqrt_:
             (x,) = args
             # the root in place is taken of a copy: the clamp's derivative reads its argument
@@ -177,7 +179,8 @@ class _AdamStep:
         root = root + (group["eps"] if clipped else _like(group["eps"] * correction2, value))
         length = _like(self.lr * correction2 / correction1, value)
         if isinstance(length, Tensor):
-            return value - length * (self.mean / root)
+            moved: Tensor = value - length * (self.mean / root)
+            return moved
         return torch.addcdiv(value, self.mean, root, value=-length)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class MarginalSM(Rival):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         optim: PyroOptim,
         loss: OuterLoss,
         *,

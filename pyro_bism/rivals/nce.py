@@ -30,8 +30,8 @@ def contrast(data: Tensor, noise: Tensor) -> Tensor:
 
     Gutmann and Hyvärinen 2012 (JMLR 13:307), for x of the data and ν draws y of the noise a datum.
 
-    :param data: of the data, shape (n,).
-    :param noise: of the noise, shape (ν, n).
+    :param data: G at the data, shape (n,).
+    :param noise: G at the draws of the noise, shape (ν, n).
     """
     log_num = math.log(len(noise))
     return softplus(log_num - data) + softplus(noise - log_num).sum(0)
@@ -43,6 +43,8 @@ def conditional_contrast(log_ratio: Tensor) -> Tensor:
     .. math:: G(x, y) = \log \frac{\tilde p(x; θ)\, p_c(y|x)}{\tilde p(y; θ)\, p_c(x|y)}
 
     Ceylan and Gutmann 2018 (arXiv:1806.03664): the noise y is drawn given the datum x, and the normaliser cancels.
+
+    :param log_ratio: G of each datum and each of its ν draws, shape (ν, n).
     """
     return 2 * softplus(-log_ratio).mean(0)
 
@@ -50,8 +52,8 @@ def conditional_contrast(log_ratio: Tensor) -> Tensor:
 class Gaussian(NamedTuple):
     """A Gaussian fitted to data.
 
-    :ivar mean: shape (D,).
-    :ivar scale_tril: shape (D, D).
+    :ivar mean: of each visible number, shape (D,).
+    :ivar scale_tril: the lower Cholesky factor of the covariance, shape (D, D).
     """
 
     mean: Tensor
@@ -59,8 +61,10 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def fitted(cls, target: MarginalTarget, batch: Batch) -> "Gaussian":
-        """Of all the data's mean and covariance, and not just the batch's.
+        """The Gaussian with the mean and the covariance of all the data, and not just of the batch.
 
+        :param target: not looked at.
+        :param batch: the rows, and the arguments that hold all the data.
         :raises ValueError: where the covariance is singular.
         """
         columns = []
@@ -80,11 +84,15 @@ class Gaussian(NamedTuple):
         return cls(v.mean(0), scale_tril)
 
     def distribution(self) -> Any:
+        """It as a distribution of the host's over one row, of event shape (D,)."""
         return dist.MultivariateNormal(self.mean, scale_tril=self.scale_tril)
 
 
 def check_noise(noise: Any, num_noise: int) -> None:
-    """:raises ValueError: for settings that are none."""
+    """Checks what a method is told of its noise.
+
+    :raises ValueError: for a number of draws below 1, and for what is no distribution of one row.
+    """
     if num_noise < 1:
         raise ValueError(f"num_noise must be at least 1, got {num_noise}.")
     if noise is not None and not isinstance(noise, torch.distributions.Distribution):
@@ -99,7 +107,10 @@ def check_noise(noise: Any, num_noise: int) -> None:
 
 
 def check_width(noise: Any, target: MarginalTarget) -> None:
-    """:raises ValueError: where the noise is not of the visible values' width."""
+    """Checks that a row of the noise has as many numbers as one of the visible values.
+
+    :raises ValueError: where it has others.
+    """
     num_columns = target.energy.batch.v.shape[1]
     if noise is not None and noise.event_shape != (num_columns,):
         raise ValueError(
@@ -132,7 +143,7 @@ class NCE(Rival):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         optim: PyroOptim,
         noise: Any = None,
         num_noise: int = 1,
@@ -187,7 +198,8 @@ class NCE(Rival):
         y = noise.sample(shape).to(v.dtype)
         log_normalizer = pyro.param(LOG_NORMALIZER)
 
-        def ratio(u):
-            return log_prob({VISIBLE: u}) - log_normalizer - noise.log_prob(u)
+        def ratio(u: Tensor) -> Tensor:
+            found: Tensor = log_prob({VISIBLE: u}) - log_normalizer - noise.log_prob(u)
+            return found
 
         return contrast(ratio(v), ratio(y.reshape(-1, v.shape[1])).reshape(shape)).mean(), carried

@@ -47,7 +47,7 @@ class PersistentVI(Rival):
         summed out where they can be.
     :param guide: a Pyro program, or autoguide, of q(θ; φ): of the global sites alone.
     :param optim: a ``pyro.optim`` optimiser, for φ; parameters of the model are fitted with it.
-    :param kernel: of :mod:`pyro_bism.kernels`.
+    :param kernel: of :mod:`pyro_bism.sampling.kernels`.
     :param num_chains: how many chains.
     :param num_sweeps: steps of the kernel for each of φ.
     :param visible: names of the visible sites; None takes all observed sample sites.
@@ -64,8 +64,8 @@ class PersistentVI(Rival):
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: PyroOptim,
         kernel: Kernel,
         num_chains: int = 100,
@@ -85,7 +85,9 @@ class PersistentVI(Rival):
     def posterior(self, *args: Any, num_draws: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of θ from the guide, by site, the draws first.
 
-        :param args: arguments of the model.
+        :param args: arguments of the model, the data among them.
+        :param num_draws: how many.
+        :param kwargs: its keyword arguments.
         """
         pair, leaves, spec = self._prepare(args, kwargs)
         batch = pair.batch(leaves, spec)
@@ -97,7 +99,8 @@ class PersistentVI(Rival):
         """The model's ``deterministic`` sites outside the data plate at draws of θ, by site, the draws first.
 
         :param theta: draws by site, as :meth:`posterior` gives them.
-        :param args: arguments of the model.
+        :param args: arguments of the model, the data among them.
+        :param kwargs: its keyword arguments.
         :raises ValueError: if θ lacks one of the guide's sites.
         """
         pair, leaves, spec = self._prepare(args, kwargs)
@@ -109,7 +112,7 @@ class PersistentVI(Rival):
             raise ValueError(f"theta has no draws of the guide's sites {missing}.")
         args, kwargs = batch.arguments(batch.v)
 
-        def one(values):
+        def one(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             with torch.no_grad(), pyro.poutine.block(), record({**batch.indices, **values}) as run:
                 pair.model(*args, **kwargs)
             rows = {frame.name for site in pair.sites for frame in run.sites[site.name].frames}
@@ -137,15 +140,18 @@ class PersistentVI(Rival):
 
     @in_own_modes
     def energy(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        :raises ValueError: there is one energy for each θ: see :meth:`at`.
+        """Refuses, as there is one energy for each θ: take that of :meth:`at`.
+
+        :param args: not looked at.
+        :param kwargs: not looked at.
+        :raises ValueError: always.
         """
         raise ValueError("A PersistentVI has a posterior of θ and no one θ: pass persistent_vi.at(theta).")
 
     def _own(self, pair: ModelAndGuide) -> list[Tensor]:
         return list(pair.phi.values())
 
-    def _program(self, pair: ModelAndGuide, batch: Batch) -> Callable:
+    def _program(self, pair: ModelAndGuide, batch: Batch) -> Callable[..., Any]:
         with torch.no_grad():
             values, _ = _drawn(pair, batch)
         if not values:
@@ -209,7 +215,11 @@ class PersistentVI(Rival):
 
 @dataclass(frozen=True)
 class AtTheta:
-    """The model of a :class:`PersistentVI` at one θ."""
+    """The model of a :class:`PersistentVI` at one θ.
+
+    :ivar trained: the method that learnt the posterior.
+    :ivar theta: a value for each of the guide's sites, by name.
+    """
 
     trained: PersistentVI
     theta: Mapping[str, Tensor]
@@ -227,10 +237,12 @@ class AtTheta:
     def energy(self, *args: Any, **kwargs: Any) -> tuple[Energy, Point]:
         """log p̃(v, h) on these arguments, and a point: the data and a draw of h.
 
+        :param args: arguments of the model, the data among them; a plate that subsamples these takes all rows here.
+        :param kwargs: its keyword arguments.
         :raises ValueError: if θ has other sites or shapes than the guide.
         """
 
-        def program(pair, batch):
+        def program(pair: ModelAndGuide, batch: Batch) -> Callable[..., Any]:
             with torch.no_grad():
                 wanted = {name: tuple(value.shape) for name, value in _drawn(pair, batch)[0].items()}
             found = {name: tuple(value.shape) for name, value in self.theta.items()}
@@ -241,10 +253,10 @@ class AtTheta:
         return self.trained._energy(args, kwargs, program)
 
 
-def given(model: Callable, values: Mapping[str, Tensor]) -> Callable:
+def given(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[..., Any]:
     """The model at these values of its global sites, which are then no sites of it."""
 
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         with pyro.poutine.block(hide=list(values)), replay(values):
             return model(*args, **kwargs)
 

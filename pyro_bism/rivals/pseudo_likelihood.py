@@ -46,7 +46,9 @@ class PseudoLikelihood(Rival):
     scale = 1.0  # of a classifier that knows nothing, log 2 a decision
     words = Words.of_rival("or with weight decay, a prior: a unit that the others foretell has no finite couplings")
 
-    def __init__(self, model: Callable, optim: PyroOptim, *, visible: Sequence[str] | None = None, jit: bool = False):
+    def __init__(
+        self, model: Callable[..., Any], optim: PyroOptim, *, visible: Sequence[str] | None = None, jit: bool = False
+    ):
         super().__init__(model, optim, visible, jit=jit)
 
     def _check(self, target: MarginalTarget, batch: Batch) -> MarginalTarget:
@@ -98,7 +100,7 @@ def _by_changes(log_prob: Callable[[Point], Tensor], seen: Point, name: str, lat
     support = latent.support(value.dtype)
     num_units = value[0].numel() // support[0].numel()
 
-    def changed(which):
+    def changed(which: range) -> Tensor:
         rows = [replaced(value, latent, i // len(support), support[i % len(support)]) for i in which]
         others = {other: x.repeat(len(which), *[1] * (x.ndim - 1)) for other, x in seen.items() if other != name}
         return log_prob({**others, name: torch.cat(rows)})

@@ -101,6 +101,7 @@ class Rival(Trainer):
     :cvar is_contrast: whether the loss is a difference that crosses zero.
     :cvar scale: of the loss, in nats; infinite if it has none.
     :cvar words: how it is said that training has run away.
+    :cvar info_type: the type of what the last step saw.
     :cvar num_inner_steps: steps of φ for each of θ, where the guide has a loss of its own.
     """
 
@@ -116,10 +117,10 @@ class Rival(Trainer):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         optim: PyroOptim,
         visible: Sequence[str] | None,
-        guide: Callable | None = None,
+        guide: Callable[..., Any] | None = None,
         jit: bool = False,
     ):
         super().__init__(model, guide)
@@ -154,7 +155,7 @@ class Rival(Trainer):
         """What is trained beside θ, unconstrained."""
         return [pyro.get_param_store()._params[name] for name in self._own_names]
 
-    def _program(self, pair: ModelAndGuide, batch: visible.Batch) -> Callable:
+    def _program(self, pair: ModelAndGuide, batch: visible.Batch) -> Callable[..., Any]:
         """The program whose density this is."""
         return pair.model
 
@@ -186,7 +187,8 @@ class Rival(Trainer):
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One update.
 
-        :param args: arguments of the model, the data among them.
+        :param args: arguments of model and guide, the data among them.
+        :param kwargs: their keyword arguments.
         :returns: the loss, a mean over the batch.
         :raises ValueError: on misuse, or on NaN or infinity in the data; nothing is updated then.
         :raises FloatingPointError: if the loss or its gradient is not finite; nothing is updated then.
@@ -207,7 +209,8 @@ class Rival(Trainer):
         self._watch = runaways.watched(before, *outer[:2], warm_up=0, is_contrast=self.is_contrast, scale=scale)
         self.info = self.info_type(*outer[:2], *(inner[-1] if inner else ()), self._watch.verdict)
         runaways.warn(before, self._watch, self.words)
-        return self.info.loss
+        found: float = self.info.loss
+        return found
 
     def _take(self, executor: Executor, state: Any) -> tuple[list[tuple[float, float]], Outer | None]:
         """The guide's steps, and what the model's has found; None if one of the guide's is not finite."""
@@ -251,7 +254,12 @@ class Rival(Trainer):
 
     @in_own_modes
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss at the present parameters, with fresh noise; nothing is updated."""
+        """The loss at the present parameters, with fresh noise; nothing is updated.
+
+        :param args: arguments of model and guide, the data among them.
+        :param kwargs: their keyword arguments.
+        :returns: a mean over the batch.
+        """
         target, _, _, batch = self._ready(args, kwargs)
         assert self._method_state is not None
         with Buffers(target.pair.buffers):
@@ -262,10 +270,14 @@ class Rival(Trainer):
         """The trained log p̃(v, h) on these arguments, and a point: the data and a draw of h.
 
         The guide draws it; without one, the model itself.
+
+        :param args: arguments of model and guide, the data among them; a plate that subsamples these takes all rows
+            here.
+        :param kwargs: their keyword arguments.
         """
         return self._energy(args, kwargs, self._program)
 
-    def _energy(self, args: Any, kwargs: Any, program_of: Callable) -> tuple[Energy, Point]:
+    def _energy(self, args: Any, kwargs: Any, program_of: Callable[..., Any]) -> tuple[Energy, Point]:
         pair, leaves, spec = self._prepare_evaluation(args, kwargs)
         batch = pair.batch(leaves, spec, resizable=True)
         with Buffers(pair.buffers):
@@ -274,10 +286,16 @@ class Rival(Trainer):
         return Energy.from_model(program, pair.sites, batch, pair.buffers, values)
 
     def target(self, *args: Any, **kwargs: Any) -> MarginalTarget:
-        """The model as it runs on arguments of this structure, and how its latents are summed out."""
+        """The model as it runs on arguments of this structure, and how its latents are summed out.
+
+        :param args: arguments of model and guide, the data among them.
+        :param kwargs: their keyword arguments.
+        """
         return self._targets[id(self.pair(*args, **kwargs))]
 
-    def _ready(self, args: tuple, kwargs: dict) -> tuple[MarginalTarget, list[Any], Any, visible.Batch]:
+    def _ready(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[MarginalTarget, list[Any], Any, visible.Batch]:
         pair, leaves, spec = self._prepare(args, kwargs)
         target = self._targets[id(pair)]
         return target, leaves, spec, target.batch(leaves, spec)

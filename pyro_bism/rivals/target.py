@@ -46,7 +46,7 @@ class MarginalTarget:
         hidden = [b._replace(names=tuple(n for n in b.names if n in self.hidden)) for b in energy.blocks]
         energy = replace(energy, blocks=tuple(b for b in hidden if b.names))
 
-        def log_prob(seen):
+        def log_prob(seen: Point) -> Tensor:
             x = self.point(seen)
             if self.integral is None:
                 return energy.log_joint(x)
@@ -56,7 +56,10 @@ class MarginalTarget:
 
 
 def check_reads(energy: Energy, x: Point) -> None:
-    """:raises ValueError: for a visible site that the energy never reads."""
+    """Checks that the energy reads every visible site.
+
+    :raises ValueError: for one that it never reads.
+    """
     moved = energies.random_points(x, energy.latents, torch.ones(()))
     before = energy.log_joint(x)
     start = 0

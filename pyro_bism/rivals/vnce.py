@@ -85,8 +85,8 @@ class VNCE(Rival):
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: PyroOptim,
         noise: Any = None,
         num_noise: int = 1,

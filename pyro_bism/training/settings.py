@@ -10,7 +10,12 @@ from ..optim.host import Leading
 
 
 def require_optim(optim: Any, name: str) -> None:
-    """:raises ValueError: for what is no optimiser of Pyro."""
+    """Checks that an optimiser is one of Pyro's.
+
+    :param optim: the argument as the user gave it.
+    :param name: the argument's name, for the message.
+    :raises ValueError: where it is none.
+    """
     if not isinstance(optim, PyroOptim):
         raise ValueError(
             f"{name} should be an instance of pyro.optim.PyroOptim, such as "
@@ -19,7 +24,10 @@ def require_optim(optim: Any, name: str) -> None:
 
 
 def require_guide(guide: Any) -> None:
-    """:raises ValueError: for what is no program: the model's latents would be drawn from nowhere."""
+    """Checks that the guide is a program; without one the model's latents would be drawn from nowhere.
+
+    :raises ValueError: where it is none.
+    """
     if not callable(guide):
         raise ValueError(
             f"guide={guide!r} is not a program. Write q(h|v) as one; for a model without latents pass "

@@ -37,7 +37,7 @@ class Trainer(ABC):
         self._pending: dict[str, Any] | None = None
         self._finite: dict[int, tuple[int, int, int]] = {}
         # what the last call's arguments were, the arguments themselves, and their pair
-        self._last: tuple[tuple, list[Any], ModelAndGuide] | None = None
+        self._last: tuple[tuple[Any, ...], list[Any], ModelAndGuide] | None = None
         self._programs: dict[Any, Any] = {}
         self._num_captures = 0
         _raise_heap_limit()
@@ -65,7 +65,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def _restore(self, kept: Mapping[str, Any]) -> None:
-        """Take up what :meth:`_checkpoint` gave.
+        """Takes up what :meth:`_checkpoint` gave.
 
         :raises ValueError: if it is another method's.
         """
@@ -84,11 +84,14 @@ class Trainer(ABC):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`get_state`.
+        """Takes up a state of :meth:`get_state`.
 
         The random state is back when this returns, and so is all else if the programs have run. In a process where they
         have not yet (or the param store was cleared since) their parameters do not exist: those and what belongs to
         them come back at the first call that runs the programs, which draws nothing to make them.
+
+        :param state: what :meth:`get_state` gave, of the same method with the same programs.
+        :raises ValueError: if it is of other programs, sizes or methods; at that first call if it is taken up there.
         """
         self._pending = copy.deepcopy(state)
         set_random_state(state["rng"])
@@ -96,21 +99,32 @@ class Trainer(ABC):
             self._load_pending()
 
     def save(self, path: Any) -> None:
-        """Write :meth:`get_state` to a file, in one piece: a crash leaves the old file or the new one."""
+        """Writes :meth:`get_state` to a file, in one piece: a crash leaves the old file or the new one.
+
+        :param path: where to; beside it stands ``<path>.partial`` while it is written.
+        """
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
         torch.save(self.get_state(), partial)
         partial.replace(target)
 
     def load(self, path: Any, map_location: Any = None) -> None:
-        """Take up a state that :meth:`save` wrote. The file is unpickled: load only what you trust."""
+        """Takes up a state that :meth:`save` wrote. The file is unpickled: load only what you trust.
+
+        :param path: the file.
+        :param map_location: the device to load tensors on, as ``torch.load`` takes it; None: those they were on.
+        """
         self.set_state(torch.load(path, map_location=map_location, weights_only=False))
 
     def pair(self, *args: Any, **kwargs: Any) -> ModelAndGuide:
-        """Model and guide as they run on arguments of this structure; analysed once for each structure."""
+        """Model and guide as they run on arguments of this structure; analysed once for each structure.
+
+        :param args: arguments of the programs, the data among them.
+        :param kwargs: their keyword arguments.
+        """
         return self._pair(*visible.flatten((args, kwargs)))
 
-    def _prepare(self, args: tuple, kwargs: dict) -> tuple[ModelAndGuide, list[Any], Any]:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ModelAndGuide, list[Any], Any]:
         leaves, spec = visible.flatten((args, kwargs))
         before = None if self._pending is None else random_state()
         leaves = visible.ordinary(leaves, spec)
@@ -127,7 +141,9 @@ class Trainer(ABC):
             set_random_state(before)  # the initial values that were drawn have been replaced
         return pair, leaves, spec
 
-    def _prepare_evaluation(self, args: tuple, kwargs: dict) -> tuple[ModelAndGuide, list[Any], Any]:
+    def _prepare_evaluation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[ModelAndGuide, list[Any], Any]:
         """The same for an evaluation, which takes all rows given: plates draw none."""
         leaves, spec = visible.flatten((args, kwargs))
         leaves = visible.ordinary(leaves, spec)
@@ -292,7 +308,10 @@ def _numbered(buffers: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _require_sight(pair: ModelAndGuide, batch: visible.Batch) -> None:
-    """:raises RuntimeError: where a captured step would leave a parameter as it is, or go by a value of the past."""
+    """Checks that a captured step would see all parameters, and leave none as it is or go by a value of the past.
+
+    :raises RuntimeError: where it would not.
+    """
     names = pair.out_of_sight(batch) or pair.astray
     if names:
         raise RuntimeError(
