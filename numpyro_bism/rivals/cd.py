@@ -31,8 +31,8 @@ class CD(Rival):
 
     :param model: a NumPyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it; v may be discrete.
     :param optim: an optimiser for θ, of ``numpyro.optim``, ``jax.example_libraries.optimizers`` or optax.
-    :param kernel: of :mod:`numpyro_bism.sampling.kernels`: ``Gibbs()`` finds block Gibbs sampling for a restricted Boltzmann
-        machine; ``Langevin(step_size)`` needs no structure.
+    :param kernel: of :mod:`numpyro_bism.sampling.kernels`: ``Gibbs()`` finds block Gibbs sampling for a restricted
+        Boltzmann machine; ``Langevin(step_size)`` needs no structure.
     :param num_steps: k, steps of the kernel.
     :param persistent: whether the chains go on.
     :param num_chains: of the persistent chains; None takes as many as the batch has rows.

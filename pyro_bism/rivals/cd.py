@@ -28,8 +28,8 @@ class CD(Rival):
 
     :param model: a Pyro program of an unnormalised density p̃(v, h; θ), as BiSM takes it; v may be discrete.
     :param optim: a ``pyro.optim`` optimiser, for θ.
-    :param kernel: of :mod:`pyro_bism.sampling.kernels`: ``Gibbs()`` finds block Gibbs sampling for a restricted Boltzmann
-        machine; ``Langevin(step_size)`` needs no structure.
+    :param kernel: of :mod:`pyro_bism.sampling.kernels`: ``Gibbs()`` finds block Gibbs sampling for a restricted
+        Boltzmann machine; ``Langevin(step_size)`` needs no structure.
     :param num_steps: k, steps of the kernel.
     :param persistent: whether the chains go on.
     :param num_chains: of the persistent chains; None takes as many as the batch has rows.
