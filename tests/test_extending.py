@@ -1,5 +1,9 @@
 """The programs of docs/extending.md, which bring their own losses, hypergradient and kernel, as they stand."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -130,3 +134,81 @@ def test_what_is_missing_is_named_when_it_is_made(package, in_pyro):
 def test_one_that_can_not_be_called_can_not_be_made(package, name):
     with pytest.raises(TypeError, match=r"abstract method '?__call__"):
         type("Own", (getattr(package, name),), {})()
+
+
+# What a new built-in strategy and a new loss are: a file each, and a line each in their folder's __init__
+STRATEGY = '''"""Half of the detached gradient."""
+
+from dataclasses import dataclass
+
+from .problem import Detached
+
+
+@dataclass(frozen=True)
+class Halved(Detached):
+    """Half of the detached gradient."""
+
+    def __call__(self, *args):
+        found = super().__call__(*args)
+        return found._replace(gradient={halved})
+'''
+LOSS = '''"""Denoising, doubled."""
+
+from dataclasses import dataclass
+
+from .denoising_score_matching import DenoisingScoreMatching
+
+
+@dataclass(frozen=True)
+class Doubled(DenoisingScoreMatching):
+    """Twice the denoising loss."""
+
+    def __call__(self, *args):
+        return 2 * super().__call__(*args)
+'''
+TRAINED = {
+    "pyro_bism": """
+for k, (loss, strategy) in enumerate([(DenoisingScoreMatching(0.3), Detached()), (Doubled(0.3), Halved())]):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    bism = BiSM(model, guide, pyro.optim.SGD({"lr": 1e-2}), loss, hypergradient=strategy, num_inner_steps=1)
+    first = bism.step(x)
+    found.append((first, bism.info.hypergradient_norm))
+""",
+    "numpyro_bism": """
+for loss, strategy in [(DenoisingScoreMatching(0.3), Detached()), (Doubled(0.3), Halved())]:
+    bism = BiSM(model, guide, numpyro.optim.SGD(1e-2), loss, hypergradient=strategy, num_inner_steps=1)
+    result = bism.run(jax.random.key(0), 1, x, progress_bar=False)
+    found.append((float(result.losses[0]), float(result.state.info.hypergradient_norm)))
+""",
+}
+
+
+@pytest.mark.parametrize("package", [pyro_bism, numpyro_bism], ids=lambda package: package.__name__)
+def test_a_built_in_strategy_or_loss_is_one_file_and_one_line(package, tmp_path):
+    name, own = package.__name__, Path(package.__file__).parent
+    shutil.copytree(own, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    halved = (
+        "[g / 2 for g in found.gradient]" if package is pyro_bism else "{k: g / 2 for k, g in found.gradient.items()}"
+    )
+    for folder, file, text, line in (
+        ("hypergradients", "halved", STRATEGY.format(halved=halved), "from .halved import Halved"),
+        ("losses", "doubled", LOSS, "from .doubled import Doubled"),
+    ):
+        (tmp_path / name / folder / f"{file}.py").write_text(text)
+        with (tmp_path / name / folder / "__init__.py").open("a") as init:
+            init.write(f"{line}\n")
+    block = PYRO if package is pyro_bism else NUMPYRO
+    programs = block[: block.index("@dataclass")]
+    script = (
+        f"{programs}\nfrom {name} import DenoisingScoreMatching, Detached\nfrom {name}.hypergradients import Halved\n"
+        f"from {name}.losses import Doubled\nx = {array}.ones((4, 3))\nfound = []\n"
+        f"{TRAINED[name]}\nprint(found)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (loss, length), (doubled, same) = eval(done.stdout.splitlines()[-1])
+    assert doubled == pytest.approx(2 * loss, rel=1e-5)
+    assert same == pytest.approx(length, rel=1e-5)  # half of a gradient twice as long

@@ -170,7 +170,7 @@ TWINS = {
     "_arguments _refusal _shape _axis",
     "hypergradients/surrogates.py": "Exact.check Covariance.__post_init__ Covariance.check",
     "hypergradients/unrolled.py": "Unrolled.__post_init__ Unrolled.differentiates_inner Unrolled.unrolls _reversal",
-    "losses.py": "require_outer_loss",
+    "losses/outer.py": "require_outer_loss",
     "programs/coupling.py": "_one_number _axis",
     "programs/records.py": "SiteRecord.is_delta",
     "programs/rows.py": "explain",
