@@ -188,9 +188,8 @@ for loss, strategy in [(DenoisingScoreMatching(0.3), Detached()), (Doubled(0.3),
 def test_a_built_in_strategy_or_loss_is_one_file_and_one_line(package, tmp_path):
     name, own = package.__name__, Path(package.__file__).parent
     shutil.copytree(own, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    halved = (
-        "[g / 2 for g in found.gradient]" if package is pyro_bism else "{k: g / 2 for k, g in found.gradient.items()}"
-    )
+    of_lists, of_dicts = "[g / 2 for g in found.gradient]", "{k: g / 2 for k, g in found.gradient.items()}"
+    halved, array = (of_lists, "torch") if package is pyro_bism else (of_dicts, "jnp")
     for folder, file, text, line in (
         ("hypergradients", "halved", STRATEGY.format(halved=halved), "from .halved import Halved"),
         ("losses", "doubled", LOSS, "from .doubled import Doubled"),
