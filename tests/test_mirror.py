@@ -23,7 +23,11 @@ def files(package):
 
 # What torch lets capture and JAX compiles by itself; JAX's random keys, of which noise is drawn ahead
 HOSTS_OWN = {
-    "pyro_bism": {"optim/captured.py", *(f"compiled/{name}.py" for name in ("captured", "graph", "hosts", "inductor"))},
+    "pyro_bism": {
+        "programs/hosts.py",
+        "optim/captured.py",
+        *(f"compiled/{name}.py" for name in ("captured", "graph", "hosts", "inductor")),
+    },
     "numpyro_bism": {f"compiled/{name}.py" for name in ("convolutions", "jaxprs", "noise", "xla")},
 }
 

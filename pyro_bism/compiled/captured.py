@@ -15,12 +15,12 @@ import pyro.util
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..optim.captured import AdamTensors, FrozenSettings
 from ..optim.host import descend
 from ..optim.steps import DifferentiableOptim
 from ..programs import params
+from ..programs.hosts import pytree
 from ..programs.pair import ModelAndGuide
 from ..programs.visible import Batch, flatten
 from .graph import Graph, Original

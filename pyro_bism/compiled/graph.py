@@ -13,9 +13,9 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from ..programs import params
+from ..programs.hosts import pytree
 from ..programs.records import record
 from ..programs.visible import has_memory
 from .hosts import recording

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from ..programs.hosts import pytree
 
 MAX_SUMS = 2**13  # multiplications
 MIN_ENTRIES = 2**10  # for which a scalar is worth a place in memory

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from ..programs.hosts import is_stand_in
 
 if TYPE_CHECKING:
     from .energy import Energy
@@ -298,7 +299,7 @@ def _sites(density: Density, names: Sequence[str]) -> str:
 
 
 def _refuse_capture(x: Point, names: Sequence[str]) -> None:
-    if any(isinstance(x[name], FakeTensor) for name in x):
+    if any(is_stand_in(x[name]) for name in x):
         raise ValueError(
             f"The structure of {', '.join(map(repr, names))} is declared, which is checked at every step: a captured "
             "step can't do that. Take jit=False."

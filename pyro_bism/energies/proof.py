@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..programs.hosts import pytree
 from .degrees import Degrees
 from .density import Point, close, select
 from .rules import FRESH, MOVES_MEMORY, PICKS, RULES, Call, logarithm

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ..programs.hosts import pytree
 from .values import CONSTANT, COVARIATES, Traced, Unprovable, Value, memory_of, numbers_of
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ..programs.hosts import pytree
 from .degrees import Degrees
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import math
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from ..programs.hosts import pytree
 from ..programs.visible import Arguments
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils import _pytree as pytree
 
 from ..brief import brief
 from ..energies import Energy, NoIntegral, OutOfReach
+from ..programs.hosts import pytree
 from ..programs.visible import Arguments
 from ..training import runaways
 from . import (

@@ -9,7 +9,7 @@ from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 
-from .host import is_adam, torch_optimizer
+from .host import clip_settings, is_adam, say_stepped, torch_optimizer
 from .steps import DifferentiableOptim
 
 
@@ -24,12 +24,12 @@ class FrozenSettings:
             free = ("lr", "initial_lr", "params") if is_adam(kept) else ("params",)
             whole = dict(kept.param_groups[0])
             group = {k: v for k, v in whole.items() if k not in free}
-            self._found.append((kept, whole, group, optim._get_grad_clip_args(leaf)))  # type: ignore[arg-type]
+            self._found.append((kept, whole, group, clip_settings(optim, leaf)))
 
     def are_current(self) -> bool:
         for leaf, (kept, whole, group, clip) in zip(self._leaves, self._found, strict=True):
             now = torch_optimizer(self._optim, leaf)
-            if now is not kept or self._optim._get_grad_clip_args(leaf) != clip:  # type: ignore[arg-type]
+            if now is not kept or clip_settings(self._optim, leaf) != clip:
                 return False
             values = now.param_groups[0]
             # the whole first: one comparison is all it takes while no schedule moves the rate
@@ -109,7 +109,7 @@ class AdamTensors:
         for leaf, kept, has_moved in zip(self._leaves, self._kept, moved, strict=True):
             if not has_moved:  # as PyroOptim, which is not told of these
                 continue
-            kept._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks
+            say_stepped(kept)
             if isinstance(kept, ClippedAdam):
                 changed = True
                 kept.state[leaf]["step"] += 1

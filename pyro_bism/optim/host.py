@@ -1,6 +1,7 @@
 """The optimisers that users pass, and the steps that Pyro takes with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,8 +9,6 @@ import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def torch_optimizer(optim: PyroOptim, leaf: Tensor) -> torch.optim.Optimizer:
@@ -69,57 +68,11 @@ def require_unrollable(optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
 def descend(optim: PyroOptim, leaves: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> None:
     """One step of the user's optimiser. No ``.grad`` is left behind, as after ``SVI.step``."""
     slopes = {leaf: g for leaf, g in zip(leaves, gradient, strict=True) if g is not None}
-    if slopes and _take_one_adam(optim, slopes):
-        return
     for leaf in leaves:
         leaf.grad = slopes.get(leaf)
     optim(list(slopes))
     for leaf in leaves:
         leaf.grad = None
-
-
-def _take_one_adam(optim: PyroOptim, slopes: Mapping[Tensor, Tensor]) -> bool:
-    """The same step in one call for all leaves, where ``optim`` has for all an Adam of the same settings.
-
-    A call for each leaf takes a tenth of a small model's whole step.
-
-    :returns: whether it is such a step; else nothing is done.
-    """
-    every: list[Any] = [optim.optim_objs.get(leaf) for leaf in slopes]
-    first = every[0]
-    # where a scheduler stands in its place, the type is another
-    if type(first) not in (torch.optim.Adam, torch.optim.AdamW) or not is_adam(first):
-        return False
-    settings = group_settings(first)
-    for leaf, kept in zip(slopes, every, strict=True):
-        if not (
-            type(kept) is type(first)
-            and kept.state.get(leaf)  # its own first step makes it
-            and group_settings(kept) == settings
-            and optim.grad_clip[leaf] is None
-            and not (kept._optimizer_step_pre_hooks or kept._optimizer_step_post_hooks)
-            and "step" not in vars(kept)  # a scheduler beside it counts them
-            and not slopes[leaf].is_sparse
-        ):
-            return False
-    if type(optim).__call__ is not PyroOptim.__call__ or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
-        return False
-    states = [kept.state[leaf] for leaf, kept in zip(slopes, every, strict=True)]
-    beta1, beta2 = settings.pop("betas")
-    settings.pop("initial_lr", None)  # of a state saved beside a scheduler
-    with torch.no_grad():
-        adam(
-            params=list(slopes),
-            grads=list(slopes.values()),
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            max_exp_avg_sqs=[],
-            state_steps=[state["step"] for state in states],
-            beta1=beta1,
-            beta2=beta2,
-            **settings,
-        )
-    return True
 
 
 @contextmanager
@@ -167,3 +120,20 @@ def is_adam(kept: torch.optim.Optimizer) -> bool:
         and not (group["amsgrad"] or group["maximize"])
         and not any(isinstance(setting, Tensor) for setting in (group["lr"], *group["betas"]))
     )
+
+
+def clip_settings(optim: PyroOptim, leaf: Tensor) -> dict[str, Any]:
+    """How ``optim`` clips a parameter's gradient: its ``pt_clip_args``, which may be a function of the name."""
+    return optim._get_grad_clip_args(leaf) or {}  # type: ignore[arg-type]
+
+
+def unused_copy(optim: PyroOptim) -> PyroOptim:
+    """An optimiser of the same settings that has seen no parameter yet."""
+    new = copy.copy(optim)
+    new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
+    return new
+
+
+def say_stepped(kept: torch.optim.Optimizer) -> None:
+    """What torch's own step says of itself, for a scheduler that asks whether there was one."""
+    kept._opt_called = True  # type: ignore[attr-defined]

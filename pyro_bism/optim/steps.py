@@ -14,7 +14,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .host import group_settings, is_adam, torch_optimizer
+from .host import clip_settings, group_settings, is_adam, torch_optimizer
 
 
 def _root(x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class _Clipped:
 
     def __init__(self, optim: PyroOptim, leaf: Tensor):
         kept = torch_optimizer(optim, leaf)
-        self.clip = optim._get_grad_clip_args(leaf) or {}  # type: ignore[arg-type]
+        self.clip = clip_settings(optim, leaf)
         group, state = group_settings(kept), dict(kept.state.get(leaf, {}))
         self.inner = _AdamStep(leaf, group, state) if is_adam(kept) else _TorchStep(kept, group, state)
 

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, is_averaged
 from ..losses import OuterLoss
@@ -25,6 +24,7 @@ from .checks import (
     check_sites,
     warn_scaled,
 )
+from .hosts import pytree
 from .pair import ModelAndGuide, gradients_of
 from .records import SiteRecord, hidden_from_handlers, is_enumerated, leading_plates, record
 

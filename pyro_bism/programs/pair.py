@@ -17,10 +17,10 @@ from typing import Any, cast
 import pyro
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..losses import OuterLoss
 from . import guides, params, rows, visible
+from .hosts import pytree
 from .records import (
     SiteRecord,
     hidden_from_handlers,
@@ -98,7 +98,7 @@ class ModelAndGuide:
 
     def is_current(self) -> bool:
         """Whether the programs still train these tensors: none was replaced, cleared, frozen or unfrozen since."""
-        store = pyro.get_param_store()._params
+        store = params.stored()
         for leaves in (self.theta, self.phi):
             for name, leaf in leaves.items():
                 if store.get(name) is not leaf or not leaf.requires_grad:

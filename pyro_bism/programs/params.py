@@ -15,6 +15,11 @@ from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 
 
+def stored() -> dict[str, Tensor]:
+    """The unconstrained leaves that the param store holds, by name."""
+    return dict(pyro.get_param_store().named_parameters())
+
+
 class given(Messenger):
     """Inside this context ``pyro.param`` statements give these values, unconstrained and by name.
 
@@ -32,6 +37,7 @@ class given(Messenger):
             return
         value = self._values[name]
         # the store keeps the constraint of the first statement, as pyro.param does
+        # there is no public way to ask the store for one
         constraint = pyro.get_param_store()._constraints.get(name, msg["kwargs"]["constraint"])
         msg["value"] = transform_to(constraint)(value)
         msg["value"].unconstrained = weakref.ref(value)

@@ -9,11 +9,11 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ..distributions import base_of, discretized, relaxed, unmasked
 from . import rows
+from .hosts import Subsample
 
 
 @dataclass
@@ -77,7 +77,7 @@ class replay(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if isinstance(msg["fn"], _Subsample):
+        if isinstance(msg["fn"], Subsample):
             if name in self.values:
                 msg["value"], msg["done"], msg["is_observed"] = self.values[name], True, False
             return
@@ -128,7 +128,7 @@ class record(replay):
 
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
-        if isinstance(msg["fn"], _Subsample):
+        if isinstance(msg["fn"], Subsample):
             if msg["value"] is None:
                 msg["value"] = self.offered.get(msg["name"])
                 msg["fn"] = rows.watched(msg["fn"], msg["name"], self._drawn)
@@ -149,7 +149,7 @@ class record(replay):
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], _Subsample):
+        if isinstance(msg["fn"], Subsample):
             self._keep_rows(msg)
             return
         self.sites[msg["name"]] = SiteRecord(
@@ -225,7 +225,7 @@ def sum_by_example(name: str, log_prob: Tensor, n: int) -> Tensor:
 
 def hidden_from_handlers() -> Any:
     """The context in which a look at the programs is hidden from all outside, but for who hands rows to a plate."""
-    return pyro.poutine.block(hide_fn=lambda msg: not isinstance(msg.get("fn"), _Subsample))
+    return pyro.poutine.block(hide_fn=lambda msg: not isinstance(msg.get("fn"), Subsample))
 
 
 def run_until(

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from .hosts import Subsample, is_stand_in
 
 
-class watched(_Subsample):
+class watched(Subsample):
     """A plate's own draw of rows, which tells that it was taken."""
 
-    def __init__(self, plate: _Subsample, name: str, drawn: set[str]):
+    def __init__(self, plate: Subsample, name: str, drawn: set[str]):
         self.__dict__.update(plate.__dict__)
         self._plate, self._name, self._drawn = plate, name, drawn
 
@@ -25,7 +25,7 @@ class watched(_Subsample):
     __call__ = sample
 
 
-watched.__name__ = _Subsample.__name__  # by which Pyro knows a plate's own site
+watched.__name__ = Subsample.__name__  # by which Pyro knows a plate's own site
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def require_indices(name: str, full_size: int, rows: Tensor) -> None:
             f"Plate '{name}' is handed rows of shape {tuple(rows.shape)} and {rows.dtype}. Rows are the numbers of "
             "rows of the data: integers in one dimension."
         )
-    if isinstance(rows, FakeTensor):  # while a step is captured
+    if is_stand_in(rows):  # while a step is captured
         return
     outside = (rows < -full_size) | (rows >= full_size)
     if bool(outside.any()):
@@ -162,7 +162,7 @@ def draw_rows(full_size: int, size: int, device: Any) -> Tensor:
     rows are drawn until so many are distinct; each stands where it came first.
     """
     if 8 * size > full_size:  # too many would be drawn twice
-        return _Subsample(full_size, size, device=device).sample()
+        return Subsample(full_size, size, device=device).sample()
     rows = torch.randint(full_size, (size,), device=device)
     while len(distinct := dict.fromkeys(rows.tolist())) < size:
         more = torch.randint(full_size, (size - len(distinct),), device=device)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
 
 from ..distributions import base_of
+from .hosts import is_stand_in, pytree
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a program is called with: ``(args, kwargs)``."""
@@ -113,7 +112,7 @@ class Rows(Tensor):
         :param may_repeat: the visible site's name, if a row may stand twice: the user's may.
         """
         shell = x
-        if isinstance(x, FakeTensor):  # while a step is captured: what has its shape and type, and no memory
+        if is_stand_in(x):  # while a step is captured: what has its shape and type, and no memory
             with torch._C._DisableTorchDispatch():
                 shell = torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape)
         new = shell.as_subclass(Rows)
@@ -130,7 +129,7 @@ class Rows(Tensor):
         if self.may_repeat is not None:
             ordered = self.rows.sort().values
             twice = torch.searchsorted(ordered, self.rows, right=True) - torch.searchsorted(ordered, self.rows) > 1
-            if isinstance(twice, FakeTensor):  # while a step is captured there are no values: they will be NaN
+            if is_stand_in(twice):  # while a step is captured there are no values: they will be NaN
                 twice = twice.reshape((-1,) + (1,) * (replaced.dim() - 1 - self.axis))
                 replaced = replaced * torch.where(twice, torch.nan, 1.0)  # a factor: the gradient is NaN as well
             elif twice.any():

@@ -153,7 +153,7 @@ class Rival(Trainer):
 
     def _own(self, pair: ModelAndGuide) -> list[Tensor]:
         """What is trained beside θ, unconstrained."""
-        return [pyro.get_param_store()._params[name] for name in self._own_names]
+        return [params.stored()[name] for name in self._own_names]
 
     def _program(self, pair: ModelAndGuide, batch: visible.Batch) -> Callable[..., Any]:
         """The program whose density this is."""

@@ -1,12 +1,11 @@
 """What a method is given, checked when it is made."""
 
-import copy
 from typing import Any
 
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 
-from ..optim.host import Leading
+from ..optim.host import Leading, unused_copy
 
 
 def require_optim(optim: Any, name: str) -> None:
@@ -40,8 +39,7 @@ def same_settings(optim: PyroOptim) -> PyroOptim:
 
     Where the old one is a scheduler, the new one follows it: ``optim.step()`` moves the rates of both.
     """
-    new = copy.copy(optim)
-    new.optim_objs, new.grad_clip, new._state_waiting_to_be_consumed = {}, {}, {}
+    new = unused_copy(optim)
     if isinstance(optim, PyroLRScheduler):
         vars(new)["step"] = _follows
         vars(optim)["step"] = Leading(optim, new)

@@ -19,7 +19,7 @@ from ..optim.host import torch_optimizer
 from ..programs import visible
 from ..programs.all_rows import drawn, with_all_rows
 from ..programs.pair import ModelAndGuide
-from ..programs.params import random_state, set_random_state
+from ..programs.params import random_state, set_random_state, stored
 from ..programs.visible import Batch
 
 
@@ -74,9 +74,8 @@ class Trainer(ABC):
         """All that a later process needs to continue bit for bit: parameters, optimisers, random state."""
         if self._pending is not None:  # nothing has run since it was taken up
             return {**copy.deepcopy(self._pending), "rng": random_state()}
-        store = pyro.get_param_store()
         return {
-            "params": {name: (store._params[name].detach().clone()) for name in store.keys()},
+            "params": {name: leaf.detach().clone() for name, leaf in stored().items()},
             "buffers": [b.clone() for b in self._buffers()],
             **{name: _of_store(copy.deepcopy(optim.get_state())) for name, optim in self._optims.items()},
             **copy.deepcopy(self._checkpoint()),
@@ -268,7 +267,8 @@ class Trainer(ABC):
                 f"The state has parameters {missing}, which model and guide have not created. Was it saved from "
                 "another model?"
             )
-        here = {**{name: store._params[name] for name in state["params"]}, **_numbered(self._buffers())}
+        leaves = stored()
+        here = {**{name: leaves[name] for name in state["params"]}, **_numbered(self._buffers())}
         for name, value in {**state["params"], **_numbered(state["buffers"])}.items():
             if name not in here or here[name].shape != value.shape:
                 found = tuple(here[name].shape) if name in here else "none"
@@ -280,7 +280,7 @@ class Trainer(ABC):
         self._pending = None
         with torch.no_grad():
             for name, value in state["params"].items():
-                store._params[name].copy_(value)
+                leaves[name].copy_(value)
             for buffer, value in zip(self._buffers(), state["buffers"], strict=True):
                 buffer.copy_(value)
         for role, optim in self._optims.items():
