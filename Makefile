@@ -8,6 +8,12 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
+# What has a reference page beside each package's own: protocols, result types, the equations of the losses, and what a
+# part of one's own is given (tests/test_docstrings.py finds what is missing here)
+PAGES := losses divergences hypergradients hypergradients.problem rivals rivals.nce sampling sampling.kernels energies \
+	evaluation evaluation.normalizer evaluation.annealing evaluation.fit evaluation.scores evaluation.guide_draws \
+	evaluation.psis evaluation.calibration evaluation.comparison evaluation.verdicts evaluation.report \
+	programs.pair programs.records programs.visible training.runaways
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench docs clean
@@ -39,7 +45,8 @@ bench: $(READY)
 	$(BIN)/python tests/benchmarks/performance.py
 
 docs: $(READY)
-	$(BIN)/python -m pdoc --math --docformat restructuredtext --output-directory build/docs pyro_bism numpyro_bism
+	$(BIN)/python -m pdoc --math --docformat restructuredtext --output-directory build/docs \
+		pyro_bism numpyro_bism $(PAGES:%=pyro_bism.%) $(PAGES:%=numpyro_bism.%)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache

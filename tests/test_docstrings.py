@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,22 @@ def test_every_docstring_opens_with_a_sentence(package):
                 if doc.startswith((":ivar", ":param", ":returns")):
                     found.append(f"{module.__name__}.{getattr(node, 'name', '')}: {doc[:60]!r}")
     assert not found, "\n".join(found)
+
+
+@PACKAGES
+def test_every_public_name_has_a_page(package):
+    """Those that are imported from the package stand on its own page; others on that of a module in the Makefile."""
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    pages = re.search(r"PAGES := ((?:.*\\\n)*.*)", makefile).group(1).replace("\\", " ").split()
+    shown = set()
+    for page in pages:
+        module = importlib.import_module(f"{package.__name__}.{page}")
+        own = [
+            n
+            for n, x in vars(module).items()
+            if not n.startswith("_") and getattr(x, "__module__", "") == module.__name__
+        ]
+        shown |= {id(getattr(module, name)) for name in getattr(module, "__all__", own)}
+    root = {id(getattr(package, name)) for name in package.__all__}
+    missing = [name for name, thing in public(package).items() if id(thing) not in root | shown]
+    assert not missing
