@@ -140,10 +140,15 @@ def is_averaged(fn: dist.Distribution) -> bool:
     return isinstance(base_of(fn), AveragedBernoulli | AveragedOneHot)
 
 
+def mask_of(fn: dist.MaskedDistribution) -> Any:
+    """The mask of a masked distribution, which has no public name: True, False, or one for every entry."""
+    return fn._mask
+
+
 def is_flat(fn: dist.Distribution) -> bool:
     """Whether the site is declared by ``.mask(False)`` and adds no density."""
     while isinstance(fn, _WRAPPERS):
-        if isinstance(fn, dist.MaskedDistribution) and fn._mask is False:
+        if isinstance(fn, dist.MaskedDistribution) and mask_of(fn) is False:
             return True
         fn = fn.base_dist
     return False
@@ -154,7 +159,7 @@ def rebuild(fn: dist.Distribution, change: Callable[[dist.Distribution], dist.Di
     if isinstance(fn, dist.Independent):
         return rebuild(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.MaskedDistribution):
-        return rebuild(fn.base_dist, change).mask(fn._mask)
+        return rebuild(fn.base_dist, change).mask(mask_of(fn))
     if isinstance(fn, dist.ExpandedDistribution):
         return rebuild(fn.base_dist, change).expand(fn.batch_shape)
     return change(fn)

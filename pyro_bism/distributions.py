@@ -165,10 +165,15 @@ def plain_support(support: Any) -> Any:
     return support
 
 
+def mask_of(fn: dist.MaskedDistribution) -> Any:
+    """The mask of a masked distribution, which has no public name: True, False, or one for every entry."""
+    return fn._mask
+
+
 def is_flat(fn: TorchDistribution) -> bool:
     """Whether the site is declared by ``.mask(False)`` and adds no density."""
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        if isinstance(fn, dist.MaskedDistribution) and fn._mask is False:
+        if isinstance(fn, dist.MaskedDistribution) and mask_of(fn) is False:
             return True
         fn = fn.base_dist
     return False
@@ -181,7 +186,7 @@ def rebuild(fn: TorchDistribution, change: Callable[[Any], TorchDistribution]) -
         found = rebuild(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
         return found
     if isinstance(fn, dist.MaskedDistribution):
-        found = rebuild(fn.base_dist, change).mask(fn._mask)
+        found = rebuild(fn.base_dist, change).mask(mask_of(fn))
         return found
     if isinstance(fn, dist.ExpandedDistribution):
         return rebuild(fn.base_dist, change).expand(fn.batch_shape)

@@ -23,7 +23,7 @@ from jax import Array
 from jax.extend import core
 from numpyro.distributions.util import sum_rightmost
 
-from ..distributions import ConcreteBernoulli, ConcreteOneHot
+from ..distributions import ConcreteBernoulli, ConcreteOneHot, mask_of
 from .degrees import MAX_DEGREE, Degrees
 from .density import Point
 from .rules import COUNTS, ROW_BY_ROW, RULES
@@ -121,9 +121,9 @@ def log_density(fn: Any, value: Array) -> Array:
     if isinstance(fn, dist.ExpandedDistribution):
         shape = jnp.shape(value)[: max(jnp.ndim(value) - fn.event_dim, 0)]
         return jnp.broadcast_to(log_density(fn.base_dist, value), jnp.broadcast_shapes(fn.batch_shape, shape))
-    if isinstance(fn, dist.MaskedDistribution) and not isinstance(fn._mask, bool):
-        return jnp.where(fn._mask, log_density(fn.base_dist, value), 0.0)
-    if isinstance(fn, dist.MaskedDistribution) and fn._mask:
+    if isinstance(fn, dist.MaskedDistribution) and not isinstance(mask_of(fn), bool):
+        return jnp.where(mask_of(fn), log_density(fn.base_dist, value), 0.0)
+    if isinstance(fn, dist.MaskedDistribution) and mask_of(fn):
         return log_density(fn.base_dist, value)
     if isinstance(fn, ConcreteBernoulli):
         logits: Array = fn.logits
