@@ -271,7 +271,7 @@ class BiSM(Trainer):
         if problem.mutable is None:
             return None
         v = self.loss.perturb(problem.batch.v, self.loss.draw(rng_key, problem.batch.v))
-        return problem.pair.moved(rng_key, problem.params(theta, phi), problem.batch, v)
+        return problem.pair.mutable_after_pass(rng_key, problem.params(theta, phi), problem.batch, v)
 
     def _warn(self, before: BiSMState, after: BiSMState) -> bool:
         return runaways.warn(before.watch, after.watch)

@@ -21,7 +21,7 @@ from .programs.coupling import check_rows
 from .programs.guides import refuse_autoguide, runs_model
 from .programs.modes import in_own_modes
 from .programs.pair import ModelAndGuide
-from .programs.params import buffers_kept, jittered
+from .programs.params import jittered, unmoved_buffers
 from .programs.visible import Batch
 from .training import runaways
 from .training.settings import require_guide, require_optim, same_settings
@@ -261,7 +261,7 @@ class BiSM(Trainer):
             batch = pair.batch(leaves, spec)
             check_rows(pair, batch, normalises_batch=not self.loss.needs_uncoupled_examples)
 
-            with buffers_kept(pair.buffers):
+            with unmoved_buffers(pair.buffers):
                 pair = self._fitted(pair, batch)
         phi = list(pair.phi.values())
         create_optimizers(self.optim, list(pair.theta.values()))

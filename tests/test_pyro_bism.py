@@ -34,7 +34,7 @@ from pyro_bism import (
 )
 from pyro_bism.optim.host import torch_optimizer
 from pyro_bism.optim.steps import DifferentiableOptim
-from pyro_bism.programs.params import swapped
+from pyro_bism.programs.params import tensors_read_as
 from pyro_bism.programs.rows import draw_rows
 
 D, H, N = 3, 2, 7
@@ -617,6 +617,6 @@ def test_subsampled_rows_give_the_score_of_those_rows():
 
 def test_swapped_reaches_parameters_by_identity():
     p, q = torch.ones(2, requires_grad=True), torch.full((2,), 3.0)
-    with swapped({p: q}):
+    with tensors_read_as({p: q}):
         assert torch.equal(torch.cat([p, p]), torch.full((4,), 3.0))
     assert torch.equal(p.detach(), torch.ones(2))

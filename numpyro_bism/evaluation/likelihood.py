@@ -14,7 +14,7 @@ from ..bism import BiSM
 from ..energies import VISIBLE, Integral, OutOfReach, named
 from ..programs.modes import in_own_modes
 from ..rivals import PersistentVI
-from ..rivals.persistent_vi import given
+from ..rivals.persistent_vi import conditioned
 from . import normalizer
 from .annealing import AIS, ais
 from .guide_draws import guide_draws
@@ -137,7 +137,7 @@ def _over_theta(
 
         @jax.jit
         def value_at(values: dict[str, Array]) -> Array:
-            at = replace(energy, model=given(model, values))
+            at = replace(energy, model=conditioned(model, values))
             return hidden(at.density(params, x), x) - whole(at.density(params, one), one)
 
         value = jnp.stack([value_at(values) for values in draws])

@@ -127,14 +127,14 @@ class ModelAndGuide:
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Model and guide for a host ELBO: parameters and rows given, discrete sites softened where the guide's are."""
 
-        def given(program: Callable[..., Any], relaxed_sites: frozenset[str]) -> Callable[..., Any]:
+        def replayed(program: Callable[..., Any], relaxed_sites: frozenset[str]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 with record(params, batch.indices, relaxed_sites):
                     return program(*args, **kwargs)
 
             return run
 
-        return given(self.model, self.relaxed_sites), given(self.guide, frozenset())
+        return replayed(self.model, self.relaxed_sites), replayed(self.guide, frozenset())
 
     def draw(
         self,
@@ -371,7 +371,9 @@ class ModelAndGuide:
             self.model(*args, **kwargs)
         return joint_per_example(run.sites.values(), len(v))
 
-    def moved(self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array) -> dict[str, Any]:
+    def mutable_after_pass(
+        self, rng_key: Array, params: Mapping[str, Any], batch: visible.Batch, v: Array
+    ) -> dict[str, Any]:
         """The mutable state after one pass over v, as SVI's one pass a step leaves it."""
         args, kwargs = batch.arguments(v)
         key_model, key_guide = jax.random.split(rng_key)

@@ -173,7 +173,7 @@ class PersistentVI(Rival):
         values, _ = _drawn(rng_key, pair, params, batch)
         if not values:
             raise ValueError("The guide has no sample site: it should draw the model's global parameters.")
-        return given(pair.model, values)
+        return conditioned(pair.model, values)
 
     def _check(self, target: MarginalTarget, params: Mapping[str, Any], batch: Batch, rng_key: Array) -> MarginalTarget:
         pair = target.pair
@@ -271,19 +271,19 @@ class AtTheta:
             found = {name: jnp.shape(value) for name, value in self.theta.items()}
             if wanted != found:
                 raise ValueError(f"theta has the sites and shapes {found}; the guide has {wanted}.")
-            return given(pair.model, self.theta)
+            return conditioned(pair.model, self.theta)
 
         return self.trained._energy(state, args, kwargs, rng_key, program)
 
 
-def given(model: Callable[..., Any], values: Mapping[str, Array]) -> Callable[..., Any]:
+def conditioned(model: Callable[..., Any], values: Mapping[str, Array]) -> Callable[..., Any]:
     """The model at these values of its global sites, which are then no sites of it."""
     program: Callable[..., Any] = block(substitute(model, data=dict(values)), hide=list(values))
     return program
 
 
 def _at(target: MarginalTarget, values: Mapping[str, Array]) -> MarginalTarget:
-    return replace(target, energy=replace(target.energy, model=given(target.pair.model, values)))
+    return replace(target, energy=replace(target.energy, model=conditioned(target.pair.model, values)))
 
 
 def _is_global(site: SiteRecord) -> bool:

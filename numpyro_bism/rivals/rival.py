@@ -273,7 +273,7 @@ class Rival(Trainer):
         )
         if mutable is not None:
             params = target.params(theta, mutable, self._phi(target.pair, theta, carried))
-            mutable = target.pair.moved(key_moved, params, batch, batch.v)
+            mutable = target.pair.mutable_after_pass(key_moved, params, batch, batch.v)
         length, scale = norm(gradient), self._scale(target, batch)
         watch = runaways.watched(state.watch, loss, length, warm_up=0, is_contrast=self.is_contrast, scale=scale)
         numbers = [jnp.asarray(x, jnp.result_type(float)) for x in (loss, length, *seen)]

@@ -125,7 +125,7 @@ class CapturedStep(Executor):
                 stand_ins = {name: [next(rest) for _ in group] for name, group in self._inputs.items()}
                 problem, swaps = self._captured(stand_ins)
                 mine = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
-                with params.attributes_kept(self.pair.modules), params.swapped(swaps):
+                with params.unmoved_attributes(self.pair.modules), params.tensors_read_as(swaps):
                     return function(problem, *(pytree.tree_unflatten(mine, spec) if spec else args))
 
             graph = self._graphs[key] = Graph(whole, [*self._flat, *given], self._original(function, args))
@@ -136,7 +136,7 @@ class CapturedStep(Executor):
 
         def run() -> Any:
             problem = self._bound(self._inputs, self._batch, list(self._theta), list(self._phi))
-            with params.attributes_kept(self.pair.modules):
+            with params.unmoved_attributes(self.pair.modules):
                 return function(problem, *args)
 
         name = pyro.get_param_store().param_name

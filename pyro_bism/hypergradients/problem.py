@@ -152,7 +152,7 @@ class Bilevel:
     def standing_at(self, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Inside, φ is ``values``; gives the leaves that stand for it, by which to differentiate, inside too."""
         if self.is_out_of_reach:
-            with self.pair.placed(values):
+            with self.pair.holding_values(values):
                 yield list(self.phi)
         else:
             phi = [p.detach().requires_grad_() for p in values]

@@ -32,7 +32,7 @@ from ..distributions import (
 from ..divergences import InnerLoss
 from ..losses import OuterLoss
 from ..programs.pair import ModelAndGuide
-from ..programs.params import buffers_kept, jittered
+from ..programs.params import jittered, unmoved_buffers
 from ..programs.records import SiteRecord, is_enumerated, record
 from ..programs.visible import Batch
 from .problem import Shifted
@@ -63,7 +63,7 @@ def require_shiftable(
         v = batch.v + NEAR * torch.randn_like(batch.v)  # of the data themselves a zero would hide a weight
 
         def look(index: int = 0) -> dict[str, SiteRecord]:
-            with buffers_kept(pair.buffers):  # those that move at every pass would tell of draws
+            with unmoved_buffers(pair.buffers):  # those that move at every pass would tell of draws
                 return _sites(pair, batch, v, index)
 
         sites, again = look(), look(-1)

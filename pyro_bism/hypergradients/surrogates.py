@@ -105,7 +105,7 @@ def posterior_loss(pair: ModelAndGuide, batch: Batch, loss: OuterLoss) -> Tensor
             return value.detach() + varying - varying.detach()
         # numbers in θ, but functions of u
         # that require grad still: pyro.module takes a weight that does not for one that is not trained, and says so
-        with params.swapped({leaf: leaf.detach().requires_grad_() for leaf in pair.theta.values()}):
+        with params.tensors_read_as({leaf: leaf.detach().requires_grad_() for leaf in pair.theta.values()}):
             value = pair.score(batch, still, loss)(u)
             same = slope()
         # the difference is 0; its derivative in θ is the score's

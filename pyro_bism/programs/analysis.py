@@ -183,7 +183,7 @@ def _is_stated(pair: ModelAndGuide, batch: visible.Batch) -> bool:
     if not pair.phi:
         return True
     stand_ins = {name: leaf.detach().requires_grad_() for name, leaf in pair.phi.items()}
-    with torch.random.fork_rng(devices=[]), params.given(stand_ins):
+    with torch.random.fork_rng(devices=[]), params.params_read_as(stand_ins):
         draw, _ = pair.draw(batch, batch.v)
         log_weight = pair.log_weight(batch, batch.v, draw)
     found = gradients_of(log_weight, [*pair.phi.values(), *stand_ins.values()])
@@ -214,7 +214,7 @@ def check_held(pair: ModelAndGuide, batch: visible.Batch, loss: OuterLoss, strat
     v = batch.v.detach().requires_grad_()
     with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
         draw = pair.draw(batch, v)[0].detached()
-        with params.swapped({leaf: leaf.detach().requires_grad_() for leaf in pair.theta.values()}):
+        with params.tensors_read_as({leaf: leaf.detach().requires_grad_() for leaf in pair.theta.values()}):
             value = pair.log_weight(batch, v, draw, guide=False)
         (score,) = torch.autograd.grad(value, v, create_graph=True)
         reached = gradients_of(score.square().sum(), list(pair.theta.values()))

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..distributions import base_of, plain_support
 from .pair import ModelAndGuide
-from .params import buffers_kept
+from .params import unmoved_buffers
 from .records import SiteRecord, record
 from .visible import Batch, size
 
@@ -45,7 +45,7 @@ def check_rows(
     """
     start = _Start(pair, pair.model if model is None else model, batch, seed)
     with (
-        buffers_kept(pair.buffers),
+        unmoved_buffers(pair.buffers),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         pyro.validation_enabled(False),
@@ -59,7 +59,7 @@ def check_rows(
         first: _Described | None = None
         for run, moved in enumerate(_halves(n).to(batch.v.device)):
             torch.default_generator.manual_seed(seed + run)
-            with buffers_kept(pair.buffers):  # those of the old spectral_norm move at every pass
+            with unmoved_buffers(pair.buffers):  # those of the old spectral_norm move at every pass
                 seen = _densities(start, *_moved(start, base, own, moved), own)
             first = first or seen
             try:

@@ -130,7 +130,7 @@ class ModelAndGuide:
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             by_guide, by_model = ({p.name for p in unknown if role in p.handed_by} for role in ("guide", "model"))
             with (
-                params.buffers_kept(self.buffers),
+                params.unmoved_buffers(self.buffers),
                 torch.no_grad(),
                 pyro.validation_enabled(False),
                 hidden_from_handlers(),
@@ -161,17 +161,17 @@ class ModelAndGuide:
     def at(self, phi: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """The context in which the programs run with these tensors, unconstrained, as φ."""
         if self.reads_phi_through_param:
-            return params.given(dict(zip(self.phi, phi, strict=True)))
-        return params.swapped(dict(zip(self.phi.values(), phi, strict=True)))
+            return params.params_read_as(dict(zip(self.phi, phi, strict=True)))
+        return params.tensors_read_as(dict(zip(self.phi.values(), phi, strict=True)))
 
-    def placed(self, phi: Sequence[Tensor]) -> AbstractContextManager[Any]:
-        """The context in which φ has these values itself: see :func:`params.placed`."""
-        return params.placed(self.phi.values(), phi)
+    def holding_values(self, phi: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """The context in which φ has these values itself: see :func:`params.holding_values`."""
+        return params.holding_values(self.phi.values(), phi)
 
     def out_of_sight(self, batch: visible.Batch) -> list[str]:
         """The parameters that the programs read where no other tensors can be put in their place."""
         with (
-            params.buffers_kept(self.buffers),
+            params.unmoved_buffers(self.buffers),
             torch.random.fork_rng(devices=[]),
             pyro.validation_enabled(False),
             hidden_from_handlers(),

@@ -20,11 +20,11 @@ def stored() -> dict[str, Tensor]:
     return dict(pyro.get_param_store().named_parameters())
 
 
-class given(Messenger):
+class params_read_as(Messenger):
     """Inside this context ``pyro.param`` statements give these values, unconstrained and by name.
 
     A module states its weights only to register them and goes on to read its own, so its statements are
-    let be: a program with such weights needs :class:`swapped`.
+    let be: a program with such weights needs :class:`tensors_read_as`.
     """
 
     def __init__(self, values: Mapping[str, Tensor]):
@@ -44,7 +44,7 @@ class given(Messenger):
         msg["done"] = True
 
 
-class swapped(TorchFunctionMode):
+class tensors_read_as(TorchFunctionMode):
     """Inside this context every torch function that is given a key of ``swaps`` sees its value.
 
     Parameters are told apart by identity. So one mechanism reaches ``pyro.param`` (the constraint's
@@ -77,11 +77,12 @@ class swapped(TorchFunctionMode):
 
 
 @contextmanager
-def placed(leaves: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+def holding_values(leaves: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
     """Inside, these parameters have these values themselves: whatever reads them sees these.
 
-    So it is for weights that :class:`swapped` does not reach: those that an ``autograd.Function``, a scripted module or
-    a checkpointed one reads. What is differentiated must be so inside: outside the parameters have their own values.
+    So it is for weights that :class:`tensors_read_as` does not reach: those that an ``autograd.Function``, a scripted
+    module or a checkpointed one reads. What is differentiated must be so inside: outside the parameters have their own
+    values.
     """
     pairs = [(leaf, leaf.detach().clone(), value.detach()) for leaf, value in zip(leaves, values, strict=True)]
     with torch.no_grad():
@@ -96,7 +97,7 @@ def placed(leaves: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def buffers_kept(buffers: Sequence[Tensor]) -> Iterator[None]:
+def unmoved_buffers(buffers: Sequence[Tensor]) -> Iterator[None]:
     """Module buffers (batch-norm statistics) are afterwards what they were before: a look is no step."""
     values = [buffer.clone() for buffer in buffers]
     try:
@@ -108,7 +109,7 @@ def buffers_kept(buffers: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def attributes_kept(modules: Iterable[Module]) -> Iterator[None]:
+def unmoved_attributes(modules: Iterable[Module]) -> Iterator[None]:
     """Inside, what these modules set of themselves (``self.b = ...``) they have set until the end only.
 
     A recorded pass would leave a stand-in there: ``spectral_norm`` takes its vectors for what its iteration returned.
@@ -131,14 +132,14 @@ def jittered(leaves: Sequence[Tensor]) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         moved = [leaf.detach() + 0.1 * torch.randn_like(leaf) for leaf in leaves]
-        with placed(leaves, moved):
+        with holding_values(leaves, moved):
             yield
 
 
 def out_of_sight(function: Callable[[], Tensor], leaves: Mapping[str, Tensor]) -> list[str]:
-    """The names of the parameters that a function reads, by autograd's account, where :class:`swapped` gives others."""
+    """The parameters that a function reads, by autograd's account, where :class:`tensors_read_as` gives others."""
     stand_ins = {leaf: leaf.detach().clone().requires_grad_() for leaf in leaves.values()}
-    with swapped(stand_ins):
+    with tensors_read_as(stand_ins):
         value = function()
     if not value.requires_grad:
         return []
@@ -172,7 +173,7 @@ def astray(
 
     before = random_state()
     leaves = list(phi.values())
-    with placed(leaves, moved):
+    with holding_values(leaves, moved):
         right = slopes(leaves, function())
     set_random_state(before)
     stand_ins = [value.clone().requires_grad_() for value in moved]

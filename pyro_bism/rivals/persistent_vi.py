@@ -156,7 +156,7 @@ class PersistentVI(Rival):
             values, _ = _drawn(pair, batch)
         if not values:
             raise ValueError("The guide has no sample site: it should draw the model's global parameters.")
-        return given(pair.model, values)
+        return conditioned(pair.model, values)
 
     def _check(self, target: MarginalTarget, batch: Batch) -> MarginalTarget:
         pair = target.pair
@@ -248,12 +248,12 @@ class AtTheta:
             found = {name: tuple(value.shape) for name, value in self.theta.items()}
             if wanted != found:
                 raise ValueError(f"theta has the sites and shapes {found}; the guide has {wanted}.")
-            return given(pair.model, self.theta)
+            return conditioned(pair.model, self.theta)
 
         return self.trained._energy(args, kwargs, program)
 
 
-def given(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[..., Any]:
+def conditioned(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[..., Any]:
     """The model at these values of its global sites, which are then no sites of it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -264,7 +264,7 @@ def given(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[.
 
 
 def _at(target: MarginalTarget, values: Mapping[str, Tensor]) -> MarginalTarget:
-    return replace(target, energy=replace(target.energy, model=given(target.pair.model, values)))
+    return replace(target, energy=replace(target.energy, model=conditioned(target.pair.model, values)))
 
 
 def _is_global(site: SiteRecord) -> bool:
