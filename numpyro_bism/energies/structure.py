@@ -143,7 +143,7 @@ def _has_no_squares(density: Density, x: Point, name: str) -> bool:
         return bool((jnp.abs(change) <= 8 * jnp.finfo(square.dtype).eps * largest.max(initial=0.0)).all())
 
 
-def random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array) -> Point:
+def random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array | np.ndarray) -> Point:
     """Anywhere that the variables may be."""
     found = {}
     with jax.ensure_compile_time_eval():

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .. import energies
@@ -62,10 +63,11 @@ def check_reads(energy: Energy, params: Mapping[str, Any], x: Point, rng_key: Ar
     :raises ValueError: for one that it never reads.
     """
 
+    moved = energies.random_points(rng_key, x, energy.latents, np.ones(()))
+
     @jax.jit  # one compilation instead of one for every operation
     def moves() -> list[Array]:
         """log p̃ as it is, and with each site in turn at other values."""
-        moved = energies.random_points(rng_key, x, energy.latents, jnp.ones(()))
         found, start = [x], 0
         for site in energy.sites:
             if site.is_discrete:
