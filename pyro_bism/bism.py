@@ -175,7 +175,7 @@ class BiSM(Trainer):
             self.info = self._seen(outer, inner_loss, inner_norm, batch)
             self._require_outer(self.info)
 
-            executor.move_theta(outer.left)  # 6. the outer step
+            executor.move_theta(outer.left)  # 6. the outer step, or what a captured one has left of it
             self._method_state = (outer.state,)
 
         before, self._watch = self._watch, runaways.watched(self._watch, outer.loss, outer.length, outer.curvature)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pyro
@@ -85,6 +86,32 @@ def test_the_weighted_loss_is_the_built_in_one_times_its_weight(in_pyro, in_nump
     assert float(ours) == pytest.approx(sigma**2 * float(theirs), rel=1e-5)
 
 
+def test_a_loss_that_is_not_one_number_an_example_is_refused():
+    """One that takes the scores of several draws, (L, n, D), for one: its mean would be another loss."""
+
+    class Plain(pyro_bism.DenoisingScoreMatching):
+        def __call__(self, score, v, noise):
+            return 0.5 * (score(self.perturb(v, noise)) + noise.epsilon / self.sigma).square().sum(-1)
+
+    class PlainToo(numpyro_bism.DenoisingScoreMatching):
+        def __call__(self, score, v, noise):
+            return 0.5 * jnp.square(score(self.perturb(v, noise)) + noise.epsilon / self.sigma).sum(-1)
+
+    names = {}
+    for block, kind in ((PYRO, Plain), (NUMPYRO, PlainToo)):
+        exec(block[: block.index("@dataclass")], names)
+        loss = kind(0.3, num_particles=2, average="unbiased")
+        with pytest.raises(ValueError, match=r"Plain\w* gave a loss of shape \(2, 4\).*half_square"):
+            if kind is Plain:
+                pyro.clear_param_store()
+                optim = pyro.optim.Adam({"lr": 1e-2})
+                pyro_bism.BiSM(names["model"], names["guide"], optim, loss).step(torch.ones(4, 3))
+            else:
+                optim, x = numpyro.optim.Adam(1e-2), jnp.ones((4, 3))
+                bism = numpyro_bism.BiSM(names["model"], names["guide"], optim, loss)
+                bism.run(jax.random.key(0), 1, x, progress_bar=False)
+
+
 def test_many_draws_bring_the_bound_to_the_marginal_and_one_is_the_elbo(in_pyro):
     """log p̃(v) in closed form: v ~ N(0, I + W Wᵀ) but for a constant, Z(W) = 1 up to it."""
     x, inner = in_pyro["x"].double(), in_pyro["ImportanceWeighted"]
@@ -141,7 +168,7 @@ STRATEGY = '''"""Half of the detached gradient."""
 
 from dataclasses import dataclass
 
-from .problem import Detached
+from .detached import Detached
 
 
 @dataclass(frozen=True)

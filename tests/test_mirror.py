@@ -10,7 +10,7 @@ import numpyro_bism
 import pyro_bism
 
 ROOT = Path(__file__).resolve().parents[1]
-# NumPyro's face has states and run results, which Pyro keeps in the param store; see design.md section 2
+# NumPyro's face has states and run results, which Pyro keeps in the param store
 NUMPYRO_ALONE = {"BiSMRunResult", "BiSMState", "RivalState"}
 STATE = ("state", "rng_key")
 # JAX compiles by itself; a Pyro program has to be asked to

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..bism import BiSM, BiSMState
 from ..brief import named
+from ..losses import loss_by_example
 from ..programs.modes import in_own_modes
 from ..programs.pair import ModelAndGuide
 from ..programs.records import per_example
@@ -211,7 +212,7 @@ def marginal_loss(
     w = log_weights(v, fixed, slice(None))
     bound = jax.nn.logsumexp(w, 0) - math.log(2 * size)
     effective = jnp.exp(2 * jax.nn.logsumexp(w, 0) - jax.nn.logsumexp(2 * w, 0)) / (2 * size)
-    return loss(score, batch.v, noise).mean(), ((bound - w.mean(0)).mean(), effective.mean())
+    return loss_by_example(loss, score, batch.v, noise).mean(), ((bound - w.mean(0)).mean(), effective.mean())
 
 
 def _log_mean(log_weights: Array) -> Array:

@@ -10,10 +10,11 @@ made by ``init`` and handed back in the result.
 
 from .amortized import Amortized
 from .choice import chosen
+from .detached import Detached
 from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
-from .problem import Bilevel, Detached, Hypergradient, Result, Shifted, require_hypergradient
+from .problem import Bilevel, Hypergradient, Result, Shifted, require_hypergradient
 from .surrogates import Covariance, Exact
 from .unrolled import Unrolled
 

@@ -1,4 +1,4 @@
-"""The bi-level problem as a strategy meets it, and the strategy that looks away from the inner one."""
+"""The bi-level problem as a strategy meets it, what it finds, and what it has to be."""
 
 import math
 from abc import abstractmethod
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import jax
 from jax import Array
 
 from ..brief import lacking
@@ -16,7 +15,7 @@ from ..losses import OuterLoss
 from ..programs.pair import ModelAndGuide
 from ..programs.visible import Batch
 
-__all__ = ["Bilevel", "Detached", "Hypergradient", "Result", "Shifted", "require_hypergradient"]
+__all__ = ["Bilevel", "Hypergradient", "Result", "Shifted", "require_hypergradient"]
 
 
 class Shifted(NamedTuple):
@@ -98,7 +97,7 @@ class Result(NamedTuple):
     """What a strategy found.
 
     :ivar loss: J.
-    :ivar gradient: dJ/dθ.
+    :ivar gradient: dJ/dθ, a tree like θ.
     :ivar state: what it carries to the next step.
     :ivar residual: ‖∂²G x - ∂J/∂φ‖ / ‖∂J/∂φ‖ of the linear system; 0 if there is none.
     :ivar curvature: the least curvature of G that the solver met; infinite if it looks at none.
@@ -178,18 +177,3 @@ def require_hypergradient(strategy: Any) -> None:
             f"hypergradient={strategy!r} is not a strategy. {why} of your own derives from Hypergradient; pass an "
             "instance, such as Amortized() or Unrolled(5)."
         )
-
-
-@dataclass(frozen=True)
-class Detached(Hypergradient):
-    """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0).
-
-    Biased unless the guide can reach the posterior *and* the loss is stationary in φ there; the linear-Gaussian
-    model shows an error of more than the gradient's own length.
-    """
-
-    differentiates_inner = False
-
-    def __call__(self, rng_key: Array, problem: Bilevel, theta: Any, inner_state: Any, state: Any) -> Result:
-        phi = problem.optim.get_params(inner_state)
-        return Result(*jax.value_and_grad(problem.outer, argnums=1)(rng_key, theta, phi))

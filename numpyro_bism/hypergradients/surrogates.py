@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from ..losses import OuterLoss
+from ..losses import OuterLoss, loss_by_example
 from ..programs.pair import ModelAndGuide, mean_slope
 from ..programs.visible import Batch
 from .problem import Bilevel, Hypergradient, Result
@@ -124,7 +124,7 @@ def posterior_loss(
         # the difference is 0; its derivative in θ is the score's
         return value(u) + slope(params)(u) - slope(fixed)(u)
 
-    return loss(score, batch.v, noise).mean()
+    return loss_by_example(loss, score, batch.v, noise).mean()
 
 
 def covariance_loss(
@@ -172,4 +172,4 @@ def covariance_loss(
         covariance = (centred * varying[..., None]).sum(0) / (num_particles - 1)
         return value + (model_scores - fixed_scores).mean(0) + covariance
 
-    return loss(score, batch.v, noise).mean()
+    return loss_by_example(loss, score, batch.v, noise).mean()

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from numpyro.handlers import seed
 
-from ..losses import OuterLoss
+from ..losses import OuterLoss, loss_by_example
 from . import guides, rows, visible
 from .params import constrain
 from .records import SiteRecord, joint_per_example, per_example, record, run_until, sum_by_example
@@ -320,7 +320,8 @@ class ModelAndGuide:
         num = loss.num_particles
 
         def value(draws: Draw, num_draws: int | None = None) -> Array:
-            return loss(self.score(key_score, params, batch, draws, loss, num_draws), batch.v, noise)
+            score = self.score(key_score, params, batch, draws, loss, num_draws)
+            return loss_by_example(loss, score, batch.v, noise)
 
         def drawn(key: Array) -> Draw:
             return self.draw(key, params, batch, v)[0]

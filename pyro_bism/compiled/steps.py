@@ -64,7 +64,7 @@ def evaluate_inner(problem: StepProblem, *state: Any) -> list[Any]:
 
 
 def inner_step(problem: StepProblem, *state: Any, allowed: Any = True) -> list[Any]:
-    """A step of φ: G and ‖∇_φ G‖, and what of it is left to do."""
+    """A step of φ: G, ‖∇_φ G‖ and the gradient; or, in its place, which leaves the graph itself has moved."""
     loss, gradient = value_and_grad(problem.inner, problem.phi, *state)
     length = norm(gradient)
     allowed = loss.isfinite() & length.isfinite() & allowed
@@ -72,7 +72,11 @@ def inner_step(problem: StepProblem, *state: Any, allowed: Any = True) -> list[A
 
 
 def outer_step(problem: StepProblem, state: Any, allowed: Any = True) -> list[Any]:
-    """A step of θ: the loss, ‖dJ/dθ‖, residual and curvature; what is carried on; and what of it is left to do."""
+    """A step of θ: the loss, ‖dJ/dθ‖, residual, curvature; what is carried on; and the gradient.
+
+    Run as it is it moves nothing. Captured with Adam it takes the step itself, where all is finite, and tells which
+    leaves it has moved in the gradient's place.
+    """
     found = problem.solve(state)
     length = norm(found.gradient)
     allowed = found.loss.isfinite() & length.isfinite() & allowed
@@ -124,11 +128,14 @@ class Executor(ABC):
 
     @abstractmethod
     def move_phi(self, left: Sequence[Any]) -> None:
-        """The rest of an inner step, ``left`` by the function that was run."""
+        """The rest of an inner step: the optimiser's own, or its books alone where a graph has moved φ.
+
+        :param left: what :func:`inner_step` gave after its report.
+        """
 
     @abstractmethod
     def move_theta(self, left: Sequence[Any]) -> None:
-        """The rest of an outer step."""
+        """The rest of an outer step, in the same way."""
 
     def look(self, *state: Any) -> tuple[float, float]:
         """G and ‖∇_φ G‖."""
@@ -146,13 +153,16 @@ class Executor(ABC):
         return loss, length
 
     def solve(self, state: Any) -> Outer:
-        """The outer step's gradient; θ is moved by :meth:`move_theta`."""
+        """The outer step's gradient. θ is moved by :meth:`move_theta`, or was by the graph, if that was allowed to."""
         report, state, *left = self.run(outer_step, state)
         loss, length, residual, curvature = report.tolist()
         return Outer(loss, length, residual, curvature, state, left)
 
     def folds(self, num_inner: int) -> bool:
-        """Whether so many inner steps and the outer one are better run at once, by :meth:`fold`."""
+        """Whether so many inner steps and the outer one are better run at once, by :meth:`fold`.
+
+        A rival's are: they are small. BiSM's inner step is one graph, called K times, so that K is no constant of it.
+        """
         return False
 
     def fold(self, num_inner: int, state: Any) -> tuple[list[tuple[float, float]], Outer]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..bism import BiSM
 from ..brief import named
+from ..losses import loss_by_example
 from ..programs.modes import in_own_modes
 from ..programs.pair import ModelAndGuide
 from ..programs.records import per_example
@@ -195,7 +196,7 @@ def marginal_loss(
 
         return torch.stack([half(draws[:size]), half(draws[size:])])
 
-    value = loss(score, batch.v, noise).mean()
+    value = loss_by_example(loss, score, batch.v, noise).mean()
     w = torch.cat(seen[:2])
     bound = w.logsumexp(0) - math.log(2 * size)
     effective = (2 * w.logsumexp(0) - (2 * w).logsumexp(0)).exp() / (2 * size)

@@ -10,12 +10,12 @@ made by ``init`` and handed back in the result.
 
 from .amortized import Amortized
 from .choice import chosen
+from .detached import Detached
 from .functional import Functional
 from .implicit import Implicit
 from .penalty import Penalty
 from .problem import (
     Bilevel,
-    Detached,
     Gradient,
     Hypergradient,
     Result,

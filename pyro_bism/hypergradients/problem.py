@@ -1,4 +1,4 @@
-"""The bi-level problem as a strategy meets it, and the strategy that looks away from the inner one."""
+"""The bi-level problem as a strategy meets it, what it finds, and what it has to be."""
 
 import math
 from abc import abstractmethod
@@ -22,7 +22,6 @@ from ..programs.visible import Batch
 
 __all__ = [
     "Bilevel",
-    "Detached",
     "Gradient",
     "Hypergradient",
     "Result",
@@ -169,7 +168,7 @@ class Result(NamedTuple):
     """What a strategy found.
 
     :ivar loss: J.
-    :ivar gradient: dJ/dθ.
+    :ivar gradient: dJ/dθ, one for each leaf of θ; None for one that J does not read.
     :ivar state: what it carries to the next step.
     :ivar residual: ‖∂²G x - ∂J/∂φ‖ / ‖∂J/∂φ‖ of the linear system; 0 if there is none.
     :ivar curvature: the least curvature of G that the solver met; infinite if it looks at none.
@@ -267,17 +266,3 @@ def require_hypergradient(strategy: Any) -> None:
             f"hypergradient={strategy!r} is not a strategy. {why} of your own derives from Hypergradient; pass an "
             "instance, such as Amortized() or Unrolled(5)."
         )
-
-
-@dataclass(frozen=True)
-class Detached(Hypergradient):
-    """dJ/dθ ≈ ∂J/∂θ: the guide's dependence on θ is left out (the paper's N = 0).
-
-    Biased unless the guide can reach the posterior *and* the loss is stationary in φ there; the linear-Gaussian
-    model shows an error of more than the gradient's own length.
-    """
-
-    differentiates_inner = False
-
-    def __call__(self, problem: Bilevel, state: Any) -> Result:
-        return in_theta(problem.outer(), problem.theta)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import OuterLoss
+from ..losses import OuterLoss, loss_by_example
 from ..programs import params
 from ..programs.pair import ModelAndGuide, gradients_of, mean_slope
 from ..programs.visible import Batch
@@ -111,7 +111,7 @@ def posterior_loss(pair: ModelAndGuide, batch: Batch, loss: OuterLoss) -> Tensor
         # the difference is 0; its derivative in θ is the score's
         return value + varying - same
 
-    return loss(score, batch.v, noise).mean()
+    return loss_by_example(loss, score, batch.v, noise).mean()
 
 
 def covariance_loss(pair: ModelAndGuide, batch: Batch, loss: OuterLoss, num_particles: int) -> Tensor:
@@ -135,4 +135,4 @@ def covariance_loss(pair: ModelAndGuide, batch: Batch, loss: OuterLoss, num_part
     # both are 0; their derivatives in θ make up the score's
     covariance = (centred * (log_joint - log_joint.detach()).unsqueeze(-1)).sum(0) / (num_particles - 1)
     score = value + (model_scores - fixed_scores).mean(0) + covariance
-    return loss(lambda _: score, batch.v, noise).mean()
+    return loss_by_example(loss, lambda _: score, batch.v, noise).mean()

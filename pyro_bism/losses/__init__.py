@@ -15,7 +15,7 @@ product of two different ones, so that the loss is estimated without bias:
 
 from .denoising_score_matching import DenoisingScoreMatching, denoising
 from .multiscale_score_matching import MultiscaleDenoisingScoreMatching, multiscale_denoising
-from .outer import Noise, OuterLoss, require_outer_loss
+from .outer import Noise, OuterLoss, half_square, loss_by_example, mean_score, require_outer_loss
 from .score_matching import ScoreMatching, exact
 from .sliced_score_matching import SlicedScoreMatching, sliced
 
@@ -28,6 +28,9 @@ __all__ = [
     "SlicedScoreMatching",
     "denoising",
     "exact",
+    "half_square",
+    "loss_by_example",
+    "mean_score",
     "multiscale_denoising",
     "require_outer_loss",
     "sliced",

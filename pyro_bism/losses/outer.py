@@ -14,7 +14,10 @@ Score = Callable[[Tensor], Tensor]
 
 
 def half_square(s: Tensor) -> Tensor:
-    """½‖s‖² of every example, shape (n,); of several estimates, shape (L, n, D), without bias."""
+    """½‖s‖² of every example, shape (n,); of several estimates, shape (L, n, D), without bias.
+
+    :param s: a score, or a residual of one: shape (n, D), or (L, n, D) under ``average="unbiased"``.
+    """
     if s.ndim == 2:
         return 0.5 * torch.square(s).sum(-1)
     mean = s.mean(0)
@@ -23,7 +26,10 @@ def half_square(s: Tensor) -> Tensor:
 
 
 def mean_score(s: Tensor) -> Tensor:
-    """The score, shape (n, D): the mean of several estimates."""
+    """The score, shape (n, D): the mean of several estimates.
+
+    :param s: shape (n, D), or (L, n, D) under ``average="unbiased"``.
+    """
     return s if s.ndim == 2 else s.mean(0)
 
 
@@ -77,7 +83,7 @@ class OuterLoss(Protocol):
     needs_uncoupled_examples: ClassVar[bool] = False
 
     def constant(self, num_dims: int) -> float:
-        """The part of an example's expected loss that depends on no parameter; 0, if not overridden.
+        """The part of an example's expected loss that depends on no parameter; 0 where there is none to be named.
 
         :param num_dims: D, how many visible values an example has.
         """
@@ -108,6 +114,25 @@ class OuterLoss(Protocol):
         :param noise: what :meth:`draw` gave for this evaluation.
         """
         ...
+
+
+def loss_by_example(loss: OuterLoss, score: Score, v: Tensor, noise: Any) -> Tensor:
+    """The loss of every example, shape (n,), looked at for its shape.
+
+    :param loss: an outer loss.
+    :param score: maps rows to their scores, as the loss takes them.
+    :param v: the data, not perturbed yet, shape (n, D).
+    :param noise: what the loss has drawn for this evaluation.
+    :raises ValueError: where the loss gives another shape: its mean would be another loss.
+    """
+    value = loss(score, v, noise)
+    if value.shape != v.shape[:1]:
+        raise ValueError(
+            f"{type(loss).__name__} gave a loss of shape {tuple(value.shape)}, where one number an example is wanted: "
+            f"({len(v)},). Under average='unbiased' a score is that of L draws, of shape (L, n, D): square it with "
+            "losses.half_square, and take losses.mean_score of it where the loss is linear in it."
+        )
+    return value
 
 
 def require_outer_loss(loss: Any, cure: str) -> None:

@@ -18,7 +18,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..losses import OuterLoss
+from ..losses import OuterLoss, loss_by_example
 from . import guides, params, rows, visible
 from .hosts import pytree
 from .records import (
@@ -340,10 +340,10 @@ class ModelAndGuide:
         v = loss.perturb(batch.v, noise)
         draws = self.draws(batch, v, loss.num_particles, joint=loss.average == "loss")
         if loss.average != "loss":
-            return loss(self.score(batch, list(draws), loss), batch.v, noise).mean()
+            return loss_by_example(loss, self.score(batch, list(draws), loss), batch.v, noise).mean()
         total: Any = 0.0
         for draw in draws:
-            value = loss(self.score(batch, [draw], loss), batch.v, noise)
+            value = loss_by_example(loss, self.score(batch, [draw], loss), batch.v, noise)
             total = total + (value if draw.weight is None else draw.weight * value).mean()
         return cast(Tensor, total / loss.num_particles)
 
