@@ -222,13 +222,13 @@ def check_scores(
 ) -> None:
     pair = start.pair
 
-    def scores(batch: visible.Batch, rng_key: Array) -> tuple[Array, Any]:
+    # off the initial values: at weights of zero a score may vanish though the energy reads v
+    theta, phi, v = jittered(rng_key, (start.theta, start.phi, batch.v))
+
+    def scores(batch: visible.Batch, rng_key: Array, theta: Any, phi: Any, v: Array) -> tuple[Array, Any]:
         """The gradient in v of log p̃; and how the guide looks at v, at moved parameters and at the initial ones."""
-        key_params, key_draw, key_score, key_v = jax.random.split(rng_key, 4)
-        # off the initial values: at weights of zero a score may vanish though the energy reads v
-        theta, phi = jittered(key_params, (start.theta, start.phi))
+        key_draw, key_score = jax.random.split(rng_key)
         params = pair.params(theta, phi, start.mutable)
-        v = batch.v + 0.1 * jax.random.normal(key_v, batch.v.shape, batch.v.dtype)
         draw, _ = pair.draw(key_draw, params, batch, v)
 
         def log_weight(u: Array, guide: bool) -> Array:
@@ -256,7 +256,7 @@ def check_scores(
         looks = jax.vmap(seen)(both) if start.phi else seen(phi)
         return model_score, looks if latents else None
 
-    model_score, seen = jax.device_get(run_once(scores, batch, rng_key))
+    model_score, seen = jax.device_get(run_once(scores, batch, rng_key, theta, phi, v))
     start_column = 0
     for site in pair.sites:
         size = math.prod(site.shape[1:])

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer.util import transform_fn
@@ -44,9 +45,29 @@ def reject_shared(theta: Iterable[str], phi: Iterable[str]) -> None:
         )
 
 
-@jax.jit  # one compilation instead of one for every operation
 def jittered(rng_key: Array, params: Any) -> Any:
-    """Parameters off these: at weights of zero what is not read, or is linear, can't be told from what is."""
+    """Parameters off these: at weights of zero what is not read, or is linear, can't be told from what is.
+
+    Of numbers by NumPy's generator: JAX's would be compiled for every shape.
+    """
+    every = jax.tree.leaves((rng_key, params))
+    if any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in every if isinstance(x, Array)):
+        return _jittered(rng_key, params)
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
+
+    def moved(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        noise = generator.standard_normal(jnp.shape(x), np.float32).astype(x.dtype)
+        return jax.device_put(
+            (np.asarray(x) + np.asarray(0.1, x.dtype) * noise), x.sharding if isinstance(x, Array) else None
+        )
+
+    return jax.tree.map(moved, params)
+
+
+@jax.jit
+def _jittered(rng_key: Array, params: Any) -> Any:
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(rng_key, max(len(leaves), 1))
     moved = [
