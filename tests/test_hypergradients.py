@@ -5,7 +5,7 @@ at the posterior is the plain gradient of a score-matching loss. Noise is frozen
 looked at: every evaluation of J sees one draw, every evaluation of G another.
 """
 
-import dataclasses
+import copy
 import math
 import types
 from functools import cache
@@ -242,8 +242,8 @@ class Jax:
 
     def freeze(self):
         outer, inner = self.problem.outer, self.problem.inner
-        self.problem = dataclasses.replace(
-            self.problem,
+        self.problem = copy.copy(self.problem)
+        vars(self.problem).update(
             outer=lambda key, theta, phi: outer(jax.random.key(1), theta, phi),
             inner=lambda key, theta, phi: inner(jax.random.key(2), theta, phi),
         )
@@ -280,7 +280,8 @@ class Jax:
 
     def call(self, num=1, num_fit=0, fresh=False):
         strategy, inner_state = self.trained.hypergradient, self.trained.inner_optim.init(self.phi)
-        problem = dataclasses.replace(self.problem, inner_keys=jax.random.split(jax.random.key(3), num_fit))
+        problem = copy.copy(self.problem)
+        vars(problem).update(inner_keys=jax.random.split(jax.random.key(3), num_fit))
         state = strategy.init(self.theta, self.trained.inner_optim, inner_state)
 
         def step(carry, key):
