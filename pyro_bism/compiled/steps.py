@@ -44,7 +44,9 @@ def stack_report(*values: Tensor | float) -> Tensor:
     """What a step tells of itself, in one tensor: to read numbers out one by one takes longer than to compute them."""
     first = values[0]
     assert isinstance(first, Tensor)
-    return torch.stack([torch.as_tensor(value).detach().to(first) for value in values])
+    # a number is made where the rest is computed: a tensor of its own would be one more input of a captured step
+    each = [x.detach().to(first) if isinstance(x, Tensor) else first.detach().new_full((), x) for x in values]
+    return torch.stack(each)
 
 
 def apply_or_return(
