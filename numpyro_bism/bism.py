@@ -242,7 +242,8 @@ class BiSM(Trainer):
         varying = found.loss - self.loss.constant(batch.v.shape[1])
         seen = (found.loss, inner_losses[-1], inner_norms[-1], length, found.residual, found.curvature, varying)
         info = BiSMInfo._make([*[jnp.asarray(x, jnp.result_type(float)) for x in seen], watch.verdict])
-        finite = jnp.isfinite(found.loss) & jnp.isfinite(length) & jnp.isfinite(inner_norms).all()
+        every = found.loss, length, inner_losses, inner_norms
+        finite = jnp.array([jnp.isfinite(x).all() for x in every]).all()
         new = BiSMState(optim_state, inner_state, mutable, found.state, rng_key, info, watch)
         return new, info.outer_loss, finite
 

@@ -188,7 +188,7 @@ class BiSM(Trainer):
         names = tuple(pair.theta), tuple(pair.phi)
         # a parameter that was frozen or unfrozen on the way has no place in what is carried
         if self._method_state is None or self._carried_by not in (None, names):
-            self._method_state = (self._strategy.init(list(pair.theta.values()), list(pair.phi.values())),)
+            self._method_state = (self._strategy.init(*self._leaves(pair)),)
         self._carried_by = names
         return self._method_state[0]
 
@@ -199,10 +199,9 @@ class BiSM(Trainer):
         """
         if not (math.isfinite(loss) and math.isfinite(length)):
             raise FloatingPointError(
-                f"The gradient of the inner loss is not finite at inner step {k + 1} of "
-                f"{self.num_inner_steps} (inner loss {loss}). The inner learning rate is too "
-                "high, or the guide's scale has collapsed: lower the rate in inner_optim, or clip "
-                "its gradients."
+                f"The inner loss or its gradient is not finite at inner step {k + 1} of {self.num_inner_steps} (inner "
+                f"loss {loss}, gradient's length {length}). The inner learning rate is too high, or the guide's scale "
+                "has collapsed: lower the rate in inner_optim, or clip its gradients."
             )
 
     def _seen(self, outer: Outer, inner_loss: float, inner_norm: float, batch: Batch) -> BiSMInfo:
@@ -263,8 +262,8 @@ class BiSM(Trainer):
 
             with unmoved_buffers(pair.buffers):
                 pair = self._fitted(pair, batch)
-        phi = list(pair.phi.values())
-        create_optimizers(self.optim, list(pair.theta.values()))
+        theta, phi = self._leaves(pair)
+        create_optimizers(self.optim, theta)
         create_optimizers(self.inner_optim, phi)
         if self._strategy.unrolls:
             require_unrollable(self.inner_optim, phi)
@@ -301,7 +300,7 @@ class BiSM(Trainer):
     def _restore(self, kept: Mapping[str, Any]) -> None:
         carried = kept["hypergradient"]
         pair = next(reversed(self._pairs.values()))
-        fresh = self._strategy.init(list(pair.theta.values()), list(pair.phi.values()))
+        fresh = self._strategy.init(*self._leaves(pair))
         if carried is not None and type(carried[0]) is not type(fresh):
             raise ValueError(
                 f"The state was made with another hypergradient than {type(self._strategy).__name__}: it lacks "

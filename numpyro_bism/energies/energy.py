@@ -15,6 +15,7 @@ from numpyro.handlers import seed
 
 from ..distributions import ConcreteBernoulli, ConcreteOneHot, base_of, discretized
 from ..programs import visible
+from ..programs.modes import on_numbers
 from ..programs.records import SiteRecord, joint_per_example, leading_plates, record
 from .density import VISIBLE, Block, Density, Latent, Point, close, curvature, pack
 from .proof import Proof, prove
@@ -153,7 +154,7 @@ class Energy:
             return
         density = Density(lambda x: self.log_joint(params, x), self, (), {})
         for block in blocks:
-            with jax.ensure_compile_time_eval():
+            with on_numbers():
                 good = jax.jit(lambda x, block=block: density.holds(x, block))(x)
                 row = int(jnp.argmin(good))
                 good = bool(good.all())

@@ -24,6 +24,7 @@ from jax.extend import core
 from numpyro.distributions.util import sum_rightmost
 
 from ..distributions import ConcreteBernoulli, ConcreteOneHot, mask_of
+from ..programs.modes import on_numbers
 from .degrees import MAX_DEGREE, Degrees
 from .density import Point
 from .rules import COUNTS, ROW_BY_ROW, RULES
@@ -60,7 +61,7 @@ def prove(energy: Energy, params: Mapping[str, Any], x: Point) -> Proof:
     if energy.resizes:
         rows = _Rows(_prime([*jax.tree.leaves(params), *energy.batch.leaves, *x.values()]), is_prime=True)
         n = rows.num
-        with jax.ensure_compile_time_eval():
+        with on_numbers():
             energy = energy.with_rows(n)
     point: Any = {name: jax.ShapeDtypeStruct((n, *value.shape[1:]), value.dtype) for name, value in x.items()}
     try:

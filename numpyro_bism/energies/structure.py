@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..programs.modes import on_numbers
 from .density import MAX_FULL, VISIBLE, Block, Density, Latent, Point, curvature
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _is_diagonal(density: Density, x: Point, names: tuple[str, ...]) -> bool:
     """Of a constant precision: what stands off the diagonal is nothing but rounding."""
     if _size(x, names) > MAX_LOOKED_AT:
         return False
-    with jax.ensure_compile_time_eval():
+    with on_numbers():
         found = jax.jit(lambda x: curvature(density, x, Block("gaussian", names))[0])(x)
         scale = jnp.sqrt(jnp.abs(jnp.diagonal(found)))
         off = jnp.abs(found - jnp.diag(jnp.diagonal(found)))
@@ -133,7 +134,7 @@ def _has_no_squares(density: Density, x: Point, name: str) -> bool:
         row = jax.jvp(slope, (flat,), (tangent,))[1][0]
         return row.reshape(shape)[which // shape[1]], jnp.abs(row).max()
 
-    with jax.ensure_compile_time_eval():
+    with on_numbers():
         part, largest = jax.jit(lambda: jax.lax.map(own, jnp.arange(shape[0] * shape[1])))()
         square = part.reshape(num_units, shape[1], shape[1])
         diagonal = jnp.diagonal(square, axis1=1, axis2=2)
@@ -146,7 +147,7 @@ def _has_no_squares(density: Density, x: Point, name: str) -> bool:
 def random_points(rng_key: Array, x: Point, latents: Mapping[str, Latent], spread: Array | np.ndarray) -> Point:
     """Anywhere that the variables may be."""
     found = {}
-    with jax.ensure_compile_time_eval():
+    with on_numbers():
         # NumPy's generator: JAX's would be compiled for every shape, and that takes longer than all else here
         generator = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
         for name, value in x.items():

@@ -20,6 +20,7 @@ from numpyro.distributions import constraints
 
 from ..distributions import base_of
 from . import rows
+from .modes import on_numbers
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a program is called with: ``(args, kwargs)``."""
@@ -332,7 +333,7 @@ def _places(leaf: Array, test: Callable[[np.ndarray], np.ndarray]) -> list[tuple
     if leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices()):
         is_finite = np.isfinite(np.asarray(leaf)).all()  # where it lies: nothing is compiled for that
     else:
-        with jax.ensure_compile_time_eval():  # a concrete array may meet a program being traced
+        with on_numbers():  # a concrete array may meet a program being traced
             is_finite = bool(jnp.isfinite(leaf).all())
     if is_finite:
         return []

@@ -95,10 +95,10 @@ class CapturedStep(Executor):
         else:
             descend(self._outer_optim, self._theta, left)
 
-    def folds(self, num_inner: int) -> bool:
-        return self._takes_steps and num_inner <= MAX_FOLDED
-
-    def fold(self, num_inner: int, state: Any) -> tuple[list[tuple[float, float]], Outer]:
+    def take(self, num_inner: int, state: Any) -> tuple[list[tuple[float, float]], Outer | None]:
+        """The same in one graph, where a few steps of Adam at both levels are all there is to do."""
+        if not (self._takes_steps and 0 < num_inner <= MAX_FOLDED):
+            return super().take(num_inner, state)
         report, state, *moved = self.run(all_steps(num_inner), state)
         told, num_phi = report.tolist(), len(self._phi)
         self.move_phi(moved[:num_phi])

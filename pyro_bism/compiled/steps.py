@@ -21,14 +21,12 @@ class StepProblem(Protocol):
 
     :ivar write_theta: takes θ's optimiser step in place, where it is allowed to; None if torch takes it, outside.
     :ivar write_phi: the same for φ.
-    :ivar run: ``function(problem, *args)``, by its graph where the step is captured.
     """
 
     theta: Sequence[Tensor]
     phi: Sequence[Tensor]
     write_theta: Callable[[Gradient, Tensor], None] | None
     write_phi: Callable[[Gradient, Tensor], None] | None
-    run: Callable[..., Any]
 
     def inner(self, *state: Any) -> Tensor:
         """The guide's loss."""
@@ -160,16 +158,14 @@ class Executor(ABC):
         loss, length, residual, curvature = report.tolist()
         return Outer(loss, length, residual, curvature, state, left)
 
-    def folds(self, num_inner: int) -> bool:
-        """Whether so many inner steps and the outer one are better run at once, by :meth:`fold`.
-
-        A rival's are: they are small. BiSM's inner step is one graph, called K times, so that K is no constant of it.
-        """
-        return False
-
-    def fold(self, num_inner: int, state: Any) -> tuple[list[tuple[float, float]], Outer]:
-        """:meth:`fit` so many times, and :meth:`solve`. After a step that is not finite nothing moves."""
-        raise NotImplementedError
+    def take(self, num_inner: int, state: Any) -> tuple[list[tuple[float, float]], Outer | None]:
+        """:meth:`fit` so many times, and :meth:`solve`; None in its place after an inner step that is not finite."""
+        inner = []
+        for _ in range(num_inner):
+            inner.append(self.fit(state))
+            if not all(map(math.isfinite, inner[-1])):
+                return inner, None
+        return inner, self.solve(state)
 
 
 class Eager(Executor):

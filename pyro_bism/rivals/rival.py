@@ -15,7 +15,6 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ..compiled.steps import Executor, Outer
 from ..energies import Energy, Integral, Point
 from ..hypergradients import Detached, Gradient, Result
 from ..hypergradients.problem import in_theta
@@ -62,7 +61,6 @@ class RivalProblem:
     :ivar phi: what ``inner_optim`` moves.
     :ivar write_theta: takes θ's optimiser step in place where it is allowed to; None if torch takes it.
     :ivar write_phi: the same for φ.
-    :ivar is_captured: whether what runs is being captured.
     """
 
     loss: Callable[[Any], tuple[Tensor, Any]]
@@ -71,16 +69,11 @@ class RivalProblem:
     phi: Sequence[Tensor]
     write_theta: Callable[[Gradient, Tensor], None] | None = None
     write_phi: Callable[[Gradient, Tensor], None] | None = None
-    is_captured: bool = False
 
     def solve(self, state: Any) -> Result:
         """The loss and its gradient in θ."""
         loss, state = self.loss(state)
         return in_theta(loss, self.theta)._replace(state=state)
-
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(problem, *args)``."""
-        return function(self, *args)
 
     def begin_inner_step(self) -> None:
         """A rival repeats no noise."""
@@ -198,7 +191,7 @@ class Rival(Trainer):
         pair = target.pair
         with self._explained(pair, leaves, spec), Buffers(pair.buffers):
             executor = self._executor(pair, batch)
-            inner, outer = self._take(executor, *self._method_state)
+            inner, outer = executor.take(self.num_inner_steps, *self._method_state)
             for n, (loss, length) in enumerate([*inner, *([] if outer is None else [outer[:2]])]):
                 if not (math.isfinite(loss) and math.isfinite(length)):
                     raise FloatingPointError(self._diverged(n, loss, length))
@@ -211,17 +204,6 @@ class Rival(Trainer):
         runaways.warn(before, self._watch, self.words)
         found: float = self.info.loss
         return found
-
-    def _take(self, executor: Executor, state: Any) -> tuple[list[tuple[float, float]], Outer | None]:
-        """The guide's steps, and what the model's has found; None if one of the guide's is not finite."""
-        if self.num_inner_steps and executor.folds(self.num_inner_steps):
-            return executor.fold(self.num_inner_steps, state)
-        inner = []
-        for _ in range(self.num_inner_steps):
-            inner.append(executor.fit(state))
-            if not all(map(math.isfinite, inner[-1])):
-                return inner, None
-        return inner, executor.solve(state)
 
     def _diverged(self, n: int, loss: float, length: float) -> str:
         """What to do about a step, the n-th, whose loss or gradient is not finite."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..compiled.captured import MAX_CAPTURES, CapturedStep
 from ..compiled.steps import Eager, Executor
+from ..hypergradients import Hypergradient
 from ..optim.host import torch_optimizer
 from ..programs import visible
 from ..programs.all_rows import drawn, with_all_rows
@@ -53,6 +54,11 @@ class Trainer(ABC):
     @abstractmethod
     def _leaves(self, pair: ModelAndGuide) -> tuple[list[Tensor], list[Tensor]]:
         """What ``optim`` moves, and what ``inner_optim`` does."""
+
+    @property
+    def _strategy(self) -> Hypergradient | None:
+        """The hypergradient, of a method that has one."""
+        return None
 
     @property
     @abstractmethod
@@ -201,10 +207,12 @@ class Trainer(ABC):
         """Who runs the steps on this batch: eagerly, or as captured graphs."""
         if self.jit:
             return self._captured(pair, batch)
-        optims = self._optims
-        return Eager(
-            self._problem(pair, batch, *self._leaves(pair)), optims["optim"], optims.get("inner_optim", optims["optim"])
-        )
+        return Eager(self._problem(pair, batch, *self._leaves(pair)), *self._both_optims())
+
+    def _both_optims(self) -> tuple[PyroOptim, PyroOptim]:
+        """θ's, and φ's; a method whose guide has no loss of its own has the one."""
+        optim = self._optims["optim"]
+        return optim, self._optims.get("inner_optim", optim)
 
     def _captured(self, pair: ModelAndGuide, batch: Batch) -> CapturedStep:
         """The captured step for arguments of this structure, filled with this batch.
@@ -234,13 +242,12 @@ class Trainer(ABC):
         return program
 
     def _capture(self, pair: ModelAndGuide) -> CapturedStep:
-        optims, strategy = self._optims, getattr(self, "hypergradient", None)
+        strategy = self._strategy
         return CapturedStep(
             pair,
             self._problem,
             *self._leaves(pair),
-            optims["optim"],
-            optims.get("inner_optim", optims["optim"]),
+            *self._both_optims(),
             unrolls=strategy is not None and strategy.unrolls,
             in_parts=strategy is not None and strategy.resets_noise,
         )
