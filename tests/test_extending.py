@@ -112,6 +112,19 @@ def test_a_loss_that_is_not_one_number_an_example_is_refused():
                 bism.run(jax.random.key(0), 1, x, progress_bar=False)
 
 
+def test_a_loss_that_gives_nothing_is_refused_by_name():
+    class Nothing(pyro_bism.DenoisingScoreMatching):
+        def __call__(self, score, v, noise):
+            return None
+
+    names = {}
+    exec(PYRO[: PYRO.index("@dataclass")], names)
+    pyro.clear_param_store()
+    bism = pyro_bism.BiSM(names["model"], names["guide"], pyro.optim.Adam({"lr": 1e-2}), Nothing(0.3))
+    with pytest.raises(ValueError, match=r"Nothing gave a NoneType, where one number an example is wanted: \(4,\)\.$"):
+        bism.step(torch.ones(4, 3))
+
+
 def test_many_draws_bring_the_bound_to_the_marginal_and_one_is_the_elbo(in_pyro):
     """log p̃(v) in closed form: v ~ N(0, I + W Wᵀ) but for a constant, Z(W) = 1 up to it."""
     x, inner = in_pyro["x"].double(), in_pyro["ImportanceWeighted"]

@@ -130,11 +130,16 @@ def loss_by_example(loss: OuterLoss, score: Score, v: Array, noise: Any) -> Arra
     :raises ValueError: where the loss gives another shape: its mean would be another loss.
     """
     value = loss(score, v, noise)
-    if value.shape != v.shape[:1]:
-        raise ValueError(
-            f"{type(loss).__name__} gave a loss of shape {tuple(value.shape)}, where one number an example is wanted: "
-            f"({len(v)},). Under average='unbiased' a score is that of L draws, of shape (L, n, D): square it with "
+    shape = getattr(value, "shape", None)
+    if shape != v.shape[:1]:
+        found = f"a {type(value).__name__}" if shape is None else f"a loss of shape {tuple(shape)}"
+        cure = (
+            " Under average='unbiased' a score is that of L draws, of shape (L, n, D): square it with "
             "losses.half_square, and take losses.mean_score of it where the loss is linear in it."
+        )
+        raise ValueError(
+            f"{type(loss).__name__} gave {found}, where one number an example is wanted: ({len(v)},)."
+            f"{cure if loss.average == 'unbiased' else ''}"
         )
     return value
 

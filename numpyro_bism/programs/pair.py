@@ -59,7 +59,8 @@ class ModelAndGuide:
     :ivar data_plates: the plates along the leading axis of the visible values.
     :ivar reads_rows: whether the programs read of a subsampled argument nothing but the plate's rows.
     :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
-    :ivar shiftable: the parameters of the guide's distributions that δ shifts (``shifts.py``); None where none does.
+    :ivar shiftable: the parameters of the guide's distributions that δ shifts (``hypergradients/shifts.py``); None
+        where none does.
     :ivar trained_rows: of a pair that takes all rows: how many there were while training.
     :ivar shapes: of the unconstrained parameters, by name, where they are known.
     """

@@ -70,7 +70,8 @@ class ModelAndGuide:
     :ivar averaged: the guide's sites that are summed out by their mean.
     :ivar data_plates: the plates along the leading axis of the visible values.
     :ivar change: the guide's sites that are computed from v and from auxiliary draws, or None.
-    :ivar shiftable: the parameters of the guide's distributions that δ shifts (``shifts.py``); None where none does.
+    :ivar shiftable: the parameters of the guide's distributions that δ shifts (``hypergradients/shifts.py``); None
+        where none does.
     :ivar astray: the parameters of φ that stand-ins do not take the place of; looked for where steps are unrolled.
     """
 
